@@ -1,0 +1,51 @@
+"""One-bit distributed training: sign-based gradient transformations and a majority vote."""
+
+from optax import scale_by_sign
+
+from signax import diagnostics
+from signax._collectives import pvote
+from signax._compressors import (
+    ScaleByRandomKState,
+    ScaleByStochasticSignState,
+    scale_by_random_k,
+    scale_by_scaled_sign,
+    scale_by_stochastic_sign,
+    scale_by_top_k,
+)
+from signax._data_parallel import DataParallel
+from signax._optimizers import ef_sign_sgd, lion, sign_sgd, signum
+from signax._transforms import (
+    ErrorFeedbackState,
+    ScaleBySignumState,
+    error_feedback,
+    hold_if_nonfinite,
+    scale_by_signum,
+)
+from signax._voting import MajorityVoteState, average_updates, majority_vote
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DataParallel",
+    "ErrorFeedbackState",
+    "MajorityVoteState",
+    "ScaleByRandomKState",
+    "ScaleBySignumState",
+    "ScaleByStochasticSignState",
+    "average_updates",
+    "diagnostics",
+    "ef_sign_sgd",
+    "error_feedback",
+    "hold_if_nonfinite",
+    "lion",
+    "majority_vote",
+    "pvote",
+    "scale_by_random_k",
+    "scale_by_scaled_sign",
+    "scale_by_sign",
+    "scale_by_signum",
+    "scale_by_stochastic_sign",
+    "scale_by_top_k",
+    "sign_sgd",
+    "signum",
+]

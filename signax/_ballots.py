@@ -1,0 +1,79 @@
+"""What a worker votes: its ballot on each coordinate, the coins of the dither, who takes part.
+
+The dither turns what is undecided, a zero ballot or a tie, into +-1 so that it cancels over the
+workers and over time. A plain parity of coordinate, worker and step resonates with itself and
+with gradients that are zero periodically: parameters drift by whole steps. Here the worker's
+place rotates every second step, and two hash bits decide each pair of steps anew; within a pair
+the signs are opposite, so that a coordinate nobody votes on stays within one step for ever.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Zeros = Literal["dither", "abstain", "plus"]
+Ties = Literal["dither", "plus"]
+
+
+class Coins(NamedTuple):
+    """Parities that are added to a coordinate's index j: an even sum is +1, an odd one -1."""
+
+    zero: jax.Array  # u32[] in {0, 1}: this worker's, for its zero ballots
+    tie: jax.Array  # u32[] in {0, 1}: everybody's, for ties
+
+
+def _mix(number: jax.Array) -> jax.Array:
+    """A hash of u32[]: every output bit depends on every input bit (MurmurHash3's finaliser)."""
+    number = (number ^ (number >> 16)) * np.uint32(0x85EBCA6B)
+    number = (number ^ (number >> 13)) * np.uint32(0xC2B2AE35)
+    return number ^ (number >> 16)
+
+
+def toss(step: jax.Array, worker: jax.Array, num_workers: int) -> Coins:
+    """The coins of one worker at one step.
+
+    With t the step, i the worker of M, r = (i + t // 2) mod M, and h1, h2 two bits of a hash of
+    t // 2: a zero ballot on coordinate j has the parity of r + j + t + h1, a tie that of
+    j + t + h2.
+    """
+    step = step.astype(jnp.uint32)
+    pair = step // 2
+    hashed = _mix(pair)
+    place = (worker.astype(jnp.uint32) + pair) % num_workers
+    return Coins(
+        zero=(place + step + (hashed & 1)) & 1,
+        tie=(step + ((hashed >> 16) & 1)) & 1,
+    )
+
+
+def ballots(values: jax.Array, zeros: Zeros, coin: jax.Array) -> tuple[jax.Array, ...]:
+    """The bits that say a worker's ballots: float[...] to one or two of bool[size].
+
+    `"abstain"` needs two, for +1 and for -1; otherwise one bit is set for +1. NaN is neither
+    above nor below zero, so that it counts as a zero ballot.
+    """
+    flat = values.reshape(-1)
+    plus, minus = flat > 0, flat < 0
+    if zeros == "abstain":
+        return plus, minus
+    if zeros == "plus":
+        return (~minus,)
+    even = (jnp.arange(flat.size, dtype=jnp.uint32) + coin) % 2 == 0
+    return (plus | (even & ~minus),)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no floating leaf holds a NaN or an infinity: a tree to bool[]."""
+    finite = jnp.bool_(True)
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            finite &= jnp.all(jnp.isfinite(leaf))
+    return finite
+
+
+def takes_part(tree: Any, active: jax.Array | bool | None) -> jax.Array:
+    """Whether this worker's updates count: it is `active` and all of them are finite."""
+    finite = all_finite(tree)
+    return finite if active is None else finite & active

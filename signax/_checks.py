@@ -1,0 +1,72 @@
+"""Checks of arguments: each error names the argument, the value it got, and what to do."""
+
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def check_mode(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Refuses a mode that is none of the `allowed` strings."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}")
+
+
+def check_number(
+    name: str, value: Any, *, low: float, high: float = float("inf"), ends: str = "[)"
+) -> None:
+    """Refuses a concrete number outside the interval; a traced one is let through.
+
+    `ends` says which ends of the interval belong to it, as in `"[)"` or `"(]"`.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={value!r} is not a number") from None
+    above = number >= low if ends[0] == "[" else number > low
+    below = number <= high if ends[1] == "]" else number < high
+    if not (above and below):
+        interval = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
+        raise ValueError(f"{name}={value!r} is outside {interval}")
+
+
+def check_axis_name(axis_name: Hashable) -> None:
+    """Refuses what cannot name one mapped axis."""
+    if axis_name is None or isinstance(axis_name, (tuple, list, set)):
+        raise TypeError(
+            f"axis_name={axis_name!r} must name one mapped axis, such as 'data'; "
+            "for several axes, make a mesh in which the workers lie along one"
+        )
+
+
+def check_floating(tree: Any, name: str = "updates") -> None:
+    """Refuses leaves whose dtype is not a real floating one."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} has dtype {dtype}: signs are taken of real "
+                "floating-point leaves only; leave other leaves out with optax.masked"
+            )
+
+
+def check_same_structure(name: str, tree: Any, other_name: str, other: Any) -> None:
+    """Refuses two trees of different structure."""
+    structure, expected = jax.tree.structure(tree), jax.tree.structure(other)
+    if structure != expected:
+        raise ValueError(
+            f"{name} and {other_name} differ in structure: {name} is {structure}, "
+            f"{other_name} is {expected}; the state must come from init on the same parameters"
+        )
+
+
+def check_key(key: Any) -> None:
+    """Refuses what is not one JAX random key, typed or raw."""
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    raw = dtype == jnp.uint32 and jnp.ndim(key) == 1
+    if not (raw or (typed and jnp.ndim(key) == 0)):
+        raise TypeError(f"key={key!r} is not a random key: make one with jax.random.key(seed)")

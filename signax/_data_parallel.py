@@ -1,0 +1,454 @@
+"""DataParallel: the state and the gradients of each worker as global arrays, under `jax.jit`."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from signax._checks import check_axis_name
+from signax._variance import varying_outputs
+
+PerWorker = Callable[[str, jax.ShapeDtypeStruct], bool | None]
+
+
+class _Layout(NamedTuple):
+    """How the global arrays of a state lie on the mesh, leaf by leaf.
+
+    Attributes:
+      structure: the state's tree structure.
+      paths: each leaf's place in it, for messages.
+      shapes: each leaf's shape and dtype on one worker.
+      per_worker: whether each worker has a value of its own, a row of the global array.
+      shardings: each global array's sharding.
+    """
+
+    structure: Any
+    paths: list[str]
+    shapes: list[jax.ShapeDtypeStruct]
+    per_worker: list[bool]
+    shardings: list[NamedSharding]
+
+
+class DataParallel(optax.GradientTransformationExtraArgs):
+    r"""Runs a transformation on every worker of a mesh axis, on global arrays.
+
+    It is itself a gradient transformation, for use under plain `jax.jit`: training loops written
+    for Optax stay as they are, `TrainState.apply_gradients` and `nnx.Optimizer.update` included.
+    Inside, `tx` runs on each worker's own gradient and state in `jax.shard_map` with
+    `check_vma=True`, so that JAX's types prove that the parameters stay the same on all workers.
+
+    State that differs between workers, such as momentum and error memory, gets a leading axis with
+    one row per worker, sharded over the mesh axis; the rest is replicated. Which is which is found
+    by tracing `tx`. So M workers keep M momenta between them, one each, and a checkpoint of the
+    whole state holds all M.
+
+    Args:
+      tx: the transformation of one worker, with a vote or a mean over `axis_name` in it.
+      mesh: a mesh that has the axis; its axes may be of type Auto or Explicit.
+      axis_name: the mesh axis along which the workers lie.
+      param_specs: for parameters that are sharded over further mesh axes, a tree like the
+        parameters of their `PartitionSpec`s. A vote then runs on local blocks, and nothing is
+        gathered.
+      per_worker: overrides what was found: a function of a state leaf's path (as
+        `jax.tree_util.keystr` writes it) and its shape and dtype on one worker. True gives each
+        worker a copy, False shares one, None leaves it as found. JAX refuses to share a leaf that
+        differs.
+
+    Attributes:
+      num_workers: the number of workers M, the size of the axis.
+
+    Raises:
+      ValueError: the mesh has no such axis, or `param_specs` names the workers' axis or an unknown
+        one.
+      TypeError: `axis_name` names no single axis.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, signax
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> tx = signax.DataParallel(signax.signum(0.5, axis_name="data"), mesh)
+      >>> def loss_fn(params, batch):
+      ...     return jnp.mean((batch - params) ** 2)
+      >>> params = jnp.zeros(3)
+      >>> state = tx.init(params)
+      >>> step = tx.train_step(loss_fn)
+      >>> params, state, loss = step(params, state, jnp.ones((2 * tx.num_workers, 3)))
+      >>> print(params, loss)
+      [0.5 0.5 0.5] 1.0
+    """
+
+    tx: optax.GradientTransformationExtraArgs
+    mesh: Mesh
+    axis_name: Hashable
+    num_workers: int
+    param_specs: Any
+
+    def __new__(
+        cls,
+        tx: optax.GradientTransformation,
+        mesh: Mesh,
+        axis_name: Hashable = "data",
+        *,
+        param_specs: Any = None,
+        per_worker: PerWorker | None = None,
+    ):
+        check_axis_name(axis_name)
+        if axis_name not in mesh.axis_names:
+            raise ValueError(
+                f"axis_name={axis_name!r} is not an axis of the mesh, which has {mesh.axis_names}"
+            )
+        _check_param_specs(param_specs, mesh, axis_name)
+
+        def init_fn(params):
+            return self._init(params)
+
+        def update_fn(updates, state, params=None, **extra_args):
+            return self._update(updates, state, params, **extra_args)
+
+        self = super().__new__(cls, init_fn, update_fn)
+        self.tx = optax.with_extra_args_support(tx)
+        self.mesh = mesh
+        self.axis_name = axis_name
+        self.num_workers = mesh.shape[axis_name]
+        self.param_specs = param_specs
+        self._per_worker = per_worker
+        # Explicit axes would refuse arrays that lie nowhere in particular; Auto takes all.
+        self._auto_mesh = Mesh(
+            mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names)
+        )
+        self._layouts: dict[Any, _Layout] = {}
+        return self
+
+    def state_shardings(self, params: optax.Params) -> Any:
+        """The shardings of the state of `params`, for `out_shardings` and for checkpoints.
+
+        Args:
+          params: the parameters, or their `jax.ShapeDtypeStruct`s.
+
+        Returns:
+          A tree like the state, of `NamedSharding`s.
+        """
+        layout = self._layout(params)
+        return layout.structure.unflatten(layout.shardings)
+
+    def value_and_grad(
+        self, loss_fn: Callable, *, has_aux: bool = False, accumulate: int = 1
+    ) -> Callable:
+        """Like `jax.value_and_grad`, with the gradient of each worker's share of the batch.
+
+        Args:
+          loss_fn: a function of `(params, batch, *replicated)`, and of `key=` if a key is given,
+            to a scalar loss, or with `has_aux` to a pair of it and of anything else.
+          has_aux: whether `loss_fn` returns such a pair.
+          accumulate: how many micro-batches each worker's share is cut into; gradients and losses
+            are averaged over them, in at least f32, before anything is sent.
+
+        Returns:
+          A function of `(params, batch, *replicated, key=None)`. The leaves of `batch` are cut along
+          their first axis, whose length must be a multiple of the number of workers times
+          `accumulate`; `replicated` goes to every worker whole; into `key` the worker's index (and
+          the micro-batch's) is folded, so that workers draw different dropout masks. It returns
+          `(loss, grads)` or `((loss, aux), grads)`: the mean of the workers' losses, gradients with
+          one row per worker, and aux with one row per worker (then one per micro-batch, if
+          `accumulate` is above 1).
+
+        Raises:
+          ValueError: `accumulate` is not positive; at the call, the batch cannot be cut evenly.
+        """
+        if not isinstance(accumulate, int) or accumulate < 1:
+            raise ValueError(f"accumulate={accumulate!r} must be a positive number of micro-batches")
+
+        def local(params, batch, replicated, key):
+            # With respect to replicated parameters the gradient would already be the workers' sum.
+            params = jax.tree.map(self._own, params)
+            if key is not None:
+                key = jax.random.fold_in(key, lax.axis_index(self.axis_name))
+            gradient = jax.value_and_grad(loss_fn, has_aux=has_aux)
+            value, grads = _accumulate(gradient, params, batch, replicated, key, accumulate)
+            loss, aux = value if has_aux else (value, None)
+            loss = lax.pmean(self._own(loss), self.axis_name)
+            return loss, jax.tree.map(self._row, aux), jax.tree.map(self._row, grads)
+
+        whole, split = PartitionSpec(), PartitionSpec(self.axis_name)
+        mapped = self._shard_map(local, (whole, split, whole, whole), (whole, split, split))
+
+        def value_and_grad_fn(params, batch, *replicated, key=None):
+            self._check_batch(batch, accumulate)
+            loss, aux, grads = mapped(params, batch, replicated, key)
+            return ((loss, aux) if has_aux else loss), grads
+
+        return value_and_grad_fn
+
+    def train_step(
+        self, loss_fn: Callable, *, has_aux: bool = False, accumulate: int = 1
+    ) -> Callable:
+        """A compiled step of training, which takes over the memory of its parameters and state.
+
+        Args:
+          loss_fn: see `value_and_grad`.
+          has_aux: see `value_and_grad`.
+          accumulate: see `value_and_grad`.
+
+        Returns:
+          A jitted function of `(params, state, batch, *replicated, key=None)` to `(params, state,
+          loss)`, or with `has_aux` to `(params, state, (loss, aux))`. Its `.lower` gives the
+          program, as that of any jitted function.
+        """
+        gradient = self.value_and_grad(loss_fn, has_aux=has_aux, accumulate=accumulate)
+
+        def step(params, state, batch, *replicated, key=None):
+            value, grads = gradient(params, batch, *replicated, key=key)
+            updates, state = self.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+        return jax.jit(step, donate_argnums=(0, 1))
+
+    def _init(self, params):
+        layout = self._layout(params)
+
+        def local(params):
+            leaves = jax.tree.leaves(self.tx.init(params))
+            return [
+                self._row(leaf) if own else jnp.asarray(leaf)
+                for leaf, own in zip(leaves, layout.per_worker, strict=True)
+            ]
+
+        mapped = self._shard_map(local, (PartitionSpec(),), self._manual_specs(layout))
+        leaves = jax.jit(mapped, out_shardings=layout.shardings)(params)
+        return layout.structure.unflatten(leaves)
+
+    def _update(self, updates, state, params=None, *, active=None, **extra_args):
+        self._check_rows(updates, params)
+        like_params = jax.tree.map(lambda row: row[0], updates) if params is None else params
+        layout = self._layout(like_params)
+        self._check_state(state, layout)
+        if self.param_specs is not None:
+            extra_args["param_specs"] = self.param_specs
+
+        def local(updates, leaves, params, active):
+            state = layout.structure.unflatten(
+                leaf.squeeze(0) if own else leaf
+                for leaf, own in zip(leaves, layout.per_worker, strict=True)
+            )
+            extra = extra_args if active is None else {**extra_args, "active": active.squeeze(0)}
+            updates = jax.tree.map(lambda row: row.squeeze(0), updates)
+            updates, state = self.tx.update(updates, state, params, **extra)
+            self._check_settled(updates)
+            return updates, self._state_rows(state, layout)
+
+        whole, split = PartitionSpec(), PartitionSpec(self.axis_name)
+        specs = self._manual_specs(layout)
+        mapped = self._shard_map(local, (split, specs, whole, split), (whole, specs))
+        updates, leaves = mapped(updates, jax.tree.leaves(state), params, active)
+        return updates, layout.structure.unflatten(leaves)
+
+    def _shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        return jax.shard_map(
+            function,
+            mesh=self._auto_mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names={self.axis_name},
+        )
+
+    def _own(self, array: Any) -> jax.Array:
+        """Types an array as differing between the workers, if it is not yet."""
+        array = jnp.asarray(array)
+        if self.axis_name in jax.typeof(array).manual_axis_type.varying:
+            return array
+        return lax.pcast(array, self.axis_name, to="varying")
+
+    def _row(self, array: Any) -> jax.Array:
+        """One worker's row of a global array: [...] to [1, ...]."""
+        return self._own(array)[None]
+
+    def _manual_specs(self, layout: _Layout) -> list[PartitionSpec]:
+        """The state's specs over the workers' axis alone."""
+        return [PartitionSpec(self.axis_name) if own else PartitionSpec() for own in layout.per_worker]
+
+    def _layout(self, params: Any) -> _Layout:
+        """The layout of the state of `params`, by their structure, shapes and dtypes."""
+        params = jax.tree.map(_shape, params)
+        key = (jax.tree.structure(params), tuple(jax.tree.leaves(params)))
+        if key not in self._layouts:
+            self._layouts[key] = self._find_layout(params)
+        return self._layouts[key]
+
+    def _find_layout(self, params: Any) -> _Layout:
+        state, per_worker = _find_per_worker(
+            self.tx, params, self.axis_name, self.num_workers
+        )
+        paths_and_shapes, structure = jax.tree.flatten_with_path(state)
+        paths = [jax.tree_util.keystr(path) for path, _ in paths_and_shapes]
+        shapes = [shape for _, shape in paths_and_shapes]
+        if self._per_worker is not None:
+            wanted = [self._per_worker(path, shape) for path, shape in zip(paths, shapes, strict=True)]
+            per_worker = [
+                found if want is None else want
+                for found, want in zip(per_worker, wanted, strict=True)
+            ]
+        shardings = [
+            NamedSharding(self.mesh, PartitionSpec(self.axis_name, *spec) if own else spec)
+            for spec, own in zip(self._state_specs(state), per_worker, strict=True)
+        ]
+        return _Layout(structure, paths, shapes, per_worker, shardings)
+
+    def _state_specs(self, state: Any) -> list[PartitionSpec]:
+        """How each state leaf is sharded over the other axes: like its parameter, if it has one."""
+        whole = PartitionSpec()
+        if self.param_specs is None:
+            return [whole for _ in jax.tree.leaves(state)]
+        specs = optax.tree.map_params(
+            self.tx,
+            lambda _, spec: spec,
+            state,
+            self.param_specs,
+            transform_non_params=lambda _: whole,
+        )
+        return jax.tree.leaves(specs)
+
+    def _check_batch(self, batch: Any, accumulate: int) -> None:
+        pieces = self.num_workers * accumulate
+        for path, leaf in jax.tree.leaves_with_path(batch):
+            shape = jnp.shape(leaf)
+            if not shape or shape[0] % pieces:
+                raise ValueError(
+                    f"batch{jax.tree_util.keystr(path)} has shape {shape}, whose first axis is not "
+                    f"a multiple of {self.num_workers} workers times accumulate={accumulate}: drop "
+                    "or pad examples, or pass what is not split as a further argument"
+                )
+
+    def _check_rows(self, updates: Any, params: Any) -> None:
+        expected = None if params is None else jax.tree.leaves(params)
+        if expected is not None and jax.tree.structure(updates) != jax.tree.structure(params):
+            raise ValueError(
+                f"updates and params differ in structure: updates is {jax.tree.structure(updates)},"
+                f" params is {jax.tree.structure(params)}"
+            )
+        for position, (path, leaf) in enumerate(jax.tree.leaves_with_path(updates)):
+            shape = jnp.shape(leaf)
+            rest = shape[1:] if expected is None else jnp.shape(expected[position])
+            if shape != (self.num_workers, *rest):
+                raise ValueError(
+                    f"updates{jax.tree_util.keystr(path)} has shape {shape}, but needs one row for "
+                    f"each of {self.num_workers} workers, {(self.num_workers, *rest)}: use the "
+                    "gradients of DataParallel.value_and_grad, which are not yet averaged"
+                )
+
+    def _check_state(self, state: Any, layout: _Layout) -> None:
+        structure = jax.tree.structure(state)
+        if structure != layout.structure:
+            raise ValueError(
+                f"state and params do not belong together: state is {structure}, but that of these "
+                f"params is {layout.structure}; make it with init on the same parameters"
+            )
+        for path, leaf, shape, own in zip(
+            layout.paths, jax.tree.leaves(state), layout.shapes, layout.per_worker, strict=True
+        ):
+            expected = (self.num_workers, *shape.shape) if own else shape.shape
+            if leaf.shape == expected:
+                continue
+            if own and leaf.shape[1:] == shape.shape:
+                raise ValueError(
+                    f"state{path} has rows for {leaf.shape[0]} workers, but the mesh has "
+                    f"{self.num_workers} along {self.axis_name!r}: use a mesh of {leaf.shape[0]}, "
+                    "or start from a new init"
+                )
+            raise ValueError(f"state{path} has shape {leaf.shape}, but should have {expected}")
+
+    def _check_settled(self, updates: Any) -> None:
+        for path, leaf in jax.tree.leaves_with_path(updates):
+            if self.axis_name in jax.typeof(leaf).manual_axis_type.varying:
+                raise ValueError(
+                    f"updates{jax.tree_util.keystr(path)} is neither voted nor averaged over "
+                    f"{self.axis_name!r}, so that its parameters would differ between workers: put "
+                    f"signax.majority_vote({self.axis_name!r}) or "
+                    f"signax.average_updates({self.axis_name!r}) into tx. To freeze leaves, chain "
+                    "the freezing after the vote"
+                )
+
+    def _state_rows(self, state: Any, layout: _Layout) -> list[jax.Array]:
+        structure = jax.tree.structure(state)
+        if structure != layout.structure:
+            raise ValueError(
+                f"tx changes the structure of its state from {layout.structure} to {structure}"
+            )
+        leaves = []
+        for path, leaf, own in zip(
+            layout.paths, jax.tree.leaves(state), layout.per_worker, strict=True
+        ):
+            if not own and self.axis_name in jax.typeof(leaf).manual_axis_type.varying:
+                raise ValueError(
+                    f"state{path} differs between workers but is to be shared: let per_worker "
+                    "return True for it"
+                )
+            leaves.append(self._row(leaf) if own else leaf)
+        return leaves
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+
+def _find_per_worker(
+    tx: optax.GradientTransformationExtraArgs, params: Any, axis_name: Hashable, num_workers: int
+) -> tuple[Any, list[bool]]:
+    """The shape of one worker's state, and which of its leaves differ between the workers."""
+    axes = [(axis_name, num_workers)]
+    init, state = jax.make_jaxpr(tx.init, axis_env=axes, return_shape=True)(params)
+    update = jax.make_jaxpr(tx.update, axis_env=axes)(params, state, params)
+    num_params = len(jax.tree.leaves(params))
+    per_worker = varying_outputs(init.jaxpr, [False] * num_params, axis_name)
+    while True:
+        inputs = [True] * num_params + per_worker + [False] * num_params
+        outputs = varying_outputs(update.jaxpr, inputs, axis_name)[num_params:]
+        grown = [old or new for old, new in zip(per_worker, outputs, strict=True)]
+        if grown == per_worker:
+            return state, per_worker
+        per_worker = grown
+
+
+def _accumulate(
+    gradient: Callable, params: Any, batch: Any, replicated: tuple, key: Any, pieces: int
+) -> tuple[Any, Any]:
+    """The value and gradient of a batch, averaged over equal pieces of it; aux is stacked."""
+
+    def of_piece(piece, number):
+        own = {} if key is None else {"key": key if number is None else jax.random.fold_in(key, number)}
+        return gradient(params, piece, *replicated, **own)
+
+    if pieces == 1:
+        return of_piece(batch, None)
+
+    def add(total, piece_and_number):
+        value, grads = of_piece(*piece_and_number)
+        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), value
+
+    cut = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
+    zeros = jax.tree.map(
+        lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params
+    )
+    total, values = lax.scan(add, zeros, (cut, jnp.arange(pieces)))
+    grads = jax.tree.map(lambda t, p: (t / pieces).astype(p.dtype), total, params)
+    if isinstance(values, tuple):
+        losses, aux = values
+        return (jnp.mean(losses), aux), grads
+    return jnp.mean(values), grads
+
+
+def _check_param_specs(specs: Any, mesh: Mesh, axis_name: Hashable) -> None:
+    for path, spec in jax.tree.leaves_with_path(specs):
+        name = f"param_specs{jax.tree_util.keystr(path)}"
+        if not isinstance(spec, PartitionSpec):
+            raise TypeError(f"{name}={spec!r} is not a jax.sharding.PartitionSpec")
+        for axis in jax.tree.leaves(tuple(spec)):
+            if axis == axis_name:
+                raise ValueError(
+                    f"{name}={spec} shards a parameter over {axis_name!r}, the workers' own axis: "
+                    "every worker holds all the parameters that it votes on"
+                )
+            if axis not in mesh.axis_names:
+                raise ValueError(f"{name}={spec} names {axis!r}; the mesh has {mesh.axis_names}")

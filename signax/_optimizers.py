@@ -1,0 +1,277 @@
+"""Optimisers: chains of the transformations, and the only place with a learning rate."""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import optax
+
+from signax._ballots import Ties, Zeros
+from signax._checks import check_number
+from signax._collectives import Transport, check_vote_options
+from signax._compressors import Block, scale_by_scaled_sign
+from signax._transforms import error_feedback, hold_if_nonfinite, scale_by_signum
+from signax._voting import majority_vote
+
+Mask = Any | Callable[[optax.Params], Any] | None
+
+
+def _descend(
+    direction: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Mask,
+) -> optax.GradientTransformationExtraArgs:
+    """Follows a direction: decoupled weight decay, then the learning rate."""
+    if callable(weight_decay):
+        decays = True
+    else:
+        check_number("weight_decay", weight_decay, low=0)
+        decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
+    # Without a decay no parameters are needed.
+    decay = optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity()
+    return optax.chain(direction, decay, optax.scale_by_learning_rate(learning_rate))
+
+
+def _voted(
+    signs: optax.GradientTransformation,
+    axis_name: Hashable | None,
+    zeros: Zeros,
+    ties: Ties,
+    transport: Transport,
+) -> optax.GradientTransformation:
+    """Lets the workers along an axis vote on their signs; without an axis there is one worker."""
+    if axis_name is None:
+        if (zeros, ties, transport) != ("dither", "dither", "auto"):
+            raise ValueError(
+                f"zeros={zeros!r}, ties={ties!r} and transport={transport!r} are options of the "
+                "vote, which axis_name=None leaves out: pass axis_name, or drop them"
+            )
+        return signs
+    vote = majority_vote(axis_name, zeros=zeros, ties=ties, transport=transport)
+    return optax.chain(hold_if_nonfinite(signs), vote)
+
+
+def sign_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    axis_name: Hashable | None = None,
+    zeros: Zeros = "dither",
+    ties: Ties = "dither",
+    transport: Transport = "auto",
+) -> optax.GradientTransformationExtraArgs:
+    r"""signSGD, over the workers of an axis by majority vote.
+
+    .. math:: x \leftarrow x - \alpha \left( \operatorname{sign} \sum_i \operatorname{sign}(g_i)
+      + \lambda x \right)
+
+    Without an axis it is numerically `optax.sign_sgd`.
+
+    Args:
+      learning_rate: the step size :math:`\alpha`, a number or a schedule.
+      weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate, added
+        after the vote.
+      mask: which leaves decay: a tree of booleans, or a function of the parameters that gives one.
+      axis_name: the mapped axis along which the workers lie; `None` for one worker.
+      zeros: see :func:`signax.majority_vote`.
+      ties: see :func:`signax.majority_vote`.
+      transport: see :func:`signax.majority_vote`.
+
+    Returns:
+      The optimiser.
+
+    Raises:
+      ValueError: an option is out of range, or an option of the vote is given without an axis.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, signax
+      >>> tx = signax.sign_sgd(0.5)
+      >>> params = jnp.array([1.0, -2.0])
+      >>> updates, state = tx.update(2 * params, tx.init(params))
+      >>> print(optax.apply_updates(params, updates))
+      [ 0.5 -1.5]
+
+    References:
+      Bernstein et al., `signSGD: Compressed Optimisation for Non-Convex Problems
+      <https://arxiv.org/abs/1802.04434>`_, 2018
+    """
+    direction = _voted(optax.scale_by_sign(), axis_name, zeros, ties, transport)
+    return _descend(direction, learning_rate, weight_decay, mask)
+
+
+def signum(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    *,
+    warmup: bool = False,
+    nesterov: bool = False,
+    accumulator_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    axis_name: Hashable | None = None,
+    zeros: Zeros = "dither",
+    ties: Ties = "dither",
+    transport: Transport = "auto",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Signum, signSGD with momentum, over the workers of an axis by majority vote.
+
+    .. math:: m_i \leftarrow \beta m_i + (1 - \beta) g_i, \quad
+      x \leftarrow x - \alpha \left( \operatorname{sign} \sum_i \operatorname{sign}(m_i)
+      + \lambda x \right)
+
+    Each worker keeps a momentum of its own. Without an axis it is numerically `optax.signum`. A
+    worker whose gradient is not finite is left out of the vote and keeps its momentum.
+
+    Args:
+      learning_rate: the step size :math:`\alpha`, a number or a schedule.
+      b1: the decay :math:`\beta` of the momentum, in [0, 1).
+      warmup: see :func:`signax.scale_by_signum`.
+      nesterov: see :func:`signax.scale_by_signum`.
+      accumulator_dtype: the dtype of the momentum; by default that of the parameters.
+      weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate, added
+        after the vote.
+      mask: which leaves decay: a tree of booleans, or a function of the parameters that gives one.
+      axis_name: the mapped axis along which the workers lie; `None` for one worker.
+      zeros: see :func:`signax.majority_vote`.
+      ties: see :func:`signax.majority_vote`.
+      transport: see :func:`signax.majority_vote`.
+
+    Returns:
+      The optimiser.
+
+    Raises:
+      ValueError: an option is out of range, or an option of the vote is given without an axis.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, signax
+      >>> tx = signax.signum(0.5, axis_name="workers")
+      >>> params = jnp.array([1.0, -2.0])
+      >>> gradients = jnp.array([[2.0, -4.0], [1.0, 3.0], [5.0, -1.0]])
+      >>> update = lambda g: tx.update(g, tx.init(params))[0]
+      >>> updates = jax.vmap(update, axis_name="workers")(gradients)
+      >>> print(optax.apply_updates(params, updates[0]))
+      [ 0.5 -1.5]
+
+    References:
+      Bernstein et al., `signSGD with Majority Vote is Communication Efficient and Fault Tolerant
+      <https://arxiv.org/abs/1810.05291>`_, 2019
+    """
+    signs = scale_by_signum(
+        b1, warmup=warmup, nesterov=nesterov, accumulator_dtype=accumulator_dtype
+    )
+    direction = _voted(signs, axis_name, zeros, ties, transport)
+    return _descend(direction, learning_rate, weight_decay, mask)
+
+
+def lion(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    *,
+    accumulator_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-3,
+    mask: Mask = None,
+    axis_name: Hashable | None = None,
+    zeros: Zeros = "dither",
+    ties: Ties = "dither",
+    transport: Transport = "auto",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lion, over the workers of an axis by majority vote.
+
+    .. math:: c_i = \beta_1 m_i + (1 - \beta_1) g_i, \quad
+      m_i \leftarrow \beta_2 m_i + (1 - \beta_2) g_i, \quad
+      x \leftarrow x - \alpha \left( \operatorname{sign} \sum_i \operatorname{sign}(c_i)
+      + \lambda x \right)
+
+    Each worker keeps a momentum of its own. Without an axis it is numerically `optax.lion`. A
+    worker whose gradient is not finite is left out of the vote and keeps its momentum.
+
+    Args:
+      learning_rate: the step size :math:`\alpha`, a number or a schedule.
+      b1: the weight :math:`\beta_1` of the momentum in the direction, in [0, 1).
+      b2: the decay :math:`\beta_2` of the momentum, in [0, 1).
+      accumulator_dtype: the dtype of the momentum; by default that of the parameters.
+      weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate, added
+        after the vote.
+      mask: which leaves decay: a tree of booleans, or a function of the parameters that gives one.
+      axis_name: the mapped axis along which the workers lie; `None` for one worker.
+      zeros: see :func:`signax.majority_vote`.
+      ties: see :func:`signax.majority_vote`.
+      transport: see :func:`signax.majority_vote`.
+
+    Returns:
+      The optimiser.
+
+    Raises:
+      ValueError: an option is out of range, or an option of the vote is given without an axis.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, signax
+      >>> tx = signax.lion(0.5, weight_decay=0.0)
+      >>> params = jnp.array([1.0, -2.0])
+      >>> updates, state = tx.update(2 * params, tx.init(params))
+      >>> print(optax.apply_updates(params, updates))
+      [ 0.5 -1.5]
+
+    References:
+      Chen et al., `Symbolic Discovery of Optimization Algorithms
+      <https://arxiv.org/abs/2302.06675>`_, 2023
+    """
+    check_number("b1", b1, low=0, high=1)
+    check_number("b2", b2, low=0, high=1)
+    signs = optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=accumulator_dtype)
+    direction = _voted(signs, axis_name, zeros, ties, transport)
+    return _descend(direction, learning_rate, weight_decay, mask)
+
+
+def ef_sign_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    block: Block = "leaf",
+    decay: float = 1.0,
+    accumulator_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""signSGD with error feedback, for one worker.
+
+    .. math:: p = g + e, \quad u = \frac{\lVert p \rVert_1}{d} \operatorname{sign}(p), \quad
+      e \leftarrow p - u, \quad x \leftarrow x - \alpha (u + \lambda x)
+
+    It converges like gradient descent where the sign alone does not, so learning rates are those of
+    gradient descent, not of signSGD. The paper keeps the memory in units of the learning rate; here
+    it is in units of the gradient, which is the same for a constant learning rate, and right under
+    a schedule.
+
+    Args:
+      learning_rate: the step size :math:`\alpha`, a number or a schedule.
+      block: what shares one scale, see :func:`signax.scale_by_scaled_sign`.
+      decay: see :func:`signax.error_feedback`.
+      accumulator_dtype: the dtype of the memory; by default that of the parameters.
+      weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate; it does not
+        enter the memory.
+      mask: which leaves decay: a tree of booleans, or a function of the parameters that gives one.
+
+    Returns:
+      The optimiser.
+
+    Raises:
+      ValueError: an option is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, signax
+      >>> tx = signax.ef_sign_sgd(0.5)
+      >>> params = jnp.array([1.0, -3.0])
+      >>> updates, state = tx.update(params, tx.init(params))
+      >>> print(optax.apply_updates(params, updates))
+      [ 0. -2.]
+
+    References:
+      Karimireddy et al., `Error Feedback Fixes SignSGD and other Gradient Compression Schemes
+      <https://arxiv.org/abs/1901.09847>`_, 2019
+    """
+    direction = error_feedback(
+        scale_by_scaled_sign(block=block), decay=decay, accumulator_dtype=accumulator_dtype
+    )
+    return _descend(direction, learning_rate, weight_decay, mask)

@@ -1,0 +1,239 @@
+"""Transformations that remember: momentum, error memory, and keeping both finite."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from signax._ballots import all_finite
+from signax._checks import check_floating, check_number, check_same_structure
+
+
+class ScaleBySignumState(NamedTuple):
+    """State of `scale_by_signum`.
+
+    Attributes:
+      count: int32[], the steps taken.
+      momentum: the moving average m of the updates.
+    """
+
+    count: jax.Array
+    momentum: optax.Updates
+
+
+def scale_by_signum(
+    b1: float = 0.9,
+    *,
+    warmup: bool = False,
+    nesterov: bool = False,
+    accumulator_dtype: Any = None,
+) -> optax.GradientTransformation:
+    r"""Replaces updates by the signs of their moving average.
+
+    .. math:: m_t = \beta m_{t-1} + (1 - \beta) g_t, \quad u_t = \operatorname{sign}(m_t)
+
+    Args:
+      b1: the decay :math:`\beta` of the average, in [0, 1).
+      warmup: whether the first C steps emit :math:`\operatorname{sign}(g_t)` while m fills, as the
+        paper's theory has it. C is the smallest number such that, for every k >= C,
+        :math:`\frac{k}{2} \beta^k \le \frac{1}{(1 - \beta^2)(k + 1)}` and
+        :math:`\beta^{k + 1} \le \frac{1}{2}`; 54 for 0.9.
+      nesterov: whether the sign is taken of :math:`\beta m_t + (1 - \beta) g_t`.
+      accumulator_dtype: the dtype of m; by default that of the parameters.
+
+    Returns:
+      A transformation with a `ScaleBySignumState` whose updates are +1, -1 and 0 in each leaf's
+      dtype.
+
+    Raises:
+      ValueError: `b1` is outside [0, 1); at the update, the state is that of another tree.
+      TypeError: `warmup` with a `b1` that is traced, so that C is unknown; at the update, a leaf
+        is not floating-point.
+
+    Examples:
+      >>> import jax.numpy as jnp, signax
+      >>> tx = signax.scale_by_signum(0.5)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> _, state = tx.update(jnp.array([4.0, -4.0]), state)
+      >>> updates, state = tx.update(jnp.array([-1.0, 8.0]), state)
+      >>> print(updates, state.momentum)
+      [1. 1.] [0.5 3. ]
+
+    References:
+      Bernstein et al., `signSGD: Compressed Optimisation for Non-Convex Problems
+      <https://arxiv.org/abs/1802.04434>`_, 2018
+    """
+    check_number("b1", b1, low=0, high=1)
+    if warmup and isinstance(b1, jax.core.Tracer):
+        raise TypeError("warmup=True needs a b1 that is known when the step is built: list 'b1' in "
+                        "the static_args of optax.inject_hyperparams")
+    warmup_steps = _warmup_steps(float(b1)) if warmup else 0
+
+    def init_fn(params):
+        check_floating(params, "params")
+        momentum = optax.tree.zeros_like(params, dtype=accumulator_dtype)
+        return ScaleBySignumState(count=jnp.zeros([], jnp.int32), momentum=momentum)
+
+    def update_fn(updates, state, params=None):
+        del params
+        check_floating(updates)
+        check_same_structure("updates", updates, "state.momentum", state.momentum)
+
+        def average(g, m):
+            wide = jnp.promote_types(g.dtype, m.dtype)
+            return ((1 - b1) * g.astype(wide) + b1 * m.astype(wide)).astype(m.dtype)
+
+        momentum = jax.tree.map(average, updates, state.momentum)
+        direction = jax.tree.map(average, updates, momentum) if nesterov else momentum
+        if warmup_steps:
+            filling = state.count < warmup_steps
+            direction = jax.tree.map(
+                lambda g, m: jnp.where(filling, g, m.astype(g.dtype)), updates, direction
+            )
+        signs = jax.tree.map(lambda g, m: jnp.sign(m).astype(g.dtype), updates, direction)
+        count = optax.safe_increment(state.count)
+        return signs, ScaleBySignumState(count=count, momentum=momentum)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _warmup_steps(b1: float) -> int:
+    """The paper's C(b1)."""
+
+    def filled(k: int) -> bool:
+        return k / 2 * b1**k <= 1 / ((1 - b1**2) * (k + 1)) and b1 ** (k + 1) <= 0.5
+
+    # k (k + 1) b1^k, and so the first condition's excess, only falls once k is past 2 / -log(b1).
+    falling = 1
+    while falling * (falling + 1) * b1**falling < (falling + 1) * (falling + 2) * b1 ** (falling + 1):
+        falling += 1
+    steps = falling
+    while not filled(steps):
+        steps += 1
+    while steps > 0 and filled(steps - 1):
+        steps -= 1
+    return steps
+
+
+class ErrorFeedbackState(NamedTuple):
+    """State of `error_feedback`.
+
+    Attributes:
+      error: the memory e, what was not emitted so far.
+      inner_state: the compressor's state.
+    """
+
+    error: optax.Updates
+    inner_state: optax.OptState
+
+
+def error_feedback(
+    compressor: optax.GradientTransformation,
+    *,
+    decay: float = 1.0,
+    accumulator_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adds to each update what compression has left out so far.
+
+    .. math:: p_t = g_t + \lambda e_t, \quad u_t = C(p_t), \quad e_{t+1} = p_t - u_t
+
+    with :math:`u_t` exactly as emitted, after rounding to the leaf's dtype, so that nothing is
+    lost. Any transformation that compresses may stand inside: :func:`signax.scale_by_scaled_sign`,
+    :func:`signax.scale_by_top_k`, :func:`signax.scale_by_random_k`, or a chain of them.
+
+    What does not compress must stay outside. A learning rate inside makes the memory grow without
+    bound, since most of every update is taken for an error; weight decay inside is cancelled by the
+    memory; a vote inside subtracts what others have sent. The memory is in the units of the
+    updates, so that a learning-rate schedule after it changes nothing about it.
+
+    Args:
+      compressor: the transformation C.
+      decay: the share :math:`\lambda` of the memory that is added, in [0, 1].
+      accumulator_dtype: the dtype of e and p; by default that of the parameters. Use f32 with bf16
+        gradients.
+
+    Returns:
+      A transformation with an `ErrorFeedbackState`; extra arguments are passed to the compressor.
+
+    Raises:
+      ValueError: `decay` is outside [0, 1]; at the update, the state is that of another tree.
+      TypeError: at the update, a leaf is not floating-point.
+
+    Examples:
+      >>> import jax.numpy as jnp, signax
+      >>> tx = signax.error_feedback(signax.scale_by_top_k(0.5))
+      >>> state = tx.init(jnp.zeros(2))
+      >>> updates, state = tx.update(jnp.array([2.0, 3.0]), state)
+      >>> print(updates, state.error)
+      [0. 3.] [2. 0.]
+      >>> updates, state = tx.update(jnp.array([2.0, 3.0]), state)
+      >>> print(updates, state.error)
+      [4. 0.] [0. 3.]
+
+    References:
+      Karimireddy et al., `Error Feedback Fixes SignSGD and other Gradient Compression Schemes
+      <https://arxiv.org/abs/1901.09847>`_, 2019
+    """
+    check_number("decay", decay, low=0, high=1, ends="[]")
+    compressor = optax.with_extra_args_support(compressor)
+
+    def init_fn(params):
+        check_floating(params, "params")
+        error = optax.tree.zeros_like(params, dtype=accumulator_dtype)
+        return ErrorFeedbackState(error=error, inner_state=compressor.init(error))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        check_floating(updates)
+        check_same_structure("updates", updates, "state.error", state.error)
+        corrected = jax.tree.map(
+            lambda g, e: (g.astype(e.dtype) + decay * e).astype(e.dtype), updates, state.error
+        )
+        compressed, inner_state = compressor.update(
+            corrected, state.inner_state, params, **extra_args
+        )
+        emitted = jax.tree.map(lambda g, u: u.astype(g.dtype), updates, compressed)
+        error = jax.tree.map(lambda p, u: p - u.astype(p.dtype), corrected, emitted)
+        return emitted, ErrorFeedbackState(error=error, inner_state=inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def hold_if_nonfinite(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps NaN and infinity out of a transformation's state.
+
+    If the incoming updates, the inner transformation's output or its new floating-point state hold
+    a NaN or an infinity, its floating-point state stays as it was (counts and keys advance, so that
+    they stay the same on every worker), and every update that comes out is NaN: a vote or a mean
+    that follows leaves this worker out for the step, and a bad batch is forgotten by the next.
+
+    Args:
+      inner: the transformation to protect; put the vote after this, not into it.
+
+    Returns:
+      A transformation with the inner one's state; extra arguments are passed on.
+
+    Examples:
+      >>> import jax.numpy as jnp, signax
+      >>> tx = signax.hold_if_nonfinite(signax.scale_by_signum())
+      >>> state = tx.init(jnp.zeros(2))
+      >>> updates, state = tx.update(jnp.array([jnp.inf, 1.0]), state)
+      >>> print(updates, state.momentum, state.count)
+      [nan nan] [0. 0.] 1
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        new_updates, new_state = inner.update(updates, state, params, **extra_args)
+        finite = all_finite((updates, new_updates, new_state))
+
+        def hold(old, new):
+            return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+        held = jax.tree.map(hold, state, new_state)
+        marked = jax.tree.map(lambda u: jnp.where(finite, u, jnp.nan).astype(u.dtype), new_updates)
+        return marked, held
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
