@@ -1,36 +1,17 @@
 """DataParallel: the state and the gradients of each worker as global arrays, under `jax.jit`."""
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from signax._checks import check_axis_name
-from signax._variance import varying_outputs
-
-PerWorker = Callable[[str, jax.ShapeDtypeStruct], bool | None]
-
-
-class _Layout(NamedTuple):
-    """How the global arrays of a state lie on the mesh, leaf by leaf.
-
-    Attributes:
-      structure: the state's tree structure.
-      paths: each leaf's place in it, for messages.
-      shapes: each leaf's shape and dtype on one worker.
-      per_worker: whether each worker has a value of its own, a row of the global array.
-      shardings: each global array's sharding.
-    """
-
-    structure: Any
-    paths: list[str]
-    shapes: list[jax.ShapeDtypeStruct]
-    per_worker: list[bool]
-    shardings: list[NamedSharding]
+from signax._layout import Layout, PerWorker, check_state, find_layout
+from signax._specs import entry_axes, explicit_axes, keep_axes, reshard, spec_axes, typed_spec
 
 
 class DataParallel(optax.GradientTransformationExtraArgs):
@@ -115,11 +96,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         self.num_workers = mesh.shape[axis_name]
         self.param_specs = param_specs
         self._per_worker = per_worker
-        # Explicit axes would refuse arrays that lie nowhere in particular; Auto takes all.
-        self._auto_mesh = Mesh(
-            mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names)
-        )
-        self._layouts: dict[Any, _Layout] = {}
+        self._layouts: dict[Any, Layout] = {}
         return self
 
     def state_shardings(self, params: optax.Params) -> Any:
@@ -131,8 +108,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         Returns:
           A tree like the state, of `NamedSharding`s.
         """
-        layout = self._layout(params)
-        return layout.structure.unflatten(layout.shardings)
+        layout = self._layout(params, self._specs(params))
+        return layout.structure.unflatten(leaf.sharding for leaf in layout.leaves)
 
     def value_and_grad(
         self, loss_fn: Callable, *, has_aux: bool = False, accumulate: int = 1
@@ -177,7 +154,10 @@ class DataParallel(optax.GradientTransformationExtraArgs):
 
         def value_and_grad_fn(params, batch, *replicated, key=None):
             self._check_batch(batch, accumulate)
-            loss, aux, grads = mapped(params, batch, replicated, key)
+            batch = self._place(batch, per_worker=True)
+            loss, aux, grads = mapped(
+                self._place_params(params), batch, self._place(replicated), self._place(key)
+            )
             return ((loss, aux) if has_aux else loss), grads
 
         return value_and_grad_fn
@@ -207,108 +187,149 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         return jax.jit(step, donate_argnums=(0, 1))
 
     def _init(self, params):
-        layout = self._layout(params)
+        layout = self._layout(params, self._specs(params))
 
         def local(params):
             leaves = jax.tree.leaves(self.tx.init(params))
             return [
-                self._row(leaf) if own else jnp.asarray(leaf)
-                for leaf, own in zip(leaves, layout.per_worker, strict=True)
+                self._row(leaf) if per_worker else jnp.asarray(leaf)
+                for leaf, (_, _, per_worker, _) in zip(leaves, layout.leaves, strict=True)
             ]
 
-        mapped = self._shard_map(local, (PartitionSpec(),), self._manual_specs(layout))
-        leaves = jax.jit(mapped, out_shardings=layout.shardings)(params)
-        return layout.structure.unflatten(leaves)
+        mapped = self._shard_map(local, (PartitionSpec(),), self._worker_specs(layout))
+
+        def init(params):
+            return mapped(self._place_params(params))
+
+        shardings = [leaf.sharding for leaf in layout.leaves]
+        return layout.structure.unflatten(jax.jit(init, out_shardings=shardings)(params))
 
     def _update(self, updates, state, params=None, *, active=None, **extra_args):
         self._check_rows(updates, params)
-        like_params = jax.tree.map(lambda row: row[0], updates) if params is None else params
-        layout = self._layout(like_params)
-        self._check_state(state, layout)
-        if self.param_specs is not None:
-            extra_args["param_specs"] = self.param_specs
+        specs = self._row_specs(updates) if params is None else self._specs(params)
+        one_worker = jax.tree.map(_without_row, updates) if params is None else params
+        layout = self._layout(one_worker, specs)
+        check_state(state, layout, self.num_workers)
+        if specs is not None:
+            extra_args["param_specs"] = specs
 
         def local(updates, leaves, params, active):
-            state = layout.structure.unflatten(
-                leaf.squeeze(0) if own else leaf
-                for leaf, own in zip(leaves, layout.per_worker, strict=True)
-            )
             extra = extra_args if active is None else {**extra_args, "active": active.squeeze(0)}
+            state = layout.structure.unflatten(
+                leaf.squeeze(0) if per_worker else leaf
+                for leaf, (_, _, per_worker, _) in zip(leaves, layout.leaves, strict=True)
+            )
             updates = jax.tree.map(lambda row: row.squeeze(0), updates)
             updates, state = self.tx.update(updates, state, params, **extra)
             self._check_settled(updates)
             return updates, self._state_rows(state, layout)
 
         whole, split = PartitionSpec(), PartitionSpec(self.axis_name)
-        specs = self._manual_specs(layout)
-        mapped = self._shard_map(local, (split, specs, whole, split), (whole, specs))
-        updates, leaves = mapped(updates, jax.tree.leaves(state), params, active)
+        state_specs = self._worker_specs(layout)
+        mapped = self._shard_map(local, (split, state_specs, whole, split), (whole, state_specs))
+        leaves = [
+            self._place(leaf, per_worker=per_worker)
+            for leaf, (_, _, per_worker, _) in zip(
+                jax.tree.leaves(state), layout.leaves, strict=True
+            )
+        ]
+        updates, leaves = mapped(
+            self._place(updates, per_worker=True),
+            leaves,
+            self._place_params(params),
+            self._place(active, per_worker=True),
+        )
         return updates, layout.structure.unflatten(leaves)
 
     def _shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         return jax.shard_map(
             function,
-            mesh=self._auto_mesh,
+            mesh=self.mesh,
             in_specs=in_specs,
             out_specs=out_specs,
             axis_names={self.axis_name},
         )
 
+    def _varies(self, array: Any) -> bool:
+        return self.axis_name in jax.typeof(array).manual_axis_type.varying
+
     def _own(self, array: Any) -> jax.Array:
         """Types an array as differing between the workers, if it is not yet."""
         array = jnp.asarray(array)
-        if self.axis_name in jax.typeof(array).manual_axis_type.varying:
-            return array
-        return lax.pcast(array, self.axis_name, to="varying")
+        return array if self._varies(array) else lax.pcast(array, self.axis_name, to="varying")
 
     def _row(self, array: Any) -> jax.Array:
         """One worker's row of a global array: [...] to [1, ...]."""
         return self._own(array)[None]
 
-    def _manual_specs(self, layout: _Layout) -> list[PartitionSpec]:
+    def _worker_specs(self, layout: Layout) -> list[PartitionSpec]:
         """The state's specs over the workers' axis alone."""
-        return [PartitionSpec(self.axis_name) if own else PartitionSpec() for own in layout.per_worker]
+        row, whole = PartitionSpec(self.axis_name), PartitionSpec()
+        return [row if leaf.per_worker else whole for leaf in layout.leaves]
 
-    def _layout(self, params: Any) -> _Layout:
-        """The layout of the state of `params`, by their structure, shapes and dtypes."""
-        params = jax.tree.map(_shape, params)
-        key = (jax.tree.structure(params), tuple(jax.tree.leaves(params)))
+    def _layout(self, params: Any, specs: Any) -> Layout:
+        """The layout of the state of `params`, found once for their structure and shapes."""
+        params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params
+        )
+        key = (
+            jax.tree.structure(params),
+            tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)),
+            tuple(jax.tree.leaves(specs)),
+        )
         if key not in self._layouts:
-            self._layouts[key] = self._find_layout(params)
+            self._layouts[key] = find_layout(
+                self.tx, params, specs, self.mesh, self.axis_name, self._per_worker
+            )
         return self._layouts[key]
 
-    def _find_layout(self, params: Any) -> _Layout:
-        state, per_worker = _find_per_worker(
-            self.tx, params, self.axis_name, self.num_workers
-        )
-        paths_and_shapes, structure = jax.tree.flatten_with_path(state)
-        paths = [jax.tree_util.keystr(path) for path, _ in paths_and_shapes]
-        shapes = [shape for _, shape in paths_and_shapes]
-        if self._per_worker is not None:
-            wanted = [self._per_worker(path, shape) for path, shape in zip(paths, shapes, strict=True)]
-            per_worker = [
-                found if want is None else want
-                for found, want in zip(per_worker, wanted, strict=True)
-            ]
-        shardings = [
-            NamedSharding(self.mesh, PartitionSpec(self.axis_name, *spec) if own else spec)
-            for spec, own in zip(self._state_specs(state), per_worker, strict=True)
-        ]
-        return _Layout(structure, paths, shapes, per_worker, shardings)
+    def _specs(self, params: Any) -> Any:
+        """The parameters' specs over the axes inside a worker: as given, or as their types say."""
+        if self.param_specs is not None:
+            if jax.tree.structure(self.param_specs) != jax.tree.structure(params):
+                raise ValueError(
+                    f"param_specs and params differ in structure: param_specs is "
+                    f"{jax.tree.structure(self.param_specs)}, params is "
+                    f"{jax.tree.structure(params)}"
+                )
+            return self.param_specs
+        inside = explicit_axes(self.mesh) - {self.axis_name}
+        if not inside:
+            return None
+        return jax.tree.map(lambda leaf: keep_axes(typed_spec(leaf), inside), params)
 
-    def _state_specs(self, state: Any) -> list[PartitionSpec]:
-        """How each state leaf is sharded over the other axes: like its parameter, if it has one."""
-        whole = PartitionSpec()
-        if self.param_specs is None:
-            return [whole for _ in jax.tree.leaves(state)]
-        specs = optax.tree.map_params(
-            self.tx,
-            lambda _, spec: spec,
-            state,
-            self.param_specs,
-            transform_non_params=lambda _: whole,
+    def _row_specs(self, updates: Any) -> Any:
+        """The specs of parameters that are known by their updates' rows only."""
+        if self.param_specs is not None:
+            return self.param_specs
+        inside = explicit_axes(self.mesh) - {self.axis_name}
+        if not inside:
+            return None
+        return jax.tree.map(
+            lambda row: PartitionSpec(*keep_axes(typed_spec(row), inside)[1:]), updates
         )
-        return jax.tree.leaves(specs)
+
+    def _place(self, tree: Any, *, per_worker: bool = False) -> Any:
+        """Lays arrays out as a mesh of Explicit axes demands, rows over the workers' axis."""
+
+        def place(leaf):
+            leaf = jnp.asarray(leaf)
+            entries = [
+                tuple(axis for axis in entry_axes(entry) if axis != self.axis_name)
+                for entry in typed_spec(leaf)
+            ]
+            if per_worker:
+                entries[0] = (self.axis_name, *entries[0])
+            return reshard(leaf, self.mesh, PartitionSpec(*entries))
+
+        return jax.tree.map(place, tree)
+
+    def _place_params(self, params: Any) -> Any:
+        if params is None or self.param_specs is None:
+            return self._place(params)
+        return jax.tree.map(
+            lambda leaf, spec: reshard(leaf, self.mesh, spec), params, self.param_specs
+        )
 
     def _check_batch(self, batch: Any, accumulate: int) -> None:
         pieces = self.num_workers * accumulate
@@ -338,30 +359,9 @@ class DataParallel(optax.GradientTransformationExtraArgs):
                     "gradients of DataParallel.value_and_grad, which are not yet averaged"
                 )
 
-    def _check_state(self, state: Any, layout: _Layout) -> None:
-        structure = jax.tree.structure(state)
-        if structure != layout.structure:
-            raise ValueError(
-                f"state and params do not belong together: state is {structure}, but that of these "
-                f"params is {layout.structure}; make it with init on the same parameters"
-            )
-        for path, leaf, shape, own in zip(
-            layout.paths, jax.tree.leaves(state), layout.shapes, layout.per_worker, strict=True
-        ):
-            expected = (self.num_workers, *shape.shape) if own else shape.shape
-            if leaf.shape == expected:
-                continue
-            if own and leaf.shape[1:] == shape.shape:
-                raise ValueError(
-                    f"state{path} has rows for {leaf.shape[0]} workers, but the mesh has "
-                    f"{self.num_workers} along {self.axis_name!r}: use a mesh of {leaf.shape[0]}, "
-                    "or start from a new init"
-                )
-            raise ValueError(f"state{path} has shape {leaf.shape}, but should have {expected}")
-
     def _check_settled(self, updates: Any) -> None:
         for path, leaf in jax.tree.leaves_with_path(updates):
-            if self.axis_name in jax.typeof(leaf).manual_axis_type.varying:
+            if self._varies(leaf):
                 raise ValueError(
                     f"updates{jax.tree_util.keystr(path)} is neither voted nor averaged over "
                     f"{self.axis_name!r}, so that its parameters would differ between workers: put "
@@ -370,45 +370,27 @@ class DataParallel(optax.GradientTransformationExtraArgs):
                     "the freezing after the vote"
                 )
 
-    def _state_rows(self, state: Any, layout: _Layout) -> list[jax.Array]:
+    def _state_rows(self, state: Any, layout: Layout) -> list[jax.Array]:
         structure = jax.tree.structure(state)
         if structure != layout.structure:
             raise ValueError(
                 f"tx changes the structure of its state from {layout.structure} to {structure}"
             )
-        leaves = []
-        for path, leaf, own in zip(
-            layout.paths, jax.tree.leaves(state), layout.per_worker, strict=True
+        rows = []
+        for leaf, (path, _, per_worker, _) in zip(
+            jax.tree.leaves(state), layout.leaves, strict=True
         ):
-            if not own and self.axis_name in jax.typeof(leaf).manual_axis_type.varying:
+            if not per_worker and self._varies(leaf):
                 raise ValueError(
                     f"state{path} differs between workers but is to be shared: let per_worker "
                     "return True for it"
                 )
-            leaves.append(self._row(leaf) if own else leaf)
-        return leaves
+            rows.append(self._row(leaf) if per_worker else leaf)
+        return rows
 
 
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
-
-
-def _find_per_worker(
-    tx: optax.GradientTransformationExtraArgs, params: Any, axis_name: Hashable, num_workers: int
-) -> tuple[Any, list[bool]]:
-    """The shape of one worker's state, and which of its leaves differ between the workers."""
-    axes = [(axis_name, num_workers)]
-    init, state = jax.make_jaxpr(tx.init, axis_env=axes, return_shape=True)(params)
-    update = jax.make_jaxpr(tx.update, axis_env=axes)(params, state, params)
-    num_params = len(jax.tree.leaves(params))
-    per_worker = varying_outputs(init.jaxpr, [False] * num_params, axis_name)
-    while True:
-        inputs = [True] * num_params + per_worker + [False] * num_params
-        outputs = varying_outputs(update.jaxpr, inputs, axis_name)[num_params:]
-        grown = [old or new for old, new in zip(per_worker, outputs, strict=True)]
-        if grown == per_worker:
-            return state, per_worker
-        per_worker = grown
+def _without_row(row: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(row.shape[1:], row.dtype)
 
 
 def _accumulate(
@@ -444,7 +426,7 @@ def _check_param_specs(specs: Any, mesh: Mesh, axis_name: Hashable) -> None:
         name = f"param_specs{jax.tree_util.keystr(path)}"
         if not isinstance(spec, PartitionSpec):
             raise TypeError(f"{name}={spec!r} is not a jax.sharding.PartitionSpec")
-        for axis in jax.tree.leaves(tuple(spec)):
+        for axis in spec_axes(spec):
             if axis == axis_name:
                 raise ValueError(
                     f"{name}={spec} shards a parameter over {axis_name!r}, the workers' own axis: "

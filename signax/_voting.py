@@ -17,6 +17,7 @@ from signax._collectives import (
     exchange_votes,
     mean_active,
 )
+from signax._specs import spec_axes
 
 
 class MajorityVoteState(NamedTuple):
@@ -136,14 +137,6 @@ def _specs_like(updates: Any, specs: Any) -> list[PartitionSpec]:
         lambda leaf, spec: leaf if is_masked(leaf) else spec, updates, specs, is_leaf=is_masked
     )
     return jax.tree.leaves(kept)
-
-
-def spec_axes(spec: PartitionSpec) -> frozenset:
-    """The mesh axes that a spec names."""
-    axes = set()
-    for entry in spec:
-        axes.update(entry if isinstance(entry, tuple) else () if entry is None else (entry,))
-    return frozenset(axes)
 
 
 def average_updates(axis_name: Hashable) -> optax.GradientTransformationExtraArgs:

@@ -1,0 +1,112 @@
+"""How the state of a transformation lies on a mesh: which leaves each worker has of its own."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from signax._variance import varying_outputs
+
+PerWorker = Callable[[str, jax.ShapeDtypeStruct], bool | None]
+
+
+class Leaf(NamedTuple):
+    """One leaf of a state.
+
+    Attributes:
+      path: its place in the state, for messages.
+      shape: its shape on one worker.
+      per_worker: whether every worker has its own, one row of the global array each.
+      sharding: the global array's sharding.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    per_worker: bool
+    sharding: NamedSharding
+
+
+class Layout(NamedTuple):
+    """The structure of a state and its leaves."""
+
+    structure: Any
+    leaves: list[Leaf]
+
+
+def find_layout(
+    tx: optax.GradientTransformationExtraArgs,
+    params: Any,
+    param_specs: Any,
+    mesh: Mesh,
+    axis_name: Hashable,
+    override: PerWorker | None,
+) -> Layout:
+    """The layout of the state of `tx` for parameters of the given shapes and specs."""
+    state, found = _find_per_worker(tx, params, axis_name, mesh.shape[axis_name])
+    shapes, structure = jax.tree.flatten_with_path(state)
+    leaves = []
+    for (path, leaf), per_worker, spec in zip(
+        shapes, found, _state_specs(tx, state, param_specs), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        wanted = override(name, leaf) if override is not None else None
+        if wanted if wanted is not None else per_worker:
+            sharding = NamedSharding(mesh, PartitionSpec(axis_name, *spec))
+            leaves.append(Leaf(name, leaf.shape, True, sharding))
+        else:
+            leaves.append(Leaf(name, leaf.shape, False, NamedSharding(mesh, spec)))
+    return Layout(structure, leaves)
+
+
+def _find_per_worker(
+    tx: optax.GradientTransformationExtraArgs, params: Any, axis_name: Hashable, num_workers: int
+) -> tuple[Any, list[bool]]:
+    """The shapes of one worker's state, and which of its leaves differ between the workers."""
+    axes = [(axis_name, num_workers)]
+    init, state = jax.make_jaxpr(tx.init, axis_env=axes, return_shape=True)(params)
+    update = jax.make_jaxpr(tx.update, axis_env=axes)(params, state, params)
+    num_params = len(jax.tree.leaves(params))
+    per_worker = varying_outputs(init.jaxpr, [False] * num_params, axis_name)
+    while True:  # until the state that comes out differs nowhere that the one going in does not
+        inputs = [True] * num_params + per_worker + [False] * num_params
+        outputs = varying_outputs(update.jaxpr, inputs, axis_name)[num_params:]
+        grown = [old or new for old, new in zip(per_worker, outputs, strict=True)]
+        if grown == per_worker:
+            return state, per_worker
+        per_worker = grown
+
+
+def _state_specs(tx: Any, state: Any, param_specs: Any) -> list[PartitionSpec]:
+    """How each state leaf is sharded over further axes: like its parameter, if it has one."""
+    whole = PartitionSpec()
+    if param_specs is None:
+        return [whole for _ in jax.tree.leaves(state)]
+    specs = optax.tree.map_params(
+        tx, lambda _, spec: spec, state, param_specs, transform_non_params=lambda _: whole
+    )
+    return jax.tree.leaves(specs)
+
+
+def check_state(state: Any, layout: Layout, num_workers: int) -> None:
+    """Refuses a state of other parameters, or of another number of workers."""
+    structure = jax.tree.structure(state)
+    if structure != layout.structure:
+        raise ValueError(
+            f"state and params do not belong together: state is {structure}, but that of these "
+            f"params is {layout.structure}; make it with init on the same parameters"
+        )
+    for leaf, (path, shape, per_worker, _) in zip(
+        jax.tree.leaves(state), layout.leaves, strict=True
+    ):
+        expected = (num_workers, *shape) if per_worker else shape
+        if jnp.shape(leaf) == expected:
+            continue
+        if per_worker and jnp.shape(leaf)[1:] == shape:
+            raise ValueError(
+                f"state{path} has rows for {leaf.shape[0]} workers, but the mesh has {num_workers}:"
+                f" use a mesh of {leaf.shape[0]} workers, or start from a new init"
+            )
+        raise ValueError(f"state{path} has shape {jnp.shape(leaf)}, but should have {expected}")

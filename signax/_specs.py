@@ -1,0 +1,45 @@
+"""Partition specs: which mesh axes they name, and what JAX's types say of an array's own."""
+
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def entry_axes(entry: Any) -> tuple[Hashable, ...]:
+    """The mesh axes in one entry of a spec."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def spec_axes(spec: PartitionSpec) -> frozenset[Hashable]:
+    """The mesh axes in a spec."""
+    return frozenset(axis for entry in spec for axis in entry_axes(entry))
+
+
+def keep_axes(spec: PartitionSpec, axes: frozenset[Hashable]) -> PartitionSpec:
+    """A spec without the axes that are not among `axes`."""
+    return PartitionSpec(
+        *(tuple(axis for axis in entry_axes(entry) if axis in axes) or None for entry in spec)
+    )
+
+
+def typed_spec(array: Any) -> PartitionSpec:
+    """The spec in an array's type, which names Explicit axes only."""
+    return jax.typeof(array).sharding.spec
+
+
+def explicit_axes(mesh: Mesh) -> frozenset[Hashable]:
+    """The axes of type Explicit, over which JAX's types track the sharding of arrays."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(axis for axis, kind in kinds if kind == AxisType.Explicit)
+
+
+def reshard(array: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+    """Lays an array out over a mesh's Explicit axes as `spec` says; Auto axes take any array."""
+    explicit = explicit_axes(mesh)
+    if not explicit:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(mesh, keep_axes(spec, explicit)))
