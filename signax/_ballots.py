@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from signax._checks import check_flag
+
 Zeros = Literal["dither", "abstain", "plus"]
 Ties = Literal["dither", "plus"]
 
@@ -76,4 +78,7 @@ def all_finite(tree: Any) -> jax.Array:
 def takes_part(tree: Any, active: jax.Array | bool | None) -> jax.Array:
     """Whether this worker's updates count: it is `active` and all of them are finite."""
     finite = all_finite(tree)
-    return finite if active is None else finite & active
+    if active is None:
+        return finite
+    check_flag("active", active)
+    return finite & active

@@ -33,6 +33,12 @@ def check_number(
         raise ValueError(f"{name}={value!r} is outside {interval}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Refuses what is not one boolean."""
+    if jnp.shape(value) != () or jnp.result_type(value) != jnp.bool_:
+        raise TypeError(f"{name}={value!r} must be one boolean for each worker")
+
+
 def check_axis_name(axis_name: Hashable) -> None:
     """Refuses what cannot name one mapped axis."""
     if axis_name is None or isinstance(axis_name, (tuple, list, set)):

@@ -25,6 +25,7 @@ from jax import lax
 from signax import _bits
 from signax._ballots import Coins, Ties, Zeros, ballots, takes_part, toss
 from signax._checks import check_axis_name, check_floating, check_mode
+from signax._numerics import wide_dtype
 
 Transport = Literal["auto", "packed"]
 
@@ -176,9 +177,7 @@ def exchange_votes(
     return structure.unflatten(_read_signs(decided, voters, leaves))
 
 
-def _coins(
-    step: Any, zeros: Zeros, ties: Ties, worker: jax.Array, num_workers: int
-) -> Coins:
+def _coins(step: Any, zeros: Zeros, ties: Ties, worker: jax.Array, num_workers: int) -> Coins:
     tossed = zeros == "dither" or (zeros == "plus" and ties == "dither")
     if step is None:
         if tossed:
@@ -215,9 +214,7 @@ def _decide(rows: jax.Array, voters: jax.Array, ties: Ties, tie_coin: jax.Array)
     plus = list(rows[:, 0])
     if rows.shape[1] == 2:
         for_plus, for_minus = _bits.count(plus), _bits.count(list(rows[:, 1]))
-        return jnp.stack(
-            [_bits.exceeds(for_plus, for_minus), _bits.exceeds(for_minus, for_plus)]
-        )
+        return jnp.stack([_bits.exceeds(for_plus, for_minus), _bits.exceeds(for_minus, for_plus)])
     # Among an even number of voters the coin is one more vote, which decides ties and only ties.
     coin = _bits.ALL_BITS if ties == "plus" else _bits.EVEN_BITS ^ _bits.spread(tie_coin)
     coin = jnp.where(voters % 2 == 0, coin, 0)
@@ -239,9 +236,7 @@ def _read_signs(
     signs, start = [], 0
     for leaf in leaves:
         stop = start + _bits.num_words(leaf.size)
-        plus, *minus = (
-            _bits.unpack(plane[start:stop], leaf.shape, leaf.size) for plane in decided
-        )
+        plus, *minus = (_bits.unpack(plane[start:stop], leaf.shape, leaf.size) for plane in decided)
         if minus:
             sign = plus.astype(leaf.dtype) - minus[0].astype(leaf.dtype)
         else:
@@ -255,7 +250,7 @@ def _read_signs(
 def mean_active(tree: Any, axis_name: Hashable, active: jax.Array) -> Any:
     """The mean over the workers that are active, accumulated in at least f32; 0 if none is."""
     leaves, structure = jax.tree.flatten(tree)
-    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+    wide = [leaf.astype(wide_dtype(leaf.dtype)) for leaf in leaves]
     # Not a product: an infinity times zero is NaN.
     counted = [jnp.where(active, leaf, 0) for leaf in wide]
     sums, voters = lax.psum((counted, active.astype(jnp.float32)), axis_name)

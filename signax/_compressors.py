@@ -10,13 +10,9 @@ import optax
 
 from signax._checks import check_axis_name, check_floating, check_key, check_number
 from signax._collectives import worker_index
+from signax._numerics import relative_to_peak, wide_dtype
 
 Block = Literal["leaf", "tree", "row"] | int
-
-
-def _wide(dtype: Any) -> Any:
-    """The dtype in which sums over leaves of `dtype` are accumulated."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformation:
@@ -72,14 +68,14 @@ def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformati
 
 def _tree_mean_magnitude(tree: Any) -> jax.Array:
     leaves = jax.tree.leaves(tree)
-    total = sum(jnp.sum(jnp.abs(leaf), dtype=_wide(leaf.dtype)) for leaf in leaves)
+    total = sum(jnp.sum(jnp.abs(leaf), dtype=wide_dtype(leaf.dtype)) for leaf in leaves)
     return total / max(1, sum(leaf.size for leaf in leaves))
 
 
 def _scaled_sign(p: jax.Array, block: Block) -> jax.Array:
     if p.size == 0:
         return p
-    magnitude = jnp.abs(p).astype(_wide(p.dtype))
+    magnitude = jnp.abs(p).astype(wide_dtype(p.dtype))
     if block == "leaf":
         scale = jnp.mean(magnitude)
     elif block == "row":
@@ -175,16 +171,16 @@ def scale_by_stochastic_sign(
 def _stochastic_sign(g: jax.Array, key: jax.Array, norm: str | float) -> jax.Array:
     if g.size == 0:
         return g
-    wide = g.astype(_wide(g.dtype))
-    largest = jnp.max(jnp.abs(wide))
-    if norm == "l2":
-        safe = jnp.where(largest > 0, largest, 1)  # squares neither overflow nor vanish
-        bound = safe * jnp.sqrt(jnp.sum(jnp.square(wide / safe)))
+    wide = g.astype(wide_dtype(g.dtype))
+    if isinstance(norm, str):
+        mean = relative_to_peak(wide)  # of the sign
+        if norm == "l2":
+            length = jnp.sqrt(jnp.sum(jnp.square(mean)))
+            mean = mean / jnp.where(length == 0, jnp.ones_like(length), length)
     else:
-        bound = largest if norm == "linf" else jnp.asarray(norm, wide.dtype)
-    mean = wide / jnp.where(bound > 0, bound, 1)  # of the sign; only an all-zero leaf has no bound
+        mean = wide / jnp.asarray(norm, wide.dtype)
     drawn = jax.random.uniform(key, g.shape, wide.dtype, minval=-1, maxval=1)
-    sign = jnp.where(drawn < mean, 1, -1) * (largest > 0)
+    sign = jnp.where(drawn < mean, 1.0, -1.0) * jnp.any(wide != 0)
     return jnp.where(jnp.isfinite(mean), sign, jnp.nan).astype(g.dtype)
 
 

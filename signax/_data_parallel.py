@@ -136,7 +136,9 @@ class DataParallel(optax.GradientTransformationExtraArgs):
           ValueError: `accumulate` is not positive; at the call, the batch cannot be cut evenly.
         """
         if not isinstance(accumulate, int) or accumulate < 1:
-            raise ValueError(f"accumulate={accumulate!r} must be a positive number of micro-batches")
+            raise ValueError(
+                f"accumulate={accumulate!r} must be a positive number of micro-batches"
+            )
 
         def local(params, batch, replicated, key):
             # With respect to replicated parameters the gradient would already be the workers' sum.
@@ -399,7 +401,11 @@ def _accumulate(
     """The value and gradient of a batch, averaged over equal pieces of it; aux is stacked."""
 
     def of_piece(piece, number):
-        own = {} if key is None else {"key": key if number is None else jax.random.fold_in(key, number)}
+        own = (
+            {}
+            if key is None
+            else {"key": key if number is None else jax.random.fold_in(key, number)}
+        )
         return gradient(params, piece, *replicated, **own)
 
     if pieces == 1:

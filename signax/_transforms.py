@@ -66,8 +66,10 @@ def scale_by_signum(
     """
     check_number("b1", b1, low=0, high=1)
     if warmup and isinstance(b1, jax.core.Tracer):
-        raise TypeError("warmup=True needs a b1 that is known when the step is built: list 'b1' in "
-                        "the static_args of optax.inject_hyperparams")
+        raise TypeError(
+            "warmup=True needs a b1 that is known when the step is built: list 'b1' in "
+            "the static_args of optax.inject_hyperparams"
+        )
     warmup_steps = _warmup_steps(float(b1)) if warmup else 0
 
     def init_fn(params):
@@ -106,7 +108,9 @@ def _warmup_steps(b1: float) -> int:
 
     # k (k + 1) b1^k, and so the first condition's excess, only falls once k is past 2 / -log(b1).
     falling = 1
-    while falling * (falling + 1) * b1**falling < (falling + 1) * (falling + 2) * b1 ** (falling + 1):
+    while falling * (falling + 1) * b1**falling < (falling + 1) * (falling + 2) * b1 ** (
+        falling + 1
+    ):
         falling += 1
     steps = falling
     while not filled(steps):

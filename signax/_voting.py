@@ -89,9 +89,7 @@ def majority_vote(
         votes = takes_part(updates, active)
 
         def vote(tree, step, votes):
-            return exchange_votes(
-                tree, axis_name, step=step, zeros=zeros, ties=ties, active=votes
-            )
+            return exchange_votes(tree, axis_name, step=step, zeros=zeros, ties=ties, active=votes)
 
         updates = _in_blocks(vote, updates, state.count, votes, param_specs)
         return updates, MajorityVoteState(count=optax.safe_increment(state.count))
