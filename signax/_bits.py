@@ -31,7 +31,7 @@ def part_words(words: int, num_workers: int, planes: int) -> int:
 
 
 def pack(bits: jax.Array) -> jax.Array:
-    """Packs bool[...] in row-major order into u32[num_words(size)]; the last word is zero-filled."""
+    """Packs bool[...] in row-major order into u32[num_words(size)], filled up with zeros."""
     flat = bits.reshape(-1)
     flat = jnp.pad(flat, (0, -flat.size % WORD_BITS))
     octets = jnp.packbits(flat, bitorder="little")  # u8[4 * words]
