@@ -57,3 +57,101 @@ def mean(values, active=None):
     if active is not None:
         takes_part &= np.asarray(active)
     return values[takes_part].mean(axis=0) if takes_part.any() else np.zeros(values.shape[1])
+
+
+# Signum: Bernstein et al. 2018 (arXiv 1802.04434). Gradients and updates are [T, d], a row a step.
+
+
+def warmup_steps(b1, horizon=100_000):
+    """The paper's C(b1): from this k on, up to a horizon, both of its conditions hold for good."""
+    k = np.arange(horizon)
+    filled = (k / 2 * b1**k <= 1 / ((1 - b1**2) * (k + 1))) & (b1 ** (k + 1) <= 0.5)
+    return 0 if filled.all() else int(np.flatnonzero(~filled)[-1]) + 1
+
+
+def signum(gradients, b1, warmup=0, nesterov=False):
+    """The signs that Signum follows, with `warmup` first steps on the gradient's own sign."""
+    momentum, signs = np.zeros_like(gradients[0]), []
+    for t, gradient in enumerate(gradients):
+        momentum = b1 * momentum + (1 - b1) * gradient
+        direction = b1 * momentum + (1 - b1) * gradient if nesterov else momentum
+        signs.append(np.sign(gradient if t < warmup else direction))
+    return np.array(signs)
+
+
+def lion(gradients, b1, b2):
+    """The signs that Lion follows: Chen et al. 2023 (arXiv 2302.06675)."""
+    momentum, signs = np.zeros_like(gradients[0]), []
+    for gradient in gradients:
+        signs.append(np.sign(b1 * momentum + (1 - b1) * gradient))
+        momentum = b2 * momentum + (1 - b2) * gradient
+    return np.array(signs)
+
+
+def descend(params, directions, learning_rates, weight_decay=0.0):
+    """Parameters after each step x <- x - alpha (u + lambda x), as in arXiv 1810.05291."""
+    steps = []
+    for direction, rate in zip(directions, learning_rates, strict=True):
+        params = params - rate * (direction + weight_decay * params)
+        steps.append(params)
+    return np.array(steps)
+
+
+# Compressors and error feedback: Karimireddy et al. 2019 (arXiv 1901.09847).
+
+
+def scaled_sign(values, block="leaf"):
+    """mean |p| sign(p) over blocks of one array; for "tree" over a list of arrays."""
+    if block == "tree":
+        scale = np.abs(np.concatenate([leaf.ravel() for leaf in values])).mean()
+        return [scale * np.sign(leaf) for leaf in values]
+    flat = values.ravel()
+    row = values.shape[-1] if values.ndim else 1
+    size = {"leaf": flat.size, "row": row}.get(block, block) or 1
+    pieces = [flat[start : start + size] for start in range(0, flat.size, size)]
+    signs = [np.abs(piece).mean() * np.sign(piece) for piece in pieces]
+    return np.concatenate([flat[:0], *signs]).reshape(values.shape)
+
+
+def top_k(values, k):
+    """The k coordinates of largest magnitude; the earlier one of equals."""
+    first = sorted(range(values.size), key=lambda j: (-abs(values.flat[j]), j))[:k]
+    kept = np.zeros_like(values)
+    kept.flat[first] = values.flat[first]
+    return kept
+
+
+def error_feedback(gradients, compress, decay=1.0):
+    """What is emitted and what is remembered at each step, p = g + decay e and e = p - C(p)."""
+    error, emitted, memory = np.zeros_like(gradients[0]), [], []
+    for gradient in gradients:
+        corrected = gradient + decay * error
+        emitted.append(compress(corrected))
+        error = corrected - emitted[-1]
+        memory.append(error)
+    return np.array(emitted), np.array(memory)
+
+
+def ef_sign_sgd(params, gradients, learning_rate):
+    """EF-signSGD as the paper states it, with the memory in units of the learning rate."""
+    error, steps = np.zeros_like(params), []
+    for gradient in gradients:
+        corrected = learning_rate * gradient + error
+        delta = np.abs(corrected).mean() * np.sign(corrected)
+        params, error = params - delta, corrected - delta
+        steps.append(params)
+    return np.array(steps)
+
+
+# Stochastic signs: Safaryan and Richtarik 2021 (arXiv 1905.12938).
+
+
+def stochastic_sign_mean(values, norm="l2"):
+    """The mean 2 P(+1) - 1 of each sign, P(+1) = 1/2 + g / (2 norm g), cut off at a bound."""
+    largest = np.abs(values).max()
+    if largest == 0:
+        return np.zeros_like(values)
+    relative = values / largest
+    if norm == "l2":
+        return relative / np.sqrt((relative**2).sum())
+    return relative if norm == "linf" else np.clip(values / norm, -1, 1)

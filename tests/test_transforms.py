@@ -1,0 +1,456 @@
+"""Momentum, error memory and the guard against NaN, step by step against their references."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import references
+from jax import lax
+
+import signax
+
+BAD = [jnp.nan, jnp.inf, -jnp.inf]
+
+
+def normal(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def run(tx, gradients):
+    """What a transformation emits, and its states, on [T, d] gradients."""
+
+    def step(state, gradient):
+        updates, state = tx.update(gradient, state)
+        return state, (updates, state)
+
+    params = jnp.zeros_like(gradients[0])
+    return jax.jit(lambda rows: lax.scan(step, tx.init(params), rows)[1])(gradients)
+
+
+# --- signum ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
+@pytest.mark.parametrize("warmup", [False, True], ids=["cold", "warmup"])
+def test_signum_equals_its_reference(warmup, nesterov):
+    # 54 steps of warm-up and as many after it.
+    gradients = normal((108, 30)).astype(np.float32)
+    signs, _ = run(signax.scale_by_signum(0.9, warmup=warmup, nesterov=nesterov), gradients)
+    expected = references.signum(gradients.astype(np.float64), 0.9, 54 * warmup, nesterov)
+    np.testing.assert_array_equal(signs, expected)
+    # The options matter on these gradients.
+    plain = references.signum(gradients.astype(np.float64), 0.9)
+    assert np.array_equal(expected, plain) == (not warmup and not nesterov)
+
+
+def test_the_reference_of_the_warmup_gives_the_papers_figure():
+    assert references.warmup_steps(0.9) == 54
+
+
+@pytest.mark.parametrize("b1", [0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.95, 0.99, 0.999])
+def test_warmup_ends_where_the_papers_definition_says(b1):
+    steps = references.warmup_steps(b1)
+    tx = signax.scale_by_signum(b1, warmup=True)
+    # A momentum that points the other way shows which of the two an update follows.
+    state = tx.init(jnp.zeros(1))._replace(momentum=-jnp.full(1, 1e30))
+
+    def follows_gradient(count):
+        signs, _ = tx.update(jnp.ones(1), state._replace(count=jnp.int32(count)))
+        return signs[0] == 1
+
+    if steps > 0:
+        assert follows_gradient(steps - 1)
+    assert follows_gradient(steps) == (b1 == 0)  # without momentum there is nothing to fill
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_signum_in_every_dtype_with_a_wide_momentum(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        gradients = jnp.asarray(normal((20, 30)), dtype)
+        wide = "float64" if dtype == "float64" else "float32"
+        signs, states = run(signax.scale_by_signum(0.9, accumulator_dtype=wide), gradients)
+        assert (signs.dtype, states.momentum.dtype) == (dtype, wide)
+        expected = references.signum(np.asarray(gradients, np.float64), 0.9)
+        np.testing.assert_array_equal(np.asarray(signs, np.float64), expected)
+
+
+def test_a_momentum_in_f32_keeps_what_bf16_rounds_away():
+    # 1 decays by b1 = 511/512 per step: bf16 rounds the product back up to 1.
+    gradients = jnp.zeros((50, 1), jnp.bfloat16).at[0].set(512.0)
+    kept = {
+        dtype: run(signax.scale_by_signum(511 / 512, accumulator_dtype=dtype), gradients)[1]
+        for dtype in ("bfloat16", "float32")
+    }
+    assert kept["bfloat16"].momentum[-1] == 1
+    np.testing.assert_allclose(kept["float32"].momentum[-1], (511 / 512) ** 49, rtol=1e-5)
+
+
+def test_signum_counts_its_steps():
+    _, states = run(signax.scale_by_signum(), jnp.ones((4, 2)))
+    assert states.count.tolist() == [1, 2, 3, 4]
+
+
+# --- error feedback --------------------------------------------------------------------------
+
+COMPRESSORS = {
+    "scaled sign": (signax.scale_by_scaled_sign(), references.scaled_sign),
+    "blocks": (
+        signax.scale_by_scaled_sign(block=4),
+        partial(references.scaled_sign, block=4),
+    ),
+    "top-k": (signax.scale_by_top_k(0.3), lambda p: references.top_k(p, math.ceil(0.3 * p.size))),
+    "a chain": (
+        optax.chain(signax.scale_by_top_k(0.5), signax.scale_by_scaled_sign()),
+        lambda p: references.scaled_sign(references.top_k(p, math.ceil(0.5 * p.size))),
+    ),
+}
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.8, 0.0])
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_error_feedback_equals_its_reference(name, decay):
+    compressor, reference = COMPRESSORS[name]
+    gradients = normal((50, 11))
+    with jax.enable_x64(True):
+        tx = signax.error_feedback(compressor, decay=decay)
+        emitted, states = run(tx, jnp.asarray(gradients))
+        assert emitted.dtype == states.error.dtype == jnp.float64
+    expected, memory = references.error_feedback(gradients, reference, decay)
+    np.testing.assert_allclose(emitted, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(states.error, memory, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_what_was_emitted_and_what_is_remembered_make_up_the_gradients(name):
+    gradients = jnp.asarray(normal((60, 20)), jnp.float32)
+    emitted, states = run(signax.error_feedback(COMPRESSORS[name][0]), gradients)
+    found = np.cumsum(np.asarray(emitted, np.float64), 0) + np.asarray(states.error, np.float64)
+    total = np.cumsum(np.asarray(gradients, np.float64), 0)
+    # Each step rounds p = g + e and e = p - u once: half an ulp of numbers below 64.
+    assert np.abs(found - total).max() < 2 * 60 * 64 * 2**-24
+
+
+def test_random_k_under_error_feedback_loses_nothing():
+    gradients = jnp.asarray(normal((60, 20)), jnp.float32)
+    tx = signax.error_feedback(signax.scale_by_random_k(0.2, jax.random.key(0)))
+    emitted, states = run(tx, gradients)
+    assert (np.count_nonzero(emitted, axis=1) == 4).all()
+    found = np.asarray(emitted, np.float64).sum(0) + np.asarray(states.error[-1], np.float64)
+    total = np.asarray(gradients, np.float64).sum(0)
+    np.testing.assert_allclose(found, total, rtol=0, atol=2 * 60 * 64 * 2**-24)
+
+
+def lost(gradients, accumulator_dtype):
+    """The largest gap between the sums of bf16 gradients and of what was made of them, in f64."""
+    tx = signax.error_feedback(signax.scale_by_top_k(0.05), accumulator_dtype=accumulator_dtype)
+    emitted, states = run(tx, gradients)
+    assert emitted.dtype == jnp.bfloat16
+    made = np.cumsum(np.asarray(emitted, np.float64), 0) + np.asarray(states.error, np.float64)
+    return np.abs(made - np.cumsum(np.asarray(gradients, np.float64), 0)).max()
+
+
+def test_bf16_gradients_with_an_f32_memory_lose_nothing():
+    # Each coordinate waits for about twenty steps, so that the memory grows to several units.
+    gradients = jnp.asarray(0.3 + 0.1 * normal((500, 20)), jnp.bfloat16)
+    # The roundings of p and e in f32, half an ulp of numbers below 64 each.
+    assert lost(gradients, jnp.float32) < 2 * 500 * 64 * 2**-24
+    assert lost(gradients, jnp.bfloat16) > 0.1  # what a memory in bf16 would lose
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_memory_holds_the_update_as_emitted_after_rounding(dtype):
+    tx = signax.error_feedback(signax.scale_by_scaled_sign(), accumulator_dtype="float32")
+    gradient = jnp.asarray(normal(7), dtype)
+    emitted, state = tx.update(gradient, tx.init(gradient))
+    unrounded = references.scaled_sign(np.asarray(gradient, np.float64))
+    assert (np.asarray(emitted, np.float64) != unrounded).all()
+    expected = np.asarray(gradient, np.float64) - np.asarray(emitted, np.float64)
+    np.testing.assert_array_equal(np.asarray(state.error, np.float64), expected.astype(np.float32))
+
+
+def test_rounding_alone_is_made_up_for():
+    # In bf16 1 + 2**-10 is 1: the compressor loses nothing, and the cast to the leaf does.
+    tx = signax.error_feedback(optax.scale(1 + 2**-10), accumulator_dtype="float32")
+    emitted, states = run(tx, jnp.ones((1, 1), jnp.bfloat16))
+    assert (float(emitted[0, 0]), float(states.error[0, 0])) == (1.0, 0.0)
+
+
+def test_a_schedule_outside_changes_nothing_about_the_memory():
+    gradients = jnp.asarray(normal((50, 10)), jnp.float32)
+    plain = signax.error_feedback(signax.scale_by_scaled_sign())
+    schedule = optax.exponential_decay(0.5, 5, 0.5)
+    emitted, states = run(plain, gradients)
+    stepped, (scheduled, _) = run(
+        optax.chain(plain, optax.scale_by_learning_rate(schedule)), gradients
+    )
+    np.testing.assert_array_equal(states.error, scheduled.error)
+    rates = np.array([schedule(t) for t in range(50)])
+    np.testing.assert_allclose(stepped, -rates[:, None] * emitted, rtol=1e-6)
+
+
+def squares(rows):
+    return np.sum(np.asarray(rows, np.float64) ** 2, axis=1)
+
+
+def error_bound(delta, gradients):
+    """4 (1 - delta) sigma^2 / delta^2, for a memory in units of the gradient."""
+    return 4 * (1 - delta) * squares(gradients).max() / delta**2
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+def test_the_memory_of_top_k_stays_within_the_papers_bound(fraction):
+    gradients = jnp.asarray(1 + normal((300, 20)), jnp.float32)
+    _, states = run(signax.error_feedback(signax.scale_by_top_k(fraction)), gradients)
+    assert squares(states.error).max() <= error_bound(fraction, gradients)
+
+
+def test_the_memory_of_scaled_sign_stays_within_the_papers_bound():
+    gradients = jnp.asarray(1 + normal((300, 20)), jnp.float32)
+    _, states = run(signax.error_feedback(signax.scale_by_scaled_sign()), gradients)
+    corrected = gradients.at[1:].add(states.error[:-1])
+    densities = jax.vmap(signax.diagnostics.density)(corrected)
+    assert squares(states.error).max() <= error_bound(float(densities.min()), gradients)
+
+
+def test_a_learning_rate_inside_breaks_that_bound():
+    # Why the docstring forbids it: nine tenths of each update are taken for an error.
+    gradients = jnp.asarray(1 + normal((300, 20)), jnp.float32)
+    inside = optax.chain(signax.scale_by_top_k(0.9), optax.scale(0.01))
+    _, states = run(signax.error_feedback(inside), gradients)
+    assert squares(states.error).max() > 100 * error_bound(0.9, gradients)
+
+
+def test_extra_arguments_reach_the_compressor():
+    def init_fn(params):
+        del params
+        return optax.EmptyState()
+
+    def update_fn(updates, state, params=None, *, share, **extra_args):
+        del params, extra_args
+        return jax.tree.map(lambda p: share * p, updates), state
+
+    half = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    for wrap in (signax.error_feedback, signax.hold_if_nonfinite):
+        tx = wrap(half)
+        assert tx.update(jnp.ones(1), tx.init(jnp.ones(1)), share=0.5)[0].tolist() == [0.5]
+
+
+# --- the counterexamples of arXiv 1901.09847 -------------------------------------------------
+
+METHODS = {
+    "sign": signax.scale_by_sign(),
+    "scaled sign": signax.scale_by_scaled_sign(),
+    "error feedback": signax.error_feedback(signax.scale_by_scaled_sign()),
+}
+
+
+def minimise(name, gradient, start, rate, steps, project=lambda x: x):
+    """The points x_1, x_2, ... from `start` along `gradient(x, t)` with steps `rate(t)`."""
+    tx = METHODS[name]
+
+    def step(carry, t):
+        x, state = carry
+        updates, state = tx.update(gradient(x, t), state)
+        x = project(x - rate(t) * updates)
+        return (x, state), x
+
+    start = jnp.asarray(start)
+    scan = jax.jit(lambda: lax.scan(step, (start, tx.init(start)), jnp.arange(1, steps + 1)))
+    return np.asarray(scan()[1], np.float64)
+
+
+def shrinking(t):
+    return 0.05 / jnp.sqrt(t)
+
+
+@pytest.mark.parametrize(("name", "end"), [("sign", 1.0), ("error feedback", -1.0)])
+def test_first_counterexample_rare_large_gradients(name, end):
+    # x / 4 on [-1, 1], gradient 4 with odds 1/4, else -1: the sign points the wrong way on average.
+    def gradient(x, t):
+        rare = jax.random.bernoulli(jax.random.fold_in(jax.random.key(0), t), 0.25)
+        return jnp.where(rare, 4.0, -1.0) * jnp.ones_like(x)
+
+    path = minimise(name, gradient, [0.0], shrinking, 4_000, lambda x: jnp.clip(x, -1, 1))
+    assert abs(path[-1, 0] - end) < 0.1
+
+
+def kinked(x):
+    return 0.5 * jnp.abs(x[0] + x[1]) + jnp.abs(x[0] - x[1])
+
+
+@pytest.mark.parametrize(
+    "rate", [shrinking, lambda t: 0.01, lambda t: jnp.abs(jnp.sin(t))], ids=["sqrt", "const", "any"]
+)
+@pytest.mark.parametrize("name", ["sign", "scaled sign"])
+def test_second_counterexample_signs_never_leave_a_line(name, rate):
+    path = minimise(name, lambda x, t: jax.grad(kinked)(x), [1.0, 1.0], rate, 1_000)
+    assert len(np.unique(path, axis=0)) > 1
+    np.testing.assert_allclose(path.sum(axis=1), 2, atol=1e-4)
+
+
+def test_second_counterexample_error_feedback_leaves_the_line():
+    path = minimise(
+        "error feedback", lambda x, t: jax.grad(kinked)(x), [1.0, 1.0], shrinking, 4_000
+    )
+    assert kinked(path[-1]) < 0.05 < kinked(np.ones(2))
+
+
+TERMS = np.array([[1.5, -0.5], [-0.5, 1.5]])  # +-(1, -1) + .5 (1, 1)
+
+
+def least_squares(x):
+    return float(np.sum((TERMS @ x) ** 2))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_third_counterexample_needs_error_feedback(name):
+    def gradient(x, t):
+        term = jnp.asarray(TERMS, jnp.float32)[t % 2]
+        return 2 * jnp.dot(term, x) * term
+
+    path = minimise(name, gradient, [1.0, 1.0], shrinking, 4_000)
+    if name == "error feedback":
+        assert least_squares(path[-1]) < 1e-4
+    else:
+        assert min(map(least_squares, path)) > 1
+
+
+# --- hold if nonfinite -----------------------------------------------------------------------
+
+GUARDED = {
+    "signum": signax.scale_by_signum(0.5),
+    "error feedback": signax.error_feedback(signax.scale_by_top_k(0.4)),
+    "lion": optax.scale_by_lion(),
+    "adam": optax.scale_by_adam(),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("name", GUARDED)
+def test_one_bad_coordinate_makes_every_update_nan_and_holds_the_state(name, bad):
+    tx = signax.hold_if_nonfinite(GUARDED[name])
+    params = {"a": jnp.zeros(3), "b": jnp.zeros((2, 2), jnp.bfloat16)}
+    good = jax.tree.map(lambda p: jnp.asarray(normal(p.shape), p.dtype), params)
+    _, state = tx.update(good, tx.init(params))
+    updates, held = tx.update({**good, "a": good["a"].at[1].set(bad)}, state)
+    for leaf, param in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+        assert leaf.dtype == param.dtype
+        assert jnp.isnan(leaf).all()
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(held), strict=True):
+        if jnp.issubdtype(before.dtype, jnp.floating):
+            np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("name", ["signum", "error feedback", "lion"])
+def test_the_next_step_is_as_if_the_bad_one_had_never_been(name):
+    tx = signax.hold_if_nonfinite(GUARDED[name])
+    gradients = jnp.asarray(normal((6, 8)), jnp.float32)
+    with_bad = jnp.insert(gradients, 3, jnp.nan, axis=0)
+    expected, _ = run(tx, gradients)
+    found, _ = run(tx, with_bad)
+    assert np.isnan(found[3]).all()
+    np.testing.assert_array_equal(np.delete(found, 3, axis=0), expected)
+
+
+def test_without_bad_values_nothing_changes():
+    gradients = jnp.asarray(normal((6, 8)), jnp.float32)
+    for tx in GUARDED.values():
+        for found, expected in zip(
+            jax.tree.leaves(run(signax.hold_if_nonfinite(tx), gradients)),
+            jax.tree.leaves(run(tx, gradients)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_counts_and_keys_advance_over_a_bad_step():
+    tx = signax.hold_if_nonfinite(
+        optax.chain(signax.scale_by_signum(), signax.scale_by_stochastic_sign(jax.random.key(0)))
+    )
+    init = tx.init(jnp.zeros(2))
+    _, (signum, stochastic) = tx.update(jnp.full(2, jnp.nan), init)
+    _, (expected_signum, expected_stochastic) = tx.update(jnp.ones(2), init)
+    assert signum.count == expected_signum.count == 1
+    assert jnp.array_equal(
+        jax.random.key_data(stochastic.key), jax.random.key_data(expected_stochastic.key)
+    )
+
+
+def test_an_output_that_overflows_is_held():
+    # 1000 is fine in f16, and so is the trace: the product is not.
+    tx = signax.hold_if_nonfinite(optax.chain(optax.trace(0.5), optax.scale(100.0)))
+    updates, state = tx.update(jnp.full(2, 1000.0, jnp.float16), tx.init(jnp.zeros(2, jnp.float16)))
+    assert updates.dtype == jnp.float16
+    assert jnp.isnan(updates).all()
+    assert jnp.array_equal(state[0].trace, jnp.zeros(2, jnp.float16))
+
+
+def test_a_state_that_overflows_is_held_though_the_output_is_finite():
+    # 60,000 + 0.9 * 60,000 is beyond f16, and its sign is not.
+    tx = signax.hold_if_nonfinite(optax.chain(optax.trace(0.9), signax.scale_by_sign()))
+    gradient = jnp.full(2, 60_000.0, jnp.float16)
+    first, state = tx.update(gradient, tx.init(gradient))
+    second, held = tx.update(gradient, state)
+    assert first.tolist() == [1.0, 1.0]
+    assert jnp.isnan(second).all()
+    assert jnp.array_equal(held[0].trace, gradient)
+
+
+# --- arguments -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("b1", [1, 1.0, -0.1, 2.0, math.nan])
+def test_a_b1_that_is_no_decay_is_refused(b1):
+    with pytest.raises(ValueError, match=rf"b1={b1!r} is outside \[0, 1\)"):
+        signax.scale_by_signum(b1)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, math.nan])
+def test_a_decay_outside_the_unit_interval_is_refused(decay):
+    with pytest.raises(ValueError, match=rf"decay={decay!r} is outside \[0, 1\]"):
+        signax.error_feedback(signax.scale_by_scaled_sign(), decay=decay)
+
+
+def test_a_warmup_with_a_traced_b1_says_how_to_make_it_static():
+    tx = optax.inject_hyperparams(signax.scale_by_signum)(b1=0.9, warmup=True)
+    with pytest.raises(TypeError, match=r"warmup=True needs a b1 [\s\S]*static_args"):
+        jax.jit(tx.update)(jnp.ones(2), tx.init(jnp.zeros(2)), jnp.zeros(2))
+    tx = optax.inject_hyperparams(signax.scale_by_signum, static_args="b1")(b1=0.9, warmup=True)
+    assert tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("wrap", [signax.error_feedback, signax.hold_if_nonfinite])
+@pytest.mark.parametrize("inner", [0.5, None, signax.scale_by_scaled_sign])
+def test_what_is_no_transformation_is_refused(wrap, inner):
+    with pytest.raises(TypeError, match=r"(compressor|inner)="):
+        wrap(inner)
+
+
+@pytest.mark.parametrize(
+    ("tx", "field"),
+    [
+        (signax.scale_by_signum(), "momentum"),
+        (signax.error_feedback(signax.scale_by_scaled_sign()), "error"),
+    ],
+    ids=["signum", "error_feedback"],
+)
+def test_a_state_of_another_tree_is_refused(tx, field):
+    state = tx.init({"a": jnp.zeros(2)})
+    with pytest.raises(ValueError, match=rf"updates and state.{field} differ in structure"):
+        tx.update({"b": jnp.zeros(2)}, state)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [signax.scale_by_signum(), signax.error_feedback(signax.scale_by_scaled_sign())],
+    ids=["signum", "error_feedback"],
+)
+def test_a_state_of_other_shapes_is_refused(tx):
+    # Broadcasting would change the state's shape without a word.
+    state = tx.init({"kernel": jnp.zeros(3)})
+    with pytest.raises(ValueError, match=r"\['kernel'\].*\(2, 3\).*\(3,\)"):
+        tx.update({"kernel": jnp.ones((2, 3))}, state)
