@@ -4,6 +4,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 
@@ -13,6 +14,11 @@ def check_mode(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}")
 
 
+def is_traced(value: Any) -> bool:
+    """Whether a value is known only once the compiled program runs."""
+    return isinstance(value, jax.core.Tracer)
+
+
 def check_number(
     name: str, value: Any, *, low: float, high: float = float("inf"), ends: str = "[)"
 ) -> None:
@@ -20,7 +26,7 @@ def check_number(
 
     `ends` says which ends of the interval belong to it, as in `"[)"` or `"(]"`.
     """
-    if isinstance(value, jax.core.Tracer):
+    if is_traced(value):
         return
     try:
         number = float(value)
@@ -72,7 +78,7 @@ def check_same_structure(name: str, tree: Any, other_name: str, other: Any) -> N
 def check_key(key: Any) -> None:
     """Refuses what is not one JAX random key, typed or raw."""
     dtype = getattr(key, "dtype", None)
-    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     raw = dtype == jnp.uint32 and jnp.ndim(key) == 1
     if not (raw or (typed and jnp.ndim(key) == 0)):
         raise TypeError(f"key={key!r} is not a random key: make one with jax.random.key(seed)")

@@ -66,7 +66,7 @@ def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformati
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
 
 
-def _tree_mean_magnitude(tree: Any) -> jax.Array:
+def _tree_mean_magnitude(tree: Any) -> jax.Array | float:
     leaves = jax.tree.leaves(tree)
     total = sum(jnp.sum(jnp.abs(leaf), dtype=wide_dtype(leaf.dtype)) for leaf in leaves)
     return total / max(1, sum(leaf.size for leaf in leaves))
@@ -81,12 +81,17 @@ def _scaled_sign(p: jax.Array, block: Block) -> jax.Array:
     elif block == "row":
         scale = jnp.mean(magnitude, axis=-1, keepdims=True) if p.ndim else magnitude
     else:
-        blocks = math.ceil(p.size / block)
-        padded = jnp.pad(magnitude.reshape(-1), (0, blocks * block - p.size))
-        sizes = jnp.minimum(block, p.size - block * jnp.arange(blocks))  # the last may be short
-        means = jnp.sum(padded.reshape(blocks, block), axis=1) / sizes
-        scale = jnp.repeat(means, block)[: p.size].reshape(p.shape)
+        scale = _block_means(magnitude.reshape(-1), block).reshape(p.shape)
     return (scale * jnp.sign(p)).astype(p.dtype)
+
+
+def _block_means(values: jax.Array, block: int) -> jax.Array:
+    """The mean of each coordinate's block: f[n] to f[n]; the last block may be short."""
+    blocks = math.ceil(values.size / block)
+    padded = jnp.pad(values, (0, blocks * block - values.size))
+    sizes = jnp.minimum(block, values.size - block * jnp.arange(blocks))
+    means = jnp.sum(padded.reshape(blocks, block), axis=1) / sizes.astype(values.dtype)
+    return jnp.repeat(means, block)[: values.size]
 
 
 class ScaleByStochasticSignState(NamedTuple):

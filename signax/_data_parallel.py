@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from signax._checks import check_axis_name
+from signax._gradients import check_batch, local_value_and_grad
 from signax._layout import Layout, PerWorker, check_state, find_layout
 from signax._specs import entry_axes, explicit_axes, keep_axes, reshard, spec_axes, typed_spec
 
@@ -66,6 +67,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
     axis_name: Hashable
     num_workers: int
     param_specs: Any
+    _per_worker: PerWorker | None
+    _layouts: dict[Any, Layout]
 
     def __new__(
         cls,
@@ -96,7 +99,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         self.num_workers = mesh.shape[axis_name]
         self.param_specs = param_specs
         self._per_worker = per_worker
-        self._layouts: dict[Any, Layout] = {}
+        self._layouts = {}
         return self
 
     def state_shardings(self, params: optax.Params) -> Any:
@@ -124,8 +127,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
             are averaged over them, in at least f32, before anything is sent.
 
         Returns:
-          A function of `(params, batch, *replicated, key=None)`. The leaves of `batch` are cut along
-          their first axis, whose length must be a multiple of the number of workers times
+          A function of `(params, batch, *replicated, key=None)`. The leaves of `batch` are cut
+          along their first axis, whose length must be a multiple of the number of workers times
           `accumulate`; `replicated` goes to every worker whole; into `key` the worker's index (and
           the micro-batch's) is folded, so that workers draw different dropout masks. It returns
           `(loss, grads)` or `((loss, aux), grads)`: the mean of the workers' losses, gradients with
@@ -140,14 +143,18 @@ class DataParallel(optax.GradientTransformationExtraArgs):
                 f"accumulate={accumulate!r} must be a positive number of micro-batches"
             )
 
+        def loss_and_aux(*args, **kwargs):
+            value = loss_fn(*args, **kwargs)
+            return value if has_aux else (value, None)
+
         def local(params, batch, replicated, key):
             # With respect to replicated parameters the gradient would already be the workers' sum.
             params = jax.tree.map(self._own, params)
             if key is not None:
                 key = jax.random.fold_in(key, lax.axis_index(self.axis_name))
-            gradient = jax.value_and_grad(loss_fn, has_aux=has_aux)
-            value, grads = _accumulate(gradient, params, batch, replicated, key, accumulate)
-            loss, aux = value if has_aux else (value, None)
+            loss, aux, grads = local_value_and_grad(
+                loss_and_aux, params, batch, replicated, key, accumulate
+            )
             loss = lax.pmean(self._own(loss), self.axis_name)
             return loss, jax.tree.map(self._row, aux), jax.tree.map(self._row, grads)
 
@@ -155,7 +162,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         mapped = self._shard_map(local, (whole, split, whole, whole), (whole, split, split))
 
         def value_and_grad_fn(params, batch, *replicated, key=None):
-            self._check_batch(batch, accumulate)
+            check_batch(batch, self.num_workers, accumulate)
             batch = self._place(batch, per_worker=True)
             loss, aux, grads = mapped(
                 self._place_params(params), batch, self._place(replicated), self._place(key)
@@ -208,8 +215,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
 
     def _update(self, updates, state, params=None, *, active=None, **extra_args):
         self._check_rows(updates, params)
-        specs = self._row_specs(updates) if params is None else self._specs(params)
-        one_worker = jax.tree.map(_without_row, updates) if params is None else params
+        one_worker = self._one_worker(updates) if params is None else params
+        specs = self._specs(one_worker)
         layout = self._layout(one_worker, specs)
         check_state(state, layout, self.num_workers)
         if specs is not None:
@@ -287,42 +294,38 @@ class DataParallel(optax.GradientTransformationExtraArgs):
 
     def _specs(self, params: Any) -> Any:
         """The parameters' specs over the axes inside a worker: as given, or as their types say."""
-        if self.param_specs is not None:
-            if jax.tree.structure(self.param_specs) != jax.tree.structure(params):
-                raise ValueError(
-                    f"param_specs and params differ in structure: param_specs is "
-                    f"{jax.tree.structure(self.param_specs)}, params is "
-                    f"{jax.tree.structure(params)}"
-                )
-            return self.param_specs
-        inside = explicit_axes(self.mesh) - {self.axis_name}
-        if not inside:
-            return None
-        return jax.tree.map(lambda leaf: keep_axes(typed_spec(leaf), inside), params)
+        if self.param_specs is None:
+            inside = explicit_axes(self.mesh) - {self.axis_name}
+            if not inside:
+                return None
+            return jax.tree.map(lambda leaf: keep_axes(typed_spec(leaf), inside), params)
+        structure, expected = jax.tree.structure(self.param_specs), jax.tree.structure(params)
+        if structure != expected:
+            raise ValueError(
+                f"param_specs and params differ in structure: param_specs is {structure}, "
+                f"params is {expected}"
+            )
+        return self.param_specs
 
-    def _row_specs(self, updates: Any) -> Any:
-        """The specs of parameters that are known by their updates' rows only."""
-        if self.param_specs is not None:
-            return self.param_specs
-        inside = explicit_axes(self.mesh) - {self.axis_name}
-        if not inside:
-            return None
-        return jax.tree.map(
-            lambda row: PartitionSpec(*keep_axes(typed_spec(row), inside)[1:]), updates
-        )
+    def _one_worker(self, updates: Any) -> Any:
+        """The shapes of the parameters, where only rows of updates are known."""
+
+        def without_row(row):
+            sharding = NamedSharding(self.mesh, PartitionSpec(*typed_spec(row)[1:]))
+            return jax.ShapeDtypeStruct(row.shape[1:], row.dtype, sharding=sharding)
+
+        return jax.tree.map(without_row, updates)
 
     def _place(self, tree: Any, *, per_worker: bool = False) -> Any:
         """Lays arrays out as a mesh of Explicit axes demands, rows over the workers' axis."""
+        inside = explicit_axes(self.mesh) - {self.axis_name}
 
         def place(leaf):
             leaf = jnp.asarray(leaf)
-            entries = [
-                tuple(axis for axis in entry_axes(entry) if axis != self.axis_name)
-                for entry in typed_spec(leaf)
-            ]
+            spec = keep_axes(typed_spec(leaf), inside)
             if per_worker:
-                entries[0] = (self.axis_name, *entries[0])
-            return reshard(leaf, self.mesh, PartitionSpec(*entries))
+                spec = PartitionSpec((self.axis_name, *entry_axes(spec[0])), *spec[1:])
+            return reshard(leaf, self.mesh, spec)
 
         return jax.tree.map(place, tree)
 
@@ -332,17 +335,6 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         return jax.tree.map(
             lambda leaf, spec: reshard(leaf, self.mesh, spec), params, self.param_specs
         )
-
-    def _check_batch(self, batch: Any, accumulate: int) -> None:
-        pieces = self.num_workers * accumulate
-        for path, leaf in jax.tree.leaves_with_path(batch):
-            shape = jnp.shape(leaf)
-            if not shape or shape[0] % pieces:
-                raise ValueError(
-                    f"batch{jax.tree_util.keystr(path)} has shape {shape}, whose first axis is not "
-                    f"a multiple of {self.num_workers} workers times accumulate={accumulate}: drop "
-                    "or pad examples, or pass what is not split as a further argument"
-                )
 
     def _check_rows(self, updates: Any, params: Any) -> None:
         expected = None if params is None else jax.tree.leaves(params)
@@ -389,42 +381,6 @@ class DataParallel(optax.GradientTransformationExtraArgs):
                 )
             rows.append(self._row(leaf) if per_worker else leaf)
         return rows
-
-
-def _without_row(row: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(row.shape[1:], row.dtype)
-
-
-def _accumulate(
-    gradient: Callable, params: Any, batch: Any, replicated: tuple, key: Any, pieces: int
-) -> tuple[Any, Any]:
-    """The value and gradient of a batch, averaged over equal pieces of it; aux is stacked."""
-
-    def of_piece(piece, number):
-        own = (
-            {}
-            if key is None
-            else {"key": key if number is None else jax.random.fold_in(key, number)}
-        )
-        return gradient(params, piece, *replicated, **own)
-
-    if pieces == 1:
-        return of_piece(batch, None)
-
-    def add(total, piece_and_number):
-        value, grads = of_piece(*piece_and_number)
-        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), value
-
-    cut = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
-    zeros = jax.tree.map(
-        lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params
-    )
-    total, values = lax.scan(add, zeros, (cut, jnp.arange(pieces)))
-    grads = jax.tree.map(lambda t, p: (t / pieces).astype(p.dtype), total, params)
-    if isinstance(values, tuple):
-        losses, aux = values
-        return (jnp.mean(losses), aux), grads
-    return jnp.mean(values), grads
 
 
 def _check_param_specs(specs: Any, mesh: Mesh, axis_name: Hashable) -> None:

@@ -12,10 +12,10 @@ def wide_dtype(dtype: Any) -> Any:
 
 
 def relative_to_peak(values: jax.Array) -> jax.Array:
-    """v / max|v|, so that squares neither overflow nor vanish; 0 if all are; NaN if any is not finite.
+    """v / max|v|, whose squares neither overflow nor vanish; 0 if v is, NaN if any is not finite.
 
     A compiler may divide by multiplying with the reciprocal, which is subnormal, and flushed to
-    zero, for the largest floats. A power of two moves the peak to mid-range first, without rounding.
+    zero, for the largest floats. A power of two moves the peak to mid-range first, exactly.
     """
     if values.size == 0:
         return values

@@ -7,7 +7,7 @@ import optax
 
 from signax._ballots import Ties, Zeros
 from signax._checks import check_number
-from signax._collectives import Transport, check_vote_options
+from signax._collectives import Transport
 from signax._compressors import Block, scale_by_scaled_sign
 from signax._transforms import error_feedback, hold_if_nonfinite, scale_by_signum
 from signax._voting import majority_vote

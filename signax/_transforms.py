@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from signax._ballots import all_finite
-from signax._checks import check_floating, check_number, check_same_structure
+from signax._checks import check_floating, check_number, check_same_structure, is_traced
 
 
 class ScaleBySignumState(NamedTuple):
@@ -18,7 +18,7 @@ class ScaleBySignumState(NamedTuple):
       momentum: the moving average m of the updates.
     """
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     momentum: optax.Updates
 
 
@@ -65,7 +65,7 @@ def scale_by_signum(
       <https://arxiv.org/abs/1802.04434>`_, 2018
     """
     check_number("b1", b1, low=0, high=1)
-    if warmup and isinstance(b1, jax.core.Tracer):
+    if warmup and is_traced(b1):
         raise TypeError(
             "warmup=True needs a b1 that is known when the step is built: list 'b1' in "
             "the static_args of optax.inject_hyperparams"

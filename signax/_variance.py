@@ -100,7 +100,7 @@ def _fixpoint(step: Any, values: list[bool]) -> list[bool]:
 
 
 def _open(jaxpr: Any) -> core.Jaxpr:
-    return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+    return getattr(jaxpr, "jaxpr", jaxpr)  # of a closed one
 
 
 def _inner_jaxprs(eqn: Any) -> list[core.Jaxpr]:

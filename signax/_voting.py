@@ -27,7 +27,7 @@ class MajorityVoteState(NamedTuple):
       count: int32[], the steps taken, the same on every worker; it drives the dither.
     """
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
 
 
 def majority_vote(
