@@ -76,12 +76,12 @@ def _scaled_sign(p: jax.Array, block: Block) -> jax.Array:
     if p.size == 0:
         return p
     magnitude = jnp.abs(p).astype(wide_dtype(p.dtype))
-    if block == "leaf":
-        scale = jnp.mean(magnitude)
-    elif block == "row":
-        scale = jnp.mean(magnitude, axis=-1, keepdims=True) if p.ndim else magnitude
-    else:
+    if isinstance(block, int):
         scale = _block_means(magnitude.reshape(-1), block).reshape(p.shape)
+    elif block == "row" and p.ndim:
+        scale = jnp.mean(magnitude, axis=-1, keepdims=True)
+    else:
+        scale = jnp.mean(magnitude)
     return (scale * jnp.sign(p)).astype(p.dtype)
 
 

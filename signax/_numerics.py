@@ -23,4 +23,5 @@ def relative_to_peak(values: jax.Array) -> jax.Array:
     shrinks = jnp.max(jnp.abs(values)) > 1
     values = values * jnp.where(shrinks, 2.0**-half, 2.0**half).astype(values.dtype)
     peak = jnp.max(jnp.abs(values))
-    return values / jnp.where(peak == 0, jnp.ones_like(peak), peak)
+    divisor = jnp.where(jnp.isfinite(peak), peak, jnp.nan)
+    return values / jnp.where(peak == 0, jnp.ones_like(peak), divisor)
