@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Hashable
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from signax._checks import check_axis_name, check_floating, check_key, check_number
+from signax._checks import check_axis_name, check_floating, check_key, check_number, is_traced
 from signax._collectives import worker_index
 from signax._numerics import relative_to_peak, wide_dtype
 
@@ -48,6 +50,8 @@ def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformati
       Karimireddy et al., `Error Feedback Fixes SignSGD and other Gradient Compression Schemes
       <https://arxiv.org/abs/1901.09847>`_, 2019
     """
+    if isinstance(block, np.integer):
+        block = int(block)
     is_size = isinstance(block, int) and not isinstance(block, bool) and block > 0
     if not is_size and block not in ("leaf", "tree", "row"):
         raise ValueError(
@@ -294,9 +298,16 @@ def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransfor
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+def _num_kept(fraction: Any, size: int) -> jax.Array | int:
+    """ceil(fraction * size), of the decimal number that `fraction` was written as."""
+    if is_traced(fraction):  # rounding must not lift a whole number to the next
+        exact = 1 - 2 * jnp.finfo(jnp.result_type(fraction)).eps
+        return jnp.ceil(fraction * size * exact).astype(jnp.int32)
+    return math.ceil(Fraction(str(float(fraction))) * size)
+
+
 def _keep_first(leaf: jax.Array, order: jax.Array, fraction: Any) -> jax.Array:
-    """Keeps the coordinates that stand among the first ceil(fraction * size) of `order`."""
-    # The tolerance keeps ceil(0.07 * 100) at 7: the product is a little above it.
-    first = jnp.arange(leaf.size) < jnp.ceil(fraction * leaf.size - 1e-6 * leaf.size)
+    """Keeps the coordinates that stand among the first of `order`, a fraction of all."""
+    first = jnp.arange(leaf.size) < _num_kept(fraction, leaf.size)
     kept = jnp.zeros(leaf.size, jnp.bool_).at[order].set(first)
     return jnp.where(kept.reshape(leaf.shape), leaf, 0)
