@@ -1,0 +1,58 @@
+# Needs make and a Python of 3.11 to 3.14; everything else is installed into .venv and .venv-oldest.
+
+# Interpreters that really run (a version manager's shim may be on the PATH and fail), oldest first.
+PYTHONS := $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 \
+        $(HOME)/.pyenv/versions/3.1[1-4]*/bin/python; do "$$p" -c 'import ensurepip, sys; \
+        (3, 11) <= sys.version_info[:2] <= (3, 14) and print(sys.version_info[1], sys.executable)'; \
+        done 2>/dev/null | sort -n -u -k1,1 | cut -d" " -f2)
+PYTHON ?= $(lastword $(PYTHONS))
+OLDEST_PYTHON ?= $(firstword $(PYTHONS))
+
+# pyproject.toml's lower bounds, as exact versions.
+OLDEST = $(shell sed -n '/^dependencies/,/^]/s/.*"\(.*\)>=\(.*\)".*/\1==\2/p' pyproject.toml)
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --upgrade
+PYTEST = -m pytest -n 2 -q
+
+.PHONY: help demo test check lint test-newest test-oldest clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
+	@echo "PYTHON=$(PYTHON) OLDEST_PYTHON=$(OLDEST_PYTHON)"
+
+demo: .venv/examples  ## train on eight simulated workers, averaged and voted, and compare
+	.venv/bin/python examples/train_digits.py
+
+test: lint test-newest test-oldest  ## run everything, at the newest jax and at the oldest supported
+
+check: lint  ## run two minutes' worth of it, for working
+	.venv/bin/python $(PYTEST) -m "not slow"
+
+lint: .venv/test  ## lint, check the format and the types
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright --pythonpath .venv/bin/python
+
+test-newest: .venv/test
+	.venv/bin/python $(PYTEST)
+
+test-oldest: .venv-oldest/test
+	.venv-oldest/bin/python $(PYTEST)
+
+clean:  ## remove the environments and every cache
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .hypothesis
+	find signax tests examples -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp says that its environment holds what pyproject.toml asks for.
+.venv/examples .venv/test: .venv/%: .venv/pyvenv.cfg pyproject.toml
+	.venv/bin/python $(PIP_INSTALL) jax jaxlib --editable ".[$*]"
+	@touch $@
+
+.venv-oldest/test: .venv-oldest/pyvenv.cfg pyproject.toml
+	.venv-oldest/bin/python $(PIP_INSTALL) $(OLDEST) --editable ".[test]"
+	@touch $@
+
+.venv/pyvenv.cfg: INTERPRETER = $(PYTHON)
+.venv-oldest/pyvenv.cfg: INTERPRETER = $(OLDEST_PYTHON)
+%/pyvenv.cfg:
+	$(if $(INTERPRETER),,$(error no Python of 3.11 to 3.14 runs here: make PYTHON=/path/to/python))
+	$(INTERPRETER) -m venv $*
