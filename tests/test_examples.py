@@ -1,0 +1,69 @@
+"""The examples run as a user would run them: in a process of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run_example(name, *options):
+    # The test session's own choice of devices must not reach the example.
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "XLA"))}
+    command = [sys.executable, str(EXAMPLES / name), *map(str, options)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+def train_digits(folder, *options):
+    finished = run_example(
+        "train_digits.py", "--json", folder / "out.json", "--figure", folder / "out.png", *options
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads((folder / "out.json").read_text()), finished
+
+
+def test_help_tells_the_commands_and_the_options():
+    finished = run_example("train_digits.py", "--help")
+    assert finished.returncode == 0
+    for text in ("python examples/train_digits.py", "--seed", "--steps", "--json", "--figure"):
+        assert text in finished.stdout
+
+
+def test_an_uneven_batch_is_refused():
+    finished = run_example("train_digits.py", "--batch-size", 100)
+    assert finished.returncode == 2
+    assert "--batch-size 100 is no multiple of --workers 8" in finished.stderr
+
+
+def test_a_short_run_reports_what_it_did_and_the_vote_sends_little(tmp_path):
+    report, finished = train_digits(tmp_path, "--steps", 12, "--batch-size", 16, "--seed", 3)
+
+    settings = {name: report[name] for name in ("workers", "steps", "batch_size", "seed")}
+    assert settings == {"workers": 8, "steps": 12, "batch_size": 16, "seed": 3}
+    for run in (report["averaged"], report["voted"]):
+        assert run["curve"]["step"] == [10, 12]
+        assert all(loss > 0 for loss in run["curve"]["loss"])
+        assert run["curve"]["test_accuracy"][-1] == run["test_accuracy"]
+        assert 0 < run["test_accuracy"] <= 1
+        assert run["step_milliseconds"] > 0
+        assert run["name"] in finished.stdout
+        assert f"{run['bytes_per_step']:,}" in finished.stdout
+        assert "12/12" in finished.stderr  # the progress bar
+    # A ring's mean of 60,522 parameters in f32, and a few scalars besides, over eight workers.
+    averaged, voted = report["averaged"]["bytes_per_step"], report["voted"]["bytes_per_step"]
+    assert 0 <= averaged - 2 * 7 * 4 * 60_522 // 8 <= 64
+    assert 0 < 25 * voted <= averaged
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_voted_run_is_as_accurate_as_adamw(tmp_path, seed):
+    report, _ = train_digits(tmp_path, "--seed", seed)
+    averaged, voted = report["averaged"]["test_accuracy"], report["voted"]["test_accuracy"]
+    assert min(averaged, voted) >= 0.97
+    assert voted >= averaged - 0.01
