@@ -157,7 +157,7 @@ def test_what_names_no_single_axis_is_refused(axis_name):
 
 
 def test_an_unbound_axis_is_named_with_the_ways_to_bind_it():
-    with pytest.raises(NameError, match="axis_name='nowhere' is not bound.*shard_map.*pmap.*vmap"):
+    with pytest.raises(NameError, match=r"axis_name='nowhere' is not bound.*shard_map.*pmap.*vmap"):
         signax.pvote(jnp.ones(3), "nowhere", step=0)
 
 
@@ -195,9 +195,9 @@ def test_a_vote_without_type_checks_equals_one_with_them(mesh):
     def vote(row):
         return signax.pvote(row[0], "data", step=3)[None]
 
-    unchecked = jax.shard_map(
-        vote, mesh=mesh, in_specs=split, out_specs=split, check_vma=False
-    )(rows)
+    unchecked = jax.shard_map(vote, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)(
+        rows
+    )
     expected = references.vote(np.asarray(rows), 3)
     np.testing.assert_array_equal(unchecked, np.broadcast_to(expected, (8, 100)))
 
