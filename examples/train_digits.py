@@ -134,8 +134,10 @@ def save_figure(runs, filename):
         label = f"{run['name']}: {run['bytes_per_step'] / 1000:,.0f} kB per step"
         left.plot(curve["step"], curve["loss"], style, label=label)
         right.plot(curve["step"], np.multiply(curve["test_accuracy"], 100), style, label=label)
+    # What matters is where the runs end up, unless they are too short to get there.
+    lowest = 85 if all(run["test_accuracy"] > 0.9 for run in runs) else 0
     left.set(xlabel="step", ylabel="training loss", yscale="log")
-    right.set(xlabel="step", ylabel="test accuracy (%)", ylim=(85, 100))
+    right.set(xlabel="step", ylabel="test accuracy (%)", ylim=(lowest, 100))
     right.legend(loc="lower right", title="sent by each worker")
     for axes in (left, right):
         axes.grid(alpha=0.3)
