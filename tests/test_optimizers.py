@@ -272,7 +272,8 @@ def test_when_every_worker_is_bad_only_weight_decay_moves(name):
     def update(gradient):
         return tx.update(gradient, tx.init(params), params)[0]
 
-    updates = jax.vmap(update, axis_name="workers")(jnp.full((2, 3), jnp.nan))
+    mapped = jax.jit(jax.vmap(update, axis_name="workers"))
+    updates = mapped(jnp.full((2, 3), jnp.nan))
     np.testing.assert_array_equal(updates, np.full((2, 3), -1.0))
 
 
@@ -299,7 +300,8 @@ def test_active_reaches_the_vote(name):
         return tx.update(gradient, tx.init(gradient), active=active)[0]
 
     gradients = jnp.array([[1.0], [-1.0], [1.0]])
-    updates = jax.vmap(update, axis_name="workers")(gradients, jnp.array([False, True, False]))
+    mapped = jax.jit(jax.vmap(update, axis_name="workers"))
+    updates = mapped(gradients, jnp.array([False, True, False]))
     np.testing.assert_array_equal(updates, np.ones((3, 1)))
 
 

@@ -1,0 +1,517 @@
+"""What every transformation and optimiser must do, whatever it computes: one matrix for all."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import signax
+
+AXIS = "workers"
+KEY = jax.random.key(0)
+NOTHING = MappingProxyType({})
+
+
+class Case(NamedTuple):
+    """One entry of the registry."""
+
+    factory: Callable[..., optax.GradientTransformation]
+    numbers: Mapping[str, float] = NOTHING  # what inject_hyperparams may trace
+    others: Mapping[str, Any] = NOTHING
+    voted: bool = False  # runs inside a mapped axis
+    needs_params: bool = False
+
+    def make(self, **changes):
+        return self.wrap(self.factory(**{**self.numbers, **self.others, **changes}))
+
+    def wrap(self, tx):
+        return over_workers(tx) if self.voted else optax.with_extra_args_support(tx)
+
+
+def over_workers(tx, num_workers=2):
+    """`tx` on workers with the same updates each, as a transformation of one worker's."""
+    tx = optax.with_extra_args_support(tx)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        def worker(own):
+            return tx.update(own, state, params, **extra_args)
+
+        rows = jax.tree.map(lambda u: jnp.broadcast_to(u, (num_workers, *u.shape)), updates)
+        mapped = jax.vmap(worker, axis_name=AXIS, axis_size=num_workers)
+        return jax.tree.map(lambda row: row[0], mapped(rows))
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+RATE = {"learning_rate": 0.1}
+VOTE = {"axis_name": AXIS}
+REGISTRY = {
+    "scale_by_sign": Case(signax.scale_by_sign),
+    "scale_by_scaled_sign": Case(signax.scale_by_scaled_sign),
+    "scale_by_scaled_sign tree": Case(signax.scale_by_scaled_sign, others={"block": "tree"}),
+    "scale_by_scaled_sign row": Case(signax.scale_by_scaled_sign, others={"block": "row"}),
+    "scale_by_scaled_sign blocks": Case(signax.scale_by_scaled_sign, others={"block": 4}),
+    "scale_by_stochastic_sign": Case(signax.scale_by_stochastic_sign, others={"key": KEY}),
+    "scale_by_stochastic_sign bound": Case(
+        signax.scale_by_stochastic_sign, {"norm": 2.0}, {"key": KEY}
+    ),
+    "scale_by_stochastic_sign axis": Case(
+        signax.scale_by_stochastic_sign, others={"key": KEY, "norm": "linf", **VOTE}, voted=True
+    ),
+    "scale_by_top_k": Case(signax.scale_by_top_k, {"fraction": 0.4}),
+    "scale_by_random_k": Case(signax.scale_by_random_k, {"fraction": 0.4}, {"key": KEY}),
+    "scale_by_signum": Case(signax.scale_by_signum, {"b1": 0.8}),
+    "scale_by_signum wide": Case(
+        signax.scale_by_signum,
+        {"b1": 0.8},
+        {"nesterov": True, "accumulator_dtype": jnp.float32},
+    ),
+    "scale_by_signum warmup": Case(signax.scale_by_signum, others={"b1": 0.8, "warmup": True}),
+    "error_feedback": Case(
+        signax.error_feedback, {"decay": 0.9}, {"compressor": signax.scale_by_scaled_sign()}
+    ),
+    "error_feedback wide": Case(
+        signax.error_feedback,
+        others={
+            "compressor": signax.scale_by_random_k(0.4, KEY),
+            "accumulator_dtype": jnp.float32,
+        },
+    ),
+    "hold_if_nonfinite": Case(signax.hold_if_nonfinite, others={"inner": signax.scale_by_signum()}),
+    "majority_vote": Case(signax.majority_vote, others=VOTE, voted=True),
+    "majority_vote abstain": Case(
+        signax.majority_vote, others={**VOTE, "zeros": "abstain"}, voted=True
+    ),
+    "average_updates": Case(signax.average_updates, others=VOTE, voted=True),
+    "sign_sgd": Case(signax.sign_sgd, RATE),
+    "sign_sgd voted": Case(signax.sign_sgd, RATE, VOTE, voted=True),
+    "signum": Case(signax.signum, RATE),
+    "signum voted": Case(
+        signax.signum,
+        {**RATE, "b1": 0.8, "weight_decay": 0.1},
+        VOTE,
+        voted=True,
+        needs_params=True,
+    ),
+    "lion": Case(signax.lion, {**RATE, "b1": 0.8, "weight_decay": 0.1}, needs_params=True),
+    "lion wide": Case(signax.lion, RATE, {"accumulator_dtype": jnp.float32, "weight_decay": 0.0}),
+    "lion voted": Case(signax.lion, RATE, {**VOTE, "weight_decay": 0.0}, voted=True),
+    "ef_sign_sgd": Case(signax.ef_sign_sgd, {**RATE, "weight_decay": 0.1}, needs_params=True),
+}
+# What is exported and is no transformation of one worker's updates. DataParallel is one of global
+# arrays, which its own tests cover.
+OTHERS = {"DataParallel", "diagnostics", "pvote"}
+
+# Optax's own, re-exported: it takes any dtype, and Optax documents it.
+OPTAXS = {"scale_by_sign"}
+
+every = pytest.mark.parametrize("name", REGISTRY)
+
+
+def case_names(condition):
+    return pytest.mark.parametrize("name", [name for name in REGISTRY if condition(REGISTRY[name])])
+
+
+def normal(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def small_tree(dtype="float32", seed=0):
+    shapes = {"kernel": (3, 5), "bias": (5,)}
+    return {name: jnp.asarray(normal(s, seed), dtype) for name, s in shapes.items()}
+
+
+def awkward_tree(dtype="float32"):
+    """Everything a pytree of parameters may hold, among it no leaf at all."""
+    return {
+        "kernel": jnp.asarray(normal((2, 3)), dtype),
+        "none": None,
+        "masked": optax.MaskedNode(),
+        "empty": {},
+        "tuple": (),
+        "nested": [jnp.asarray(1.5, dtype), (jnp.zeros((0, 3), dtype), jnp.zeros(0, dtype))],
+    }
+
+
+def shapes(tree):
+    """The structure of a tree, with each array's shape, dtype and weak type."""
+    return jax.tree.map(lambda a: (a.shape, a.dtype, a.weak_type), jax.eval_shape(lambda: tree))
+
+
+def abstract_update(tx, tree, steps=1, **extra_args):
+    """Shapes of the updates and of the state, before and after some steps."""
+    state = tx.init(tree)
+    updates, after = tree, state
+    for _ in range(steps):
+        updates, after = jax.eval_shape(
+            lambda u, s: tx.update(u, s, tree, **extra_args), tree, after
+        )
+    describe = functools.partial(jax.tree.map, lambda a: (a.shape, a.dtype))
+    return describe(updates), describe(jax.eval_shape(lambda: state)), describe(after)
+
+
+def assert_trees_equal(found, expected, **tolerance):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == theirs.dtype
+        if jnp.issubdtype(ours.dtype, jax.dtypes.prng_key):
+            ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
+        ours, theirs = (
+            np.asarray(a, np.float64 if jnp.issubdtype(a.dtype, jnp.floating) else None)
+            for a in (ours, theirs)
+        )
+        np.testing.assert_allclose(ours, theirs, **tolerance)
+
+
+# --- the registry ----------------------------------------------------------------------------
+
+
+def is_state(export):
+    return isinstance(export, type) and issubclass(export, tuple) and hasattr(export, "_fields")
+
+
+def test_every_export_is_in_the_registry_or_known_to_be_something_else():
+    tested = {case.factory for case in REGISTRY.values()}
+    for name in signax.__all__:
+        export = getattr(signax, name)
+        known = name in OTHERS or (name.endswith("State") and is_state(export))
+        assert known != (export in tested), name
+
+
+@every
+def test_a_transformation_takes_extra_arguments_as_optax_defines_it(name):
+    if name in OPTAXS:
+        pytest.skip("Optax's own")
+    tx = REGISTRY[name].factory(**{**REGISTRY[name].numbers, **REGISTRY[name].others})
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+
+
+# --- compiled and not ------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled(name):
+    """A jitted update, and the list of its traces."""
+    tx, traces = REGISTRY[name].make(), []
+
+    def update(updates, state, params):
+        traces.append(1)
+        return tx.update(updates, state, params)
+
+    return jax.jit(update), traces
+
+
+@every
+def test_compiled_equals_eager(name):
+    tx, params = REGISTRY[name].make(), small_tree()
+    update, _ = compiled(name)
+    eager = jitted = tx.init(params)
+    for seed in (1, 2):
+        gradients = small_tree(seed=seed)
+        expected, eager = tx.update(gradients, eager, params)
+        found, jitted = update(gradients, jitted, params)
+        assert_trees_equal(found, expected, rtol=1e-6, atol=1e-6)
+        assert_trees_equal(jitted, eager, rtol=1e-6, atol=1e-6)
+
+
+@every
+def test_steps_compile_once(name):
+    update, traces = compiled(name)
+    params = small_tree()
+    state = REGISTRY[name].make().init(params)
+    for seed in range(3):
+        _, state = update(small_tree(seed=seed), state, params)
+    assert len(traces) == 1
+
+
+# --- dtypes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@every
+def test_updates_and_state_keep_their_shapes_and_dtypes(name, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        tree = small_tree(dtype)
+        updates, state, after = abstract_update(REGISTRY[name].make(), tree, steps=2)
+    assert updates == jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+    assert after == state
+
+
+@every
+def test_leaves_of_several_dtypes_keep_each_its_own(name):
+    with jax.enable_x64(True):
+        tree = {
+            dtype: jnp.asarray(normal(6), dtype)
+            for dtype in ("float16", "bfloat16", "float32", "float64")
+        }
+        updates, state, after = abstract_update(REGISTRY[name].make(), tree)
+    assert updates == {dtype: ((6,), jnp.dtype(dtype)) for dtype in tree}
+    assert after == state
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@every
+def test_no_dtype_is_promoted_by_accident(name, dtype):
+    with jax.numpy_dtype_promotion("strict"):
+        tree = small_tree(dtype)
+        abstract_update(REGISTRY[name].make(), tree, steps=2)
+
+
+@pytest.mark.parametrize("leaf", [jnp.ones(2, jnp.int32), jnp.ones(2, jnp.complex64)])
+@every
+def test_integer_and_complex_updates_are_refused_by_name(name, leaf):
+    if name in OPTAXS:
+        pytest.skip("Optax's own")
+    tx, params = REGISTRY[name].make(), {"good": jnp.ones(2), "bad": jnp.ones(2)}
+    with pytest.raises(TypeError, match=rf"updates\['bad'\] has dtype {leaf.dtype}"):
+        tx.update({**params, "bad": leaf}, tx.init(params), params)
+
+
+# --- state -----------------------------------------------------------------------------------
+
+
+@every
+def test_state_is_stable_enough_to_be_carried_by_scan(name):
+    tx, params = REGISTRY[name].make(), small_tree()
+
+    def step(state, _):
+        updates, state = tx.update(params, state, params)
+        return state, updates
+
+    init = tx.init(params)
+    state, _ = jax.eval_shape(lambda s: lax.scan(step, s, length=3), init)
+    assert shapes(state) == shapes(init)
+
+
+@every
+def test_state_is_stable_enough_for_both_branches_of_cond(name):
+    tx, params = REGISTRY[name].make(), small_tree()
+
+    def maybe(skip, state):
+        return lax.cond(
+            skip,
+            lambda s: (jax.tree.map(jnp.zeros_like, params), s),
+            lambda s: tx.update(params, s, params),
+            state,
+        )
+
+    init = tx.init(params)
+    _, state = jax.eval_shape(maybe, True, init)
+    assert shapes(state) == shapes(init)
+
+
+@every
+def test_states_are_named_tuples(name):
+    def check(state):
+        assert isinstance(state, tuple)
+        for part in state if type(state) is tuple else ():
+            check(part)
+        assert type(state) is tuple or hasattr(state, "_fields")
+
+    check(REGISTRY[name].make().init(small_tree()))
+
+
+@every
+def test_map_params_finds_what_is_shaped_like_the_parameters(name):
+    tx, params = REGISTRY[name].make(), small_tree()
+    found = optax.tree.map_params(
+        tx, lambda leaf: True, tx.init(params), transform_non_params=lambda leaf: False
+    )
+    # Counts and keys are scalars, and no parameter is.
+    expected = jax.tree.map(lambda leaf: leaf.ndim > 0, tx.init(params))
+    assert found == expected
+
+
+@case_names(lambda case: "accumulator_dtype" in inspect.signature(case.factory).parameters)
+def test_a_state_of_another_tree_is_refused(name):
+    tx = REGISTRY[name].make()
+    params = {"a": jnp.ones(2)}
+    state = tx.init(params)
+    other = {"b": jnp.ones(2)}
+    with pytest.raises(ValueError, match="differ in structure"):
+        tx.update(other, state, other)
+
+
+# --- pytrees and wrappers --------------------------------------------------------------------
+
+
+@every
+def test_trees_may_hold_anything_that_is_no_array(name):
+    tree = awkward_tree()
+    updates, state, after = abstract_update(REGISTRY[name].make(), tree)
+    assert updates == jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+    assert after == state
+
+
+@pytest.mark.parametrize("tree", [{}, (), jnp.zeros(0)], ids=["dict", "tuple", "array"])
+@every
+def test_trees_may_be_empty(name, tree):
+    tx = REGISTRY[name].make()
+    updates, _ = tx.update(tree, tx.init(tree), tree)
+    assert shapes(updates) == shapes(tree)
+
+
+@every
+def test_scalars_and_empty_leaves_come_out_finite(name):
+    tx, tree = REGISTRY[name].make(), awkward_tree()
+    updates, state = jax.jit(tx.update)(tree, tx.init(tree), tree)
+    for leaf in jax.tree.leaves((updates, state)):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            assert np.isfinite(np.asarray(leaf)).all()
+
+
+@every
+def test_masked_leaves_pass_and_the_others_are_transformed(name):
+    case, tree = REGISTRY[name], small_tree()
+    tx = optax.masked(case.make(), {"kernel": True, "bias": False})
+    updates, _ = tx.update(tree, tx.init(tree), tree)
+    np.testing.assert_array_equal(updates["bias"], tree["bias"])
+    alone = {"kernel": tree["kernel"]}
+    expected, _ = case.make().update(alone, case.make().init(alone), alone)
+    np.testing.assert_array_equal(updates["kernel"], expected["kernel"])
+
+
+@every
+def test_partition_gives_each_label_its_transformation(name):
+    case, tree = REGISTRY[name], small_tree()
+    tx = optax.partition(
+        {"ours": case.make(), "theirs": optax.scale(2.0)}, {"kernel": "ours", "bias": "theirs"}
+    )
+    updates, _ = tx.update(tree, tx.init(tree), tree)
+    np.testing.assert_array_equal(updates["bias"], 2 * tree["bias"])
+    alone = {"kernel": tree["kernel"]}
+    expected, _ = case.make().update(alone, case.make().init(alone), alone)
+    np.testing.assert_array_equal(updates["kernel"], expected["kernel"])
+
+
+@every
+def test_multi_steps_updates_with_the_mean_of_its_micro_steps(name):
+    case = REGISTRY[name]
+    many = optax.MultiSteps(case.make(), every_k_schedule=2)
+    first, second = small_tree(seed=1), small_tree(seed=2)
+    update = jax.jit(many.update)
+    waiting, state = update(first, many.init(first), first)
+    assert not any(map(np.any, jax.tree.leaves(waiting)))
+    updates, _ = update(second, state, first)
+    mean = jax.tree.map(lambda a, b: a + (b - a) / 2, first, second)  # as MultiSteps computes it
+    expected, _ = case.make().update(mean, case.make().init(first), first)
+    assert_trees_equal(updates, expected, rtol=1e-6, atol=1e-6)
+
+
+@case_names(lambda case: case.numbers)
+def test_injected_numbers_do_what_constants_do(name):
+    case, tree = REGISTRY[name], small_tree()
+    static = [p for p in inspect.signature(case.factory).parameters if p not in case.numbers]
+    inject = optax.inject_hyperparams(case.factory, static_args=static)
+    tx = case.wrap(inject(**case.numbers, **case.others))
+    state = tx.init(tree)
+    assert set(optax.tree.get(state, "hyperparams")) == set(case.numbers)
+    updates, _ = jax.jit(tx.update)(tree, state, tree)  # the numbers are traced
+    expected, _ = case.make().update(tree, case.make().init(tree), tree)
+    assert_trees_equal(updates, expected, rtol=1e-6)
+
+
+@case_names(lambda case: case.numbers)
+def test_injected_numbers_keep_the_dtypes(name):
+    case, tree = REGISTRY[name], small_tree("bfloat16")
+    static = [p for p in inspect.signature(case.factory).parameters if p not in case.numbers]
+    inject = optax.inject_hyperparams(case.factory, static_args=static)
+    tx = case.wrap(inject(**case.numbers, **case.others))
+    updates, state, after = abstract_update(tx, tree)
+    assert updates == jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+    assert after == state
+
+
+@every
+def test_unknown_extra_arguments_are_ignored(name):
+    tree = small_tree()
+    tx = REGISTRY[name].make()
+    assert abstract_update(tx, tree, value=1.0) == abstract_update(tx, tree)
+
+
+@case_names(lambda case: not case.needs_params)
+def test_no_parameters_are_needed_where_none_are_used(name):
+    tx, tree = REGISTRY[name].make(), small_tree()
+    without, _ = tx.update(tree, tx.init(tree))
+    given, _ = tx.update(tree, tx.init(tree), tree)
+    assert_trees_equal(without, given, rtol=0)
+
+
+@every
+def test_a_chain_may_hold_it(name):
+    tree = small_tree()
+    tx = optax.chain(optax.identity(), REGISTRY[name].make(), optax.scale(1.0))
+    updates, state, after = abstract_update(tx, tree, value=1.0)
+    assert updates == jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+    assert after == state
+
+
+# --- the written law -------------------------------------------------------------------------
+
+EXPORTS = [name for name in signax.__all__ if not inspect.ismodule(getattr(signax, name))]
+FACTORIES = [name for name in EXPORTS if not name.endswith("State") and name not in OPTAXS]
+# Hyperparameters that come second and third in Optax's signatures too.
+POSITIONAL = {"b1", "b2"}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_every_export_is_documented(name):
+    text = inspect.getdoc(getattr(signax, name)) or ""
+    first, *rest = text.split("\n")
+    assert first.endswith("."), first
+    assert rest[:1] in ([], [""])
+    if name.endswith("State"):
+        assert "Attributes:" in text
+        for field in getattr(signax, name)._fields:
+            assert f"\n  {field}: " in text
+    elif name not in OPTAXS:
+        assert "Args:" in text
+        assert "Examples:" in text or "Example:" in text
+        assert ">>> " in text
+        assert "Returns:" in text or inspect.isclass(getattr(signax, name))
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_every_argument_is_documented_in_order(name):
+    export = getattr(signax, name)
+    lines = (inspect.getdoc(export) or "").split("\n")
+    parameters = [p for p in inspect.signature(export).parameters if not p.startswith("_")]
+    start = next(i for i, line in enumerate(lines) if line.startswith("Args:"))
+    section = []
+    for line in lines[start + 1 :]:
+        if line and not line.startswith(" "):
+            break
+        if line.startswith("  ") and not line.startswith("   ") and ":" in line:
+            section.append(line.split(":")[0].strip().rstrip("?"))
+    assert section == parameters
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_options_are_spelled_out(name):
+    kinds = {p.kind for p in inspect.signature(getattr(signax, name)).parameters.values()}
+    assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+
+
+@pytest.mark.parametrize("name", [name for name in FACTORIES if name != "DataParallel"])
+def test_options_are_given_by_keyword(name):
+    for parameter in inspect.signature(getattr(signax, name)).parameters.values():
+        optional = parameter.default is not inspect.Parameter.empty
+        if optional and parameter.name not in POSITIONAL:
+            assert parameter.kind == inspect.Parameter.KEYWORD_ONLY, parameter.name
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_every_argument_and_result_has_a_type(name):
+    export = getattr(signax, name)
+    signature = inspect.signature(export)
+    for parameter in signature.parameters.values():
+        assert parameter.annotation is not inspect.Parameter.empty, parameter.name
+    assert inspect.isclass(export) or signature.return_annotation is not inspect.Signature.empty
