@@ -17,7 +17,7 @@ from signax._numerics import relative_to_peak, wide_dtype
 Block = Literal["leaf", "tree", "row"] | int
 
 
-def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformation:
+def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformationExtraArgs:
     r"""Replaces updates by their signs times their mean magnitude.
 
     .. math:: u = \frac{\lVert p \rVert_1}{d} \operatorname{sign}(p)
@@ -59,15 +59,15 @@ def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformati
             "coordinates"
         )
 
-    def update_fn(updates, state, params=None):
-        del params
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
         check_floating(updates)
         if block == "tree":
             scale = _tree_mean_magnitude(updates)
             return jax.tree.map(lambda p: (scale * jnp.sign(p)).astype(p.dtype), updates), state
         return jax.tree.map(lambda p: _scaled_sign(p, block), updates), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update_fn)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
 def _tree_mean_magnitude(tree: Any) -> jax.Array | float:
@@ -113,7 +113,7 @@ def scale_by_stochastic_sign(
     *,
     norm: Literal["l2", "linf"] | float = "l2",
     axis_name: Hashable | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Replaces updates by random signs that are right on average.
 
     .. math:: P(u_j = +1) = \frac{1}{2} + \frac{g_j}{2 \lVert g \rVert}, \quad u_j = -1
@@ -163,8 +163,8 @@ def scale_by_stochastic_sign(
         del params
         return ScaleByStochasticSignState(key=key)
 
-    def update_fn(updates, state, params=None):
-        del params
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
         check_floating(updates)
         next_key, drawn = jax.random.split(state.key)
         if axis_name is not None:
@@ -174,7 +174,7 @@ def scale_by_stochastic_sign(
         signs = [_stochastic_sign(leaf, keys[i], norm) for i, leaf in enumerate(leaves)]
         return structure.unflatten(signs), ScaleByStochasticSignState(key=next_key)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _stochastic_sign(g: jax.Array, key: jax.Array, norm: str | float) -> jax.Array:
@@ -193,7 +193,7 @@ def _stochastic_sign(g: jax.Array, key: jax.Array, norm: str | float) -> jax.Arr
     return jnp.where(jnp.isfinite(mean), sign, jnp.nan).astype(g.dtype)
 
 
-def scale_by_top_k(fraction: float) -> optax.GradientTransformation:
+def scale_by_top_k(fraction: float) -> optax.GradientTransformationExtraArgs:
     r"""Keeps the largest coordinates of each leaf and sets the others to zero.
 
     The k = ceil(fraction * d) coordinates of largest magnitude stay, the earlier one of equals. Its
@@ -223,8 +223,8 @@ def scale_by_top_k(fraction: float) -> optax.GradientTransformation:
     """
     check_number("fraction", fraction, low=0, high=1, ends="(]")
 
-    def update_fn(updates, state, params=None):
-        del params
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
         check_floating(updates)
 
         def keep_largest(leaf):
@@ -234,7 +234,7 @@ def scale_by_top_k(fraction: float) -> optax.GradientTransformation:
 
         return jax.tree.map(keep_largest, updates), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update_fn)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
 class ScaleByRandomKState(NamedTuple):
@@ -247,7 +247,7 @@ class ScaleByRandomKState(NamedTuple):
     key: jax.Array
 
 
-def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransformation:
+def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransformationExtraArgs:
     r"""Keeps random coordinates of each leaf and sets the others to zero.
 
     Of d coordinates k = ceil(fraction * d) stay as they are, drawn anew at every step. Its error is
@@ -283,8 +283,8 @@ def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransfor
         del params
         return ScaleByRandomKState(key=key)
 
-    def update_fn(updates, state, params=None):
-        del params
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
         check_floating(updates)
         next_key, drawn = jax.random.split(state.key)
         leaves, structure = jax.tree.flatten(updates)
@@ -295,7 +295,7 @@ def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransfor
         ]
         return structure.unflatten(kept), ScaleByRandomKState(key=next_key)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _num_kept(fraction: Any, size: int) -> jax.Array | int:

@@ -215,6 +215,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
 
     def _update(self, updates, state, params=None, *, active=None, **extra_args):
         self._check_rows(updates, params)
+        self._check_active(active)
         one_worker = self._one_worker(updates) if params is None else params
         specs = self._specs(one_worker)
         layout = self._layout(one_worker, specs)
@@ -352,6 +353,14 @@ class DataParallel(optax.GradientTransformationExtraArgs):
                     f"each of {self.num_workers} workers, {(self.num_workers, *rest)}: use the "
                     "gradients of DataParallel.value_and_grad, which are not yet averaged"
                 )
+
+    def _check_active(self, active: Any) -> None:
+        if active is None:
+            return
+        if jnp.shape(active) != (self.num_workers,) or jnp.result_type(active) != jnp.bool_:
+            raise TypeError(
+                f"active={active!r} must be one boolean for each of {self.num_workers} workers"
+            )
 
     def _check_settled(self, updates: Any) -> None:
         for path, leaf in jax.tree.leaves_with_path(updates):

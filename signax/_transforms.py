@@ -28,7 +28,7 @@ def scale_by_signum(
     warmup: bool = False,
     nesterov: bool = False,
     accumulator_dtype: Any = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Replaces updates by the signs of their moving average.
 
     .. math:: m_t = \beta m_{t-1} + (1 - \beta) g_t, \quad u_t = \operatorname{sign}(m_t)
@@ -77,8 +77,8 @@ def scale_by_signum(
         momentum = optax.tree.zeros_like(params, dtype=accumulator_dtype)
         return ScaleBySignumState(count=jnp.zeros([], jnp.int32), momentum=momentum)
 
-    def update_fn(updates, state, params=None):
-        del params
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
         check_floating(updates)
         check_same_structure("updates", updates, "state.momentum", state.momentum)
 
@@ -97,7 +97,7 @@ def scale_by_signum(
         count = optax.safe_increment(state.count)
         return signs, ScaleBySignumState(count=count, momentum=momentum)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _warmup_steps(b1: float) -> int:
