@@ -28,10 +28,9 @@ def check_number(
     """
     if is_traced(value):
         return
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}={value!r} is not a number") from None
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}={value!r} is not a number")
+    number = float(value)
     above = number >= low if ends[0] == "[" else number > low
     below = number <= high if ends[1] == "]" else number < high
     if not (above and below):
@@ -65,13 +64,31 @@ def check_floating(tree: Any, name: str = "updates") -> None:
             )
 
 
-def check_same_structure(name: str, tree: Any, other_name: str, other: Any) -> None:
-    """Refuses two trees of different structure."""
+def check_alike(name: str, tree: Any, other_name: str, other: Any) -> None:
+    """Refuses two trees of different structure, or with leaves of different shapes."""
     structure, expected = jax.tree.structure(tree), jax.tree.structure(other)
     if structure != expected:
         raise ValueError(
             f"{name} and {other_name} differ in structure: {name} is {structure}, "
             f"{other_name} is {expected}; the state must come from init on the same parameters"
+        )
+    for (path, leaf), other_leaf in zip(
+        jax.tree.leaves_with_path(tree), jax.tree.leaves(other), strict=True
+    ):
+        if jnp.shape(leaf) != jnp.shape(other_leaf):
+            place = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"{name}{place} has shape {jnp.shape(leaf)}, but {other_name}{place} has "
+                f"{jnp.shape(other_leaf)}; the state must come from init on the same parameters"
+            )
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Refuses what is not an Optax transformation, such as the function that makes one."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(
+            f"{name}={value!r} is not a gradient transformation: pass what calling signax.<name>() "
+            "or optax.<name>() returns"
         )
 
 

@@ -1,5 +1,6 @@
 """Compressors: transformations that keep little of an update, and know nothing of the past."""
 
+import functools
 import math
 from collections.abc import Hashable
 from fractions import Fraction
@@ -12,7 +13,7 @@ import optax
 
 from signax._checks import check_axis_name, check_floating, check_key, check_number, is_traced
 from signax._collectives import worker_index
-from signax._numerics import relative_to_peak, wide_dtype
+from signax._numerics import common_dtype, relative_to_peak, wide_dtype
 
 Block = Literal["leaf", "tree", "row"] | int
 
@@ -64,15 +65,16 @@ def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformati
         check_floating(updates)
         if block == "tree":
             scale = _tree_mean_magnitude(updates)
-            return jax.tree.map(lambda p: (scale * jnp.sign(p)).astype(p.dtype), updates), state
+            return jax.tree.map(lambda p: _signed(scale, p), updates), state
         return jax.tree.map(lambda p: _scaled_sign(p, block), updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
-def _tree_mean_magnitude(tree: Any) -> jax.Array | float:
+def _tree_mean_magnitude(tree: Any) -> jax.Array:
     leaves = jax.tree.leaves(tree)
-    total = sum(jnp.sum(jnp.abs(leaf), dtype=wide_dtype(leaf.dtype)) for leaf in leaves)
+    dtype = functools.reduce(common_dtype, (leaf.dtype for leaf in leaves), jnp.float32)
+    total = sum((jnp.sum(jnp.abs(leaf), dtype=dtype) for leaf in leaves), jnp.zeros([], dtype))
     return total / max(1, sum(leaf.size for leaf in leaves))
 
 
@@ -86,7 +88,11 @@ def _scaled_sign(p: jax.Array, block: Block) -> jax.Array:
         scale = jnp.mean(magnitude, axis=-1, keepdims=True)
     else:
         scale = jnp.mean(magnitude)
-    return (scale * jnp.sign(p)).astype(p.dtype)
+    return _signed(scale, p)
+
+
+def _signed(scale: jax.Array, p: jax.Array) -> jax.Array:
+    return (scale * jnp.sign(p).astype(scale.dtype)).astype(p.dtype)
 
 
 def _block_means(values: jax.Array, block: int) -> jax.Array:
@@ -189,8 +195,9 @@ def _stochastic_sign(g: jax.Array, key: jax.Array, norm: str | float) -> jax.Arr
     else:
         mean = wide / jnp.asarray(norm, wide.dtype)
     drawn = jax.random.uniform(key, g.shape, wide.dtype, minval=-1, maxval=1)
-    sign = jnp.where(drawn < mean, 1.0, -1.0) * jnp.any(wide != 0)
-    return jnp.where(jnp.isfinite(mean), sign, jnp.nan).astype(g.dtype)
+    sign = jnp.where(drawn < mean, jnp.ones_like(g), -1)
+    sign = jnp.where(jnp.any(wide != 0), sign, 0)
+    return jnp.where(jnp.isfinite(mean), sign, jnp.nan)
 
 
 def scale_by_top_k(fraction: float) -> optax.GradientTransformationExtraArgs:

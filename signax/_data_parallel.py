@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from signax._checks import check_axis_name
+from signax._checks import check_axis_name, check_transformation
 from signax._gradients import check_batch, local_value_and_grad
 from signax._layout import Layout, PerWorker, check_state, find_layout
 from signax._specs import entry_axes, explicit_axes, keep_axes, reshard, spec_axes, typed_spec
@@ -79,6 +79,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         param_specs: Any = None,
         per_worker: PerWorker | None = None,
     ):
+        check_transformation("tx", tx)
         check_axis_name(axis_name)
         if axis_name not in mesh.axis_names:
             raise ValueError(

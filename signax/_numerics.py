@@ -6,9 +6,15 @@ import jax
 import jax.numpy as jnp
 
 
+def common_dtype(dtype: Any, other: Any) -> Any:
+    """The dtype that holds values of both, also where JAX is told not to promote by itself."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(dtype, other)
+
+
 def wide_dtype(dtype: Any) -> Any:
     """The dtype in which sums over values of `dtype` are accumulated: f32, or f64 for f64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return common_dtype(dtype, jnp.float32)
 
 
 def relative_to_peak(values: jax.Array) -> jax.Array:

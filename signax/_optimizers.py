@@ -1,5 +1,6 @@
 """Optimisers: chains of the transformations, and the only place with a learning rate."""
 
+import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -9,7 +10,7 @@ from signax._ballots import Ties, Zeros
 from signax._checks import check_number
 from signax._collectives import Transport
 from signax._compressors import Block, scale_by_scaled_sign
-from signax._transforms import error_feedback, hold_if_nonfinite, scale_by_signum
+from signax._transforms import checked, error_feedback, hold_if_nonfinite, scale_by_signum
 from signax._voting import majority_vote
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -22,6 +23,8 @@ def _descend(
     mask: Mask,
 ) -> optax.GradientTransformationExtraArgs:
     """Follows a direction: decoupled weight decay, then the learning rate."""
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate, low=-math.inf)
     if callable(weight_decay):
         decays = True
     else:
@@ -96,7 +99,7 @@ def sign_sgd(
       Bernstein et al., `signSGD: Compressed Optimisation for Non-Convex Problems
       <https://arxiv.org/abs/1802.04434>`_, 2018
     """
-    direction = _voted(optax.scale_by_sign(), axis_name, zeros, ties, transport)
+    direction = _voted(checked(optax.scale_by_sign()), axis_name, zeros, ties, transport)
     return _descend(direction, learning_rate, weight_decay, mask)
 
 
@@ -220,7 +223,7 @@ def lion(
     """
     check_number("b1", b1, low=0, high=1)
     check_number("b2", b2, low=0, high=1)
-    signs = optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=accumulator_dtype)
+    signs = checked(optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=accumulator_dtype), memory="mu")
     direction = _voted(signs, axis_name, zeros, ties, transport)
     return _descend(direction, learning_rate, weight_decay, mask)
 

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import optax
 
 from signax._ballots import all_finite
-from signax._checks import check_floating, check_number, check_same_structure, is_traced
+from signax._checks import (
+    check_alike,
+    check_floating,
+    check_number,
+    check_transformation,
+    is_traced,
+)
+from signax._numerics import common_dtype
 
 
 class ScaleBySignumState(NamedTuple):
@@ -80,11 +87,11 @@ def scale_by_signum(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         check_floating(updates)
-        check_same_structure("updates", updates, "state.momentum", state.momentum)
+        check_alike("updates", updates, "state.momentum", state.momentum)
 
         def average(g, m):
-            wide = jnp.promote_types(g.dtype, m.dtype)
-            return ((1 - b1) * g.astype(wide) + b1 * m.astype(wide)).astype(m.dtype)
+            wide = common_dtype(g.dtype, m.dtype)
+            return (((1 - b1) * g).astype(wide) + (b1 * m).astype(wide)).astype(m.dtype)
 
         momentum = jax.tree.map(average, updates, state.momentum)
         direction = jax.tree.map(average, updates, momentum) if nesterov else momentum
@@ -179,6 +186,7 @@ def error_feedback(
       Karimireddy et al., `Error Feedback Fixes SignSGD and other Gradient Compression Schemes
       <https://arxiv.org/abs/1901.09847>`_, 2019
     """
+    check_transformation("compressor", compressor)
     check_number("decay", decay, low=0, high=1, ends="[]")
     compressor = optax.with_extra_args_support(compressor)
 
@@ -189,7 +197,7 @@ def error_feedback(
 
     def update_fn(updates, state, params=None, **extra_args):
         check_floating(updates)
-        check_same_structure("updates", updates, "state.error", state.error)
+        check_alike("updates", updates, "state.error", state.error)
         corrected = jax.tree.map(
             lambda g, e: (g.astype(e.dtype) + decay * e).astype(e.dtype), updates, state.error
         )
@@ -227,6 +235,7 @@ def hold_if_nonfinite(
       >>> print(updates, state.momentum, state.count)
       [nan nan] [0. 0.] 1
     """
+    check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -239,5 +248,26 @@ def hold_if_nonfinite(
         held = jax.tree.map(hold, state, new_state)
         marked = jax.tree.map(lambda u: jnp.where(finite, u, jnp.nan).astype(u.dtype), new_updates)
         return marked, held
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def checked(
+    inner: optax.GradientTransformation, memory: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Holds one of Optax's transformations to the contract of those here.
+
+    Leaves must be floating-point, the field `memory` of the state must be a tree like the updates,
+    and updates keep their dtypes.
+    """
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        check_floating(updates)
+        if memory is not None:
+            check_alike("updates", updates, f"state.{memory}", getattr(state, memory))
+        with jax.numpy_dtype_promotion("standard"):  # Optax lets JAX promote
+            new_updates, state = inner.update(updates, state, params)
+        return optax.tree.cast_like(new_updates, updates), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
