@@ -38,7 +38,7 @@ def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformati
 
     Raises:
       ValueError: `block` is none of the above.
-      TypeError: at the update, a leaf is not floating-point.
+      TypeError: `block` is traced; at the update, a leaf is not floating-point.
 
     Examples:
       >>> import jax.numpy as jnp, signax
@@ -51,6 +51,11 @@ def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformati
       Karimireddy et al., `Error Feedback Fixes SignSGD and other Gradient Compression Schemes
       <https://arxiv.org/abs/1901.09847>`_, 2019
     """
+    if isinstance(block, jax.Array):
+        raise TypeError(
+            "block must be known when the step is built: list 'block' in the static_args of "
+            "optax.inject_hyperparams"
+        )
     if isinstance(block, np.integer):
         block = int(block)
     is_size = isinstance(block, int) and not isinstance(block, bool) and block > 0
@@ -83,7 +88,7 @@ def _scaled_sign(p: jax.Array, block: Block) -> jax.Array:
         return p
     magnitude = jnp.abs(p).astype(wide_dtype(p.dtype))
     if isinstance(block, int):
-        scale = _block_means(magnitude.reshape(-1), block).reshape(p.shape)
+        scale = _block_means(magnitude.reshape(-1), min(block, p.size)).reshape(p.shape)
     elif block == "row" and p.ndim:
         scale = jnp.mean(magnitude, axis=-1, keepdims=True)
     else:

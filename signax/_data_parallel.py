@@ -174,7 +174,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
 
     def train_step(
         self, loss_fn: Callable, *, has_aux: bool = False, accumulate: int = 1
-    ) -> Callable:
+    ) -> jax.stages.Wrapped:
         """A compiled step of training, which takes over the memory of its parameters and state.
 
         Args:
@@ -200,11 +200,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         layout = self._layout(params, self._specs(params))
 
         def local(params):
-            leaves = jax.tree.leaves(self.tx.init(params))
-            return [
-                self._row(leaf) if per_worker else jnp.asarray(leaf)
-                for leaf, (_, _, per_worker, _) in zip(leaves, layout.leaves, strict=True)
-            ]
+            return self._state_rows(self.tx.init(params), layout)
 
         mapped = self._shard_map(local, (PartitionSpec(),), self._worker_specs(layout))
 
@@ -384,12 +380,12 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         for leaf, (path, _, per_worker, _) in zip(
             jax.tree.leaves(state), layout.leaves, strict=True
         ):
-            if not per_worker and self._varies(leaf):
+            if not per_worker and self._varies(jnp.asarray(leaf)):
                 raise ValueError(
                     f"state{path} differs between workers but is to be shared: let per_worker "
                     "return True for it"
                 )
-            rows.append(self._row(leaf) if per_worker else leaf)
+            rows.append(self._row(leaf) if per_worker else jnp.asarray(leaf))
         return rows
 
 

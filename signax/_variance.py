@@ -47,9 +47,11 @@ def _equation_outputs(eqn: Any, inputs: list[bool], axis_name: Hashable) -> list
     inner = _called_jaxpr(eqn)
     if inner is not None:
         return varying_outputs(inner, inputs, axis_name)
-    if _runs_over(eqn, axis_name) and eqn.params.get("axis_index_groups") is None:
-        # Any other operation over the axis, such as axis_index or all_to_all, makes a difference.
-        return [name not in _EQUALISING] * len(eqn.outvars)
+    if _runs_over(eqn, axis_name):
+        if name not in _EQUALISING:  # axis_index or all_to_all, for example
+            return [True] * len(eqn.outvars)
+        within_groups = eqn.params.get("axis_index_groups") is not None
+        return [within_groups and any(inputs)] * len(eqn.outvars)
     return [any(inputs) or _has_collective(eqn, axis_name)] * len(eqn.outvars)
 
 
@@ -79,9 +81,13 @@ def _while_outputs(eqn: Any, inputs: list[bool], axis_name: Hashable) -> list[bo
 
 
 def _scan_outputs(eqn: Any, inputs: list[bool], axis_name: Hashable) -> list[bool]:
-    body, consts, carried = (
-        _open(eqn.params["jaxpr"]), eqn.params["num_consts"], eqn.params["num_carry"]
-    )  # fmt: skip
+    body = _open(eqn.params["jaxpr"])
+
+    def whole(outer, inner):  # how many variables the body does not see a slice of
+        return sum(a.aval.shape == b.aval.shape for a, b in zip(outer, inner, strict=True))
+
+    carried = whole(eqn.outvars, body.outvars)
+    consts = whole(eqn.invars, body.invars) - carried
     slices = inputs[consts + carried :]
 
     def step(carry):

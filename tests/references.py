@@ -5,7 +5,6 @@ Nothing here uses the library. Arrays are f64 unless a dtype is part of what is 
 
 import numpy as np
 
-
 # The vote: Bernstein et al. 2019 (arXiv 1810.05291), with dithered zeros and ties.
 
 
