@@ -61,7 +61,7 @@ def test_train_state_of_flax_linen_learns(mesh):
         loss, grads = tx.value_and_grad(loss_fn)(state.params, batch)
         return state.apply_gradients(grads=grads), loss
 
-    step = jax.jit(step, donate_argnums=0)
+    step, loss = jax.jit(step, donate_argnums=0), jnp.inf
     for _ in range(STEPS):
         state, loss = step(state, data)
     assert state.step == STEPS
@@ -95,6 +95,7 @@ def test_optimizer_of_flax_nnx_learns(mesh):
         trainer.update(model, grads)
         return loss
 
+    loss = jnp.inf
     for _ in range(STEPS):
         loss = step(model, trainer, data)
     assert loss < 0.05
@@ -149,7 +150,7 @@ def placed(mesh):
 
 def test_train_step_learns(placed):
     tx, params, state = placed
-    step = tx.train_step(linear)
+    step, loss = tx.train_step(linear), jnp.inf
     for _ in range(STEPS):
         params, state, loss = step(params, state, lines())
     assert loss < 1e-3
