@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import references
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import signax
 from signax import diagnostics
-from tests import references
 
 WORKERS = 8
 PARAMS = {"w": jnp.arange(6.0).reshape(3, 2) / 8 - 0.25, "b": jnp.ones(2)}
