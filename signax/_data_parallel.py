@@ -28,6 +28,9 @@ class DataParallel(optax.GradientTransformationExtraArgs):
     by tracing `tx`. So M workers keep M momenta between them, one each, and a checkpoint of the
     whole state holds all M.
 
+    Of the update's extra arguments `active`, bool[M], says which workers take part; the others go
+    to `tx` whole. As it is traced without them, `tx` must not insist on any.
+
     Args:
       tx: the transformation of one worker, with a vote or a mean over `axis_name` in it.
       mesh: a mesh that has the axis; its axes may be of type Auto or Explicit.
@@ -223,8 +226,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         def local(updates, leaves, params, active):
             extra = extra_args if active is None else {**extra_args, "active": active.squeeze(0)}
             state = layout.structure.unflatten(
-                leaf.squeeze(0) if per_worker else leaf
-                for leaf, (_, _, per_worker, _) in zip(leaves, layout.leaves, strict=True)
+                leaf.squeeze(0) if place.per_worker else leaf
+                for leaf, place in zip(leaves, layout.leaves, strict=True)
             )
             updates = jax.tree.map(lambda row: row.squeeze(0), updates)
             updates, state = self.tx.update(updates, state, params, **extra)
@@ -235,10 +238,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         state_specs = self._worker_specs(layout)
         mapped = self._shard_map(local, (split, state_specs, whole, split), (whole, state_specs))
         leaves = [
-            self._place(leaf, per_worker=per_worker)
-            for leaf, (_, _, per_worker, _) in zip(
-                jax.tree.leaves(state), layout.leaves, strict=True
-            )
+            self._place(leaf, per_worker=place.per_worker)
+            for leaf, place in zip(jax.tree.leaves(state), layout.leaves, strict=True)
         ]
         updates, leaves = mapped(
             self._place(updates, per_worker=True),
@@ -377,15 +378,14 @@ class DataParallel(optax.GradientTransformationExtraArgs):
                 f"tx changes the structure of its state from {layout.structure} to {structure}"
             )
         rows = []
-        for leaf, (path, _, per_worker, _) in zip(
-            jax.tree.leaves(state), layout.leaves, strict=True
-        ):
-            if not per_worker and self._varies(jnp.asarray(leaf)):
+        for leaf, place in zip(jax.tree.leaves(state), layout.leaves, strict=True):
+            leaf = jnp.asarray(leaf)
+            if not place.per_worker and self._varies(leaf):
                 raise ValueError(
-                    f"state{path} differs between workers but is to be shared: let per_worker "
-                    "return True for it"
+                    f"state{place.path} differs between workers but is to be shared: let "
+                    "per_worker return True for it"
                 )
-            rows.append(self._row(leaf) if per_worker else jnp.asarray(leaf))
+            rows.append(self._row(leaf) if place.per_worker else leaf)
         return rows
 
 

@@ -98,15 +98,14 @@ def check_state(state: Any, layout: Layout, num_workers: int) -> None:
             f"state and params do not belong together: state is {structure}, but that of these "
             f"params is {layout.structure}; make it with init on the same parameters"
         )
-    for leaf, (path, shape, per_worker, _) in zip(
-        jax.tree.leaves(state), layout.leaves, strict=True
-    ):
-        expected = (num_workers, *shape) if per_worker else shape
-        if jnp.shape(leaf) == expected:
+    for leaf, place in zip(jax.tree.leaves(state), layout.leaves, strict=True):
+        shape = jnp.shape(leaf)
+        expected = (num_workers, *place.shape) if place.per_worker else place.shape
+        if shape == expected:
             continue
-        if per_worker and jnp.shape(leaf)[1:] == shape:
+        if place.per_worker and shape[1:] == place.shape:
             raise ValueError(
-                f"state{path} has rows for {leaf.shape[0]} workers, but the mesh has {num_workers}:"
-                f" use a mesh of {leaf.shape[0]} workers, or start from a new init"
+                f"state{place.path} has rows for {shape[0]} workers, but the mesh has "
+                f"{num_workers}: use a mesh of {shape[0]} workers, or start from a new init"
             )
-        raise ValueError(f"state{path} has shape {jnp.shape(leaf)}, but should have {expected}")
+        raise ValueError(f"state{place.path} has shape {shape}, but should have {expected}")
