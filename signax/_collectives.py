@@ -16,7 +16,7 @@ Worker k counts part k for everybody, a sharded parameter server. The same, as i
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,9 +89,8 @@ def pvote(
     """
     check_vote_options(axis_name, zeros, ties, transport)
     check_votable(tree, axis_name)
-    return exchange_votes(
-        tree, axis_name, step=step, zeros=zeros, ties=ties, active=takes_part(tree, active)
-    )
+    voter = find_voter(tree, axis_name, step=step, zeros=zeros, ties=ties, active=active)
+    return exchange_votes(tree, axis_name, voter, zeros=zeros, ties=ties)
 
 
 def check_vote_options(axis_name: Hashable, zeros: str, ties: str, transport: str) -> None:
@@ -135,37 +134,66 @@ def worker_index(axis_name: Hashable) -> jax.Array:
         ) from None
 
 
-def exchange_votes(
+class Voter(NamedTuple):
+    """What a vote must know of a worker beside its values.
+
+    Attributes:
+      header: u32[], the worker's index + 1, or 0 if it is out.
+      coins: for its zero ballots and for ties.
+    """
+
+    header: jax.Array
+    coins: Coins
+
+
+def find_voter(
     tree: Any,
     axis_name: Hashable,
     *,
     step: jax.Array | int | None,
     zeros: Zeros,
     ties: Ties,
-    active: jax.Array,
+    active: jax.Array | bool | None,
+) -> Voter:
+    """This worker as a voter, which is found on the whole tree, not on a block of it."""
+    if step is None:
+        if zeros == "dither" or (zeros == "plus" and ties == "dither"):
+            raise ValueError(
+                f"step=None, but zeros={zeros!r} with ties={ties!r} needs it for the dither: pass "
+                "the number of the step, the same on every worker"
+            )
+        step = 0
+    step = jnp.asarray(step)
+    if step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
+        raise TypeError(f"step={step!r} must be one integer")
+    worker = worker_index(axis_name).astype(jnp.uint32)
+    return Voter(
+        header=jnp.where(takes_part(tree, active), worker + 1, 0),
+        coins=toss(step, worker, lax.axis_size(axis_name)),
+    )
+
+
+def exchange_votes(
+    tree: Any, axis_name: Hashable, voter: Voter, *, zeros: Zeros, ties: Ties
 ) -> Any:
-    """The vote itself, on checked arguments; `active` already says whether this worker counts."""
+    """The vote itself, on checked arguments."""
     leaves, structure = jax.tree.flatten(tree)
     if not any(leaf.size for leaf in leaves):
         return tree
     num_workers = lax.axis_size(axis_name)
-    worker = worker_index(axis_name)
-    coins = _coins(step, zeros, ties, worker, num_workers)
 
     planes = [  # one or two of u32[words]
         jnp.concatenate([_bits.pack(bits) for bits in plane])
-        for plane in zip(*(ballots(leaf, zeros, coins.zero) for leaf in leaves), strict=True)
+        for plane in zip(*(ballots(leaf, zeros, voter.coins.zero) for leaf in leaves), strict=True)
     ]
     share = -(-planes[0].size // num_workers)
-    # Under vmap a tiled all_to_all is right only for a batched operand. The header makes it one:
-    # it tells who sends, and 0 tells that the sender is out.
-    header = jnp.where(active, worker.astype(jnp.uint32) + 1, 0)
-    ballot_box = _cut(planes, share, num_workers, header, active)  # u32[M, part]
+    ballot_box = _cut(planes, share, num_workers, voter.header)  # u32[M, part]
 
+    # Under vmap this is right only for a batched operand, which the sender's index makes it.
     received = lax.all_to_all(ballot_box, axis_name, 0, 0, tiled=True)  # u32[M, part]
     voters = jnp.sum(received[:, 0] != 0, dtype=jnp.uint32)
     rows = received[:, 1 : 1 + len(planes) * share].reshape(num_workers, len(planes), share)
-    result = _decide(rows, voters, ties, coins.tie)  # u32[planes, share]
+    result = _decide(rows, voters, ties, voter.coins.tie)  # u32[planes, share]
     part = jnp.concatenate([voters[None], result.reshape(-1)])
     part = jnp.pad(part, (0, ballot_box.shape[1] - part.size))
     parts = gather(part, axis_name)  # u32[M, part]
@@ -177,32 +205,11 @@ def exchange_votes(
     return structure.unflatten(_read_signs(decided, voters, leaves))
 
 
-def _coins(step: Any, zeros: Zeros, ties: Ties, worker: jax.Array, num_workers: int) -> Coins:
-    tossed = zeros == "dither" or (zeros == "plus" and ties == "dither")
-    if step is None:
-        if tossed:
-            raise ValueError(
-                f"step=None, but zeros={zeros!r} with ties={ties!r} needs it for the dither: pass "
-                "the number of the step, the same on every worker"
-            )
-        step = 0
-    step = jnp.asarray(step)
-    if step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
-        raise TypeError(f"step={step!r} must be one integer")
-    return toss(step, worker, num_workers)
-
-
-def _cut(
-    planes: Sequence[jax.Array],
-    share: int,
-    num_workers: int,
-    header: jax.Array,
-    active: jax.Array,
-) -> jax.Array:
+def _cut(planes: Sequence[jax.Array], share: int, num_workers: int, header: jax.Array) -> jax.Array:
     """Cuts u32[words] planes into one part per worker: header, shares, padding to u32[M, part]."""
     padding = num_workers * share - planes[0].size
     shares = [jnp.pad(plane, (0, padding)).reshape(num_workers, share) for plane in planes]
-    payload = jnp.where(active, jnp.concatenate(shares, axis=1), 0)  # those who are out send zeros
+    payload = jnp.where(header > 0, jnp.concatenate(shares, axis=1), 0)
     column = jnp.broadcast_to(header, (num_workers, 1))
     part = _bits.part_words(planes[0].size, num_workers, len(planes))
     tail = part - 1 - payload.shape[1]

@@ -1,5 +1,6 @@
 """DataParallel: the state and the gradients of each worker as global arrays, under `jax.jit`."""
 
+import inspect
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -97,7 +98,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
             return self._update(updates, state, params, **extra_args)
 
         self = super().__new__(cls, init_fn, update_fn)
-        self.tx = optax.with_extra_args_support(tx)
+        self.tx = _with_extra_args(tx)
         self.mesh = mesh
         self.axis_name = axis_name
         self.num_workers = mesh.shape[axis_name]
@@ -188,7 +189,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         Returns:
           A jitted function of `(params, state, batch, *replicated, key=None)` to `(params, state,
           loss)`, or with `has_aux` to `(params, state, (loss, aux))`. Its `.lower` gives the
-          program, as that of any jitted function.
+          program, as that of any jitted function. Parameters that do not lie on the mesh yet are
+          moved there by the first call, and the second compiles once more for it.
         """
         gradient = self.value_and_grad(loss_fn, has_aux=has_aux, accumulate=accumulate)
 
@@ -387,6 +389,16 @@ class DataParallel(optax.GradientTransformationExtraArgs):
                 )
             rows.append(self._row(leaf) if place.per_worker else leaf)
         return rows
+
+
+def _with_extra_args(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Passes extra arguments to all that take them, `optax.MultiSteps` included."""
+    parameters = inspect.signature(tx.update).parameters.values()
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    return optax.with_extra_args_support(tx)
 
 
 def _check_param_specs(specs: Any, mesh: Mesh, axis_name: Hashable) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from signax._specs import is_masked, spec_unless_masked
 from signax._variance import varying_outputs
 
 PerWorker = Callable[[str, jax.ShapeDtypeStruct], bool | None]
@@ -85,7 +86,12 @@ def _state_specs(tx: Any, state: Any, param_specs: Any) -> list[PartitionSpec]:
     if param_specs is None:
         return [whole for _ in jax.tree.leaves(state)]
     specs = optax.tree.map_params(
-        tx, lambda _, spec: spec, state, param_specs, transform_non_params=lambda _: whole
+        tx,
+        spec_unless_masked,
+        state,
+        param_specs,
+        transform_non_params=lambda node: spec_unless_masked(node, whole),
+        is_leaf=is_masked,
     )
     return jax.tree.leaves(specs)
 

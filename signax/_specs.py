@@ -4,6 +4,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -43,3 +44,13 @@ def reshard(array: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
     if not explicit:
         return array
     return jax.sharding.reshard(array, NamedSharding(mesh, keep_axes(spec, explicit)))
+
+
+def is_masked(node: Any) -> bool:
+    """Whether a node stands for leaves that `optax.masked` or `optax.partition` left out."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def spec_unless_masked(node: Any, spec: PartitionSpec) -> Any:
+    """The spec of a leaf, or the mask in its place."""
+    return node if is_masked(node) else spec

@@ -12,12 +12,14 @@ from signax._ballots import Ties, Zeros, takes_part
 from signax._checks import check_axis_name
 from signax._collectives import (
     Transport,
+    Voter,
     check_votable,
     check_vote_options,
     exchange_votes,
+    find_voter,
     mean_active,
 )
-from signax._specs import spec_axes
+from signax._specs import is_masked, spec_axes, spec_unless_masked
 
 
 class MajorityVoteState(NamedTuple):
@@ -85,56 +87,48 @@ def majority_vote(
     def update_fn(updates, state, params=None, *, active=None, param_specs=None, **extra_args):
         del params, extra_args
         check_votable(updates, axis_name)
-        # Who takes part is settled on the whole updates, before they are cut into blocks.
-        votes = takes_part(updates, active)
+        voter = find_voter(
+            updates, axis_name, step=state.count, zeros=zeros, ties=ties, active=active
+        )
 
-        def vote(tree, step, votes):
-            return exchange_votes(tree, axis_name, step=step, zeros=zeros, ties=ties, active=votes)
+        def vote(tree, voter):
+            return exchange_votes(tree, axis_name, voter, zeros=zeros, ties=ties)
 
-        updates = _in_blocks(vote, updates, state.count, votes, param_specs)
+        updates = _in_blocks(vote, updates, voter, param_specs)
         return updates, MajorityVoteState(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _in_blocks(vote: Callable, updates: Any, step: jax.Array, votes: jax.Array, specs: Any) -> Any:
+def _in_blocks(vote: Callable, updates: Any, voter: Voter, specs: Any) -> Any:
     """Votes on the local block of every leaf that is sharded over further mesh axes.
 
     Flattening a sharded leaf would gather it in full precision, so the vote runs where the leaf is
     cut: once for each set of axes, since JAX types the result of one exchange as a whole.
     """
     if specs is None:
-        return vote(updates, step, votes)
+        return vote(updates, voter)
     leaves, structure = jax.tree.flatten(updates)
     leaf_specs = _specs_like(updates, specs)
     groups: dict[frozenset, list[int]] = {}
     for position, spec in enumerate(leaf_specs):
         groups.setdefault(spec_axes(spec), []).append(position)
     for axes, positions in groups.items():
-        block = [leaves[position] for position in positions]
+        local_vote = vote
         if axes:
             blocks = [leaf_specs[position] for position in positions]
-            whole = PartitionSpec()
             local_vote = jax.shard_map(
-                vote, in_specs=(blocks, whole, whole), out_specs=blocks, axis_names=set(axes)
+                vote, in_specs=(blocks, PartitionSpec()), out_specs=blocks, axis_names=set(axes)
             )
-        else:
-            local_vote = vote
-        for position, leaf in zip(positions, local_vote(block, step, votes), strict=True):
+        voted = local_vote([leaves[position] for position in positions], voter)
+        for position, leaf in zip(positions, voted, strict=True):
             leaves[position] = leaf
     return structure.unflatten(leaves)
 
 
 def _specs_like(updates: Any, specs: Any) -> list[PartitionSpec]:
     """The specs of the leaves that `updates` has; masked ones drop out."""
-
-    def is_masked(node):
-        return isinstance(node, optax.MaskedNode)
-
-    kept = jax.tree.map(
-        lambda leaf, spec: leaf if is_masked(leaf) else spec, updates, specs, is_leaf=is_masked
-    )
-    return jax.tree.leaves(kept)
+    return jax.tree.leaves(jax.tree.map(spec_unless_masked, updates, specs, is_leaf=is_masked))
 
 
 def average_updates(axis_name: Hashable) -> optax.GradientTransformationExtraArgs:
