@@ -25,7 +25,7 @@ demo: .venv/examples  ## train on eight simulated workers, averaged and voted, a
 test: lint test-newest test-oldest  ## run everything, at the newest jax and at the oldest supported
 
 check: lint  ## run two minutes' worth of it, for working
-	.venv/bin/python $(PYTEST) -m "not slow"
+	.venv/bin/python $(PYTEST) -m "not slow and not demo"
 
 lint: .venv/test  ## lint, check the format and the types
 	.venv/bin/ruff check
@@ -36,7 +36,7 @@ test-newest: .venv/test
 	.venv/bin/python $(PYTEST)
 
 test-oldest: .venv-oldest/test
-	.venv-oldest/bin/python $(PYTEST)
+	.venv-oldest/bin/python $(PYTEST) -m "not demo"
 
 clean:  ## remove the environments and every cache
 	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .hypothesis

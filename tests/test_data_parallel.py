@@ -678,6 +678,7 @@ TWO_AXES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "kind", "specs", "placed", "context"), ONE_AXIS + TWO_AXES)
 def test_parameters_are_the_same_on_every_mesh(shape, kind, specs, placed, context, stepped):
     """Everything placed or nothing, inside `jax.set_mesh` or not: bit for bit the same."""

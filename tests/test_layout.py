@@ -200,6 +200,7 @@ def test_leaves_that_workers_have_of_their_own(name, mesh):
     assert placed(tx, mesh) == (own, shared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_leaves_of_their_own_are_those_that_differ_when_workers_run(name):
     tx, own, _ = CASES[name]
