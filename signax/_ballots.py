@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from signax._checks import check_flag
 
@@ -68,11 +69,13 @@ def ballots(values: jax.Array, zeros: Zeros, coin: jax.Array) -> tuple[jax.Array
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether no floating leaf holds a NaN or an infinity: a tree to bool[]."""
-    finite = jnp.bool_(True)
-    for leaf in jax.tree.leaves(tree):
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            finite &= jnp.all(jnp.isfinite(leaf))
-    return finite
+    floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    if not floating:
+        return jnp.bool_(True)
+    flags = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floating])
+    # Else XLA makes a chain of the flags and copies it into whatever uses the result, so that
+    # compile time grows with the cube of the number of leaves.
+    return jnp.all(lax.optimization_barrier(flags))
 
 
 def takes_part(tree: Any, active: jax.Array | bool | None) -> jax.Array:

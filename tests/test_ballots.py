@@ -101,3 +101,15 @@ def test_the_dither_does_not_drift(num_workers):
     power = total["own"].mean(axis=1) / STEPS
     assert power.min() > 0
     assert np.ptp(power) <= 0.05
+
+
+def test_the_compiled_check_of_a_tree_grows_with_its_leaves_not_with_their_square():
+    def held(tree):
+        finite = _ballots.all_finite(tree)
+        return jax.tree.map(lambda leaf: jnp.where(finite, leaf + 1, leaf), tree)
+
+    def length(leaves):
+        tree = [jnp.ones(64) for _ in range(leaves)]
+        return len(jax.jit(held).lower(tree).compile().as_text())
+
+    assert length(64) < 6 * length(16)
