@@ -28,7 +28,7 @@ def check_number(
     """
     if is_traced(value):
         return
-    if isinstance(value, str) or not hasattr(value, "__float__"):
+    if isinstance(value, str) or not hasattr(value, "__float__") or jnp.ndim(value) != 0:
         raise TypeError(f"{name}={value!r} is not a number")
     number = float(value)
     above = number >= low if ends[0] == "[" else number > low
@@ -38,9 +38,25 @@ def check_number(
         raise ValueError(f"{name}={value!r} is outside {interval}")
 
 
+def check_accumulator_dtype(dtype: Any) -> None:
+    """Refuses a dtype in which a moving average would not move."""
+    if dtype is None:
+        return
+    try:
+        floating = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(
+            f"accumulator_dtype={dtype!r} is no floating-point dtype, such as jnp.float32; under "
+            "optax.inject_hyperparams list 'accumulator_dtype' in the static_args"
+        )
+
+
 def check_flag(name: str, value: Any) -> None:
     """Refuses what is not one boolean."""
-    if jnp.shape(value) != () or jnp.result_type(value) != jnp.bool_:
+    dtype = getattr(value, "dtype", type(value))
+    if dtype not in (bool, jnp.bool_) or jnp.ndim(value) != 0:
         raise TypeError(f"{name}={value!r} must be one boolean for each worker")
 
 

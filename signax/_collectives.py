@@ -56,7 +56,8 @@ def pvote(
       tree: this worker's values; any pytree of floating-point arrays of any shape. Under
         `jax.shard_map` with `check_vma=True` every leaf must vary over the axis. NaN is no ballot,
         and a worker with a NaN or an infinity anywhere in its tree is out.
-      axis_name: the mapped axis along which the workers lie.
+      axis_name: the mapped axis along which the workers lie. Leaves that vary over different
+        further axes of a `shard_map` want a call each, since JAX types one exchange as a whole.
       step: int32[], counts steps from 0 and is the same on every worker. It drives the dither, and
         may be left out only where nothing is dithered.
       zeros: `"dither"` turns a zero ballot into +-1 so that it cancels over workers and steps;
@@ -179,7 +180,7 @@ def exchange_votes(
     """The vote itself, on checked arguments."""
     leaves, structure = jax.tree.flatten(tree)
     if not any(leaf.size for leaf in leaves):
-        return tree
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
     num_workers = lax.axis_size(axis_name)
 
     planes = [  # one or two of u32[words]

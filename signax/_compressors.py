@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from signax._checks import check_axis_name, check_floating, check_key, check_number, is_traced
 from signax._collectives import worker_index
@@ -197,12 +198,14 @@ def _stochastic_sign(g: jax.Array, key: jax.Array, norm: str | float) -> jax.Arr
         if norm == "l2":
             length = jnp.sqrt(jnp.sum(jnp.square(mean)))
             mean = mean / jnp.where(length == 0, jnp.ones_like(length), length)
+        finite = jnp.isfinite(mean)
     else:
         mean = wide / jnp.asarray(norm, wide.dtype)
+        finite = jnp.isfinite(wide)
     drawn = jax.random.uniform(key, g.shape, wide.dtype, minval=-1, maxval=1)
     sign = jnp.where(drawn < mean, jnp.ones_like(g), -1)
     sign = jnp.where(jnp.any(wide != 0), sign, 0)
-    return jnp.where(jnp.isfinite(mean), sign, jnp.nan)
+    return jnp.where(finite, sign, jnp.nan)
 
 
 def scale_by_top_k(fraction: float) -> optax.GradientTransformationExtraArgs:
@@ -240,8 +243,8 @@ def scale_by_top_k(fraction: float) -> optax.GradientTransformationExtraArgs:
         check_floating(updates)
 
         def keep_largest(leaf):
-            # NaN sorts last in an ascending order, that is first here: it stays, and is seen.
-            order = jnp.argsort(jnp.abs(leaf).reshape(-1), descending=True, stable=True)
+            most = leaf.size if is_traced(fraction) else _num_kept(fraction, leaf.size)
+            _, order = lax.top_k(jnp.abs(leaf).reshape(-1), most)
             return _keep_first(leaf, order, fraction)
 
         return jax.tree.map(keep_largest, updates), state
@@ -310,7 +313,7 @@ def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransfor
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _num_kept(fraction: Any, size: int) -> jax.Array | int:
+def _num_kept(fraction: Any, size: int) -> Any:
     """ceil(fraction * size), of the decimal number that `fraction` was written as."""
     if is_traced(fraction):  # rounding must not lift a whole number to the next
         exact = 1 - 2 * jnp.finfo(jnp.result_type(fraction)).eps
@@ -320,6 +323,6 @@ def _num_kept(fraction: Any, size: int) -> jax.Array | int:
 
 def _keep_first(leaf: jax.Array, order: jax.Array, fraction: Any) -> jax.Array:
     """Keeps the coordinates that stand among the first of `order`, a fraction of all."""
-    first = jnp.arange(leaf.size) < _num_kept(fraction, leaf.size)
+    first = jnp.arange(order.size) < _num_kept(fraction, leaf.size)
     kept = jnp.zeros(leaf.size, jnp.bool_).at[order].set(first)
     return jnp.where(kept.reshape(leaf.shape), leaf, 0)

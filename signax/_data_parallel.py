@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from signax._checks import check_axis_name, check_transformation
+from signax._checks import check_axis_name, check_key, check_transformation
 from signax._gradients import check_batch, local_value_and_grad
 from signax._layout import Layout, PerWorker, check_state, find_layout
 from signax._specs import entry_axes, explicit_axes, keep_axes, reshard, spec_axes, typed_spec
@@ -85,6 +85,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
     ):
         check_transformation("tx", tx)
         check_axis_name(axis_name)
+        if not isinstance(mesh, Mesh):
+            raise TypeError(f"mesh={mesh!r} is not a jax.sharding.Mesh: jax.make_mesh makes one")
         if axis_name not in mesh.axis_names:
             raise ValueError(
                 f"axis_name={axis_name!r} is not an axis of the mesh, which has {mesh.axis_names}"
@@ -105,6 +107,15 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         self.param_specs = param_specs
         self._per_worker = per_worker
         self._layouts = {}
+        return self
+
+    def __copy__(self):
+        return (
+            self  # nothing in it changes; a tuple's own way would call __new__ with two functions
+        )
+
+    def __deepcopy__(self, memo):
+        del memo
         return self
 
     def state_shardings(self, params: optax.Params) -> Any:
@@ -136,12 +147,13 @@ class DataParallel(optax.GradientTransformationExtraArgs):
           along their first axis, whose length must be a multiple of the number of workers times
           `accumulate`; `replicated` goes to every worker whole; into `key` the worker's index (and
           the micro-batch's) is folded, so that workers draw different dropout masks. It returns
-          `(loss, grads)` or `((loss, aux), grads)`: the mean of the workers' losses, gradients with
-          one row per worker, and aux with one row per worker (then one per micro-batch, if
-          `accumulate` is above 1).
+          `(loss, grads)` or `((loss, aux), grads)`: the mean of those of the workers' losses that
+          are finite (NaN if none is), gradients with one row per worker, and aux with one row per
+          worker (then one per micro-batch, if `accumulate` is above 1).
 
         Raises:
           ValueError: `accumulate` is not positive; at the call, the batch cannot be cut evenly.
+          TypeError: at the call, `key` is not a random key.
         """
         if not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(
@@ -153,21 +165,23 @@ class DataParallel(optax.GradientTransformationExtraArgs):
             return value if has_aux else (value, None)
 
         def local(params, batch, replicated, key):
-            # With respect to replicated parameters the gradient would already be the workers' sum.
-            params = jax.tree.map(self._own, params)
             if key is not None:
                 key = jax.random.fold_in(key, lax.axis_index(self.axis_name))
             loss, aux, grads = local_value_and_grad(
                 loss_and_aux, params, batch, replicated, key, accumulate
             )
-            loss = lax.pmean(self._own(loss), self.axis_name)
-            return loss, jax.tree.map(self._row, aux), jax.tree.map(self._row, grads)
+            return self._mean_of_finite(loss), *jax.tree.map(_add_axis, (aux, grads))
 
+        # Every worker's row is its own, so that there is nothing for types to prove, and with them
+        # a loss could not start a scan from a constant. Nor would gradients be the worker's own.
         whole, split = PartitionSpec(), PartitionSpec(self.axis_name)
-        mapped = self._shard_map(local, (whole, split, whole, whole), (whole, split, split))
+        specs = (whole, split, whole, whole), (whole, split, split)
+        mapped = self._shard_map(local, *specs, check_vma=False)
 
         def value_and_grad_fn(params, batch, *replicated, key=None):
             check_batch(batch, self.num_workers, accumulate)
+            if key is not None:
+                check_key(key)
             batch = self._place(batch, per_worker=True)
             loss, aux, grads = mapped(
                 self._place_params(params), batch, self._place(replicated), self._place(key)
@@ -251,14 +265,24 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         )
         return updates, layout.structure.unflatten(leaves)
 
-    def _shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    def _shard_map(
+        self, function: Callable, in_specs: Any, out_specs: Any, check_vma: bool = True
+    ) -> Callable:
         return jax.shard_map(
             function,
             mesh=self.mesh,
             in_specs=in_specs,
             out_specs=out_specs,
             axis_names={self.axis_name},
+            check_vma=check_vma,
         )
+
+    def _mean_of_finite(self, loss: jax.Array) -> jax.Array:
+        """The mean over the workers without those that their loss shows to be in trouble."""
+        finite = jnp.isfinite(loss)
+        counted = jnp.where(finite, loss, 0), finite.astype(loss.dtype)
+        total, number = lax.psum(counted, self.axis_name)
+        return total / number
 
     def _varies(self, array: Any) -> bool:
         return self.axis_name in jax.typeof(array).manual_axis_type.varying
@@ -270,7 +294,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
 
     def _row(self, array: Any) -> jax.Array:
         """One worker's row of a global array: [...] to [1, ...]."""
-        return self._own(array)[None]
+        return _add_axis(self._own(array))
 
     def _worker_specs(self, layout: Layout) -> list[PartitionSpec]:
         """The state's specs over the workers' axis alone."""
@@ -357,9 +381,11 @@ class DataParallel(optax.GradientTransformationExtraArgs):
     def _check_active(self, active: Any) -> None:
         if active is None:
             return
-        if jnp.shape(active) != (self.num_workers,) or jnp.result_type(active) != jnp.bool_:
+        right_dtype = getattr(active, "dtype", None) == jnp.bool_
+        if not right_dtype or active.shape != (self.num_workers,):
             raise TypeError(
-                f"active={active!r} must be one boolean for each of {self.num_workers} workers"
+                f"active={active!r} must be an array of one boolean for each of "
+                f"{self.num_workers} workers"
             )
 
     def _check_settled(self, updates: Any) -> None:
@@ -389,6 +415,10 @@ class DataParallel(optax.GradientTransformationExtraArgs):
                 )
             rows.append(self._row(leaf) if place.per_worker else leaf)
         return rows
+
+
+def _add_axis(array: Any) -> jax.Array:
+    return jnp.asarray(array)[None]
 
 
 def _with_extra_args(

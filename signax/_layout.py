@@ -68,7 +68,15 @@ def _find_per_worker(
     """The shapes of one worker's state, and which of its leaves differ between the workers."""
     axes = [(axis_name, num_workers)]
     init, state = jax.make_jaxpr(tx.init, axis_env=axes, return_shape=True)(params)
-    update = jax.make_jaxpr(tx.update, axis_env=axes)(params, state, params)
+    try:
+        update = jax.make_jaxpr(tx.update, axis_env=axes)(params, state, params)
+    except TypeError as error:
+        if "required keyword-only argument" not in str(error):
+            raise
+        raise TypeError(
+            f"tx insists on an extra argument ({error}), but DataParallel must trace it with none "
+            "to find out which state is per worker: give the argument a default"
+        ) from error
     num_params = len(jax.tree.leaves(params))
     per_worker = varying_outputs(init.jaxpr, [False] * num_params, axis_name)
     while True:  # until the state that comes out differs nowhere that the one going in does not
@@ -109,9 +117,12 @@ def check_state(state: Any, layout: Layout, num_workers: int) -> None:
         expected = (num_workers, *place.shape) if place.per_worker else place.shape
         if shape == expected:
             continue
-        if place.per_worker and shape[1:] == place.shape:
+        if place.per_worker and shape and shape[1:] == place.shape:
             raise ValueError(
                 f"state{place.path} has rows for {shape[0]} workers, but the mesh has "
                 f"{num_workers}: use a mesh of {shape[0]} workers, or start from a new init"
             )
-        raise ValueError(f"state{place.path} has shape {shape}, but should have {expected}")
+        raise ValueError(
+            f"state{place.path} has shape {shape}, but should have {expected}: make the state with "
+            "DataParallel.init, on the same parameters"
+        )

@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import jax
 import optax
 
 from signax._ballots import Ties, Zeros
-from signax._checks import check_number
+from signax._checks import check_accumulator_dtype, check_number
 from signax._collectives import Transport
 from signax._compressors import Block, scale_by_scaled_sign
 from signax._transforms import checked, error_feedback, hold_if_nonfinite, scale_by_signum
@@ -25,6 +26,11 @@ def _descend(
     """Follows a direction: decoupled weight decay, then the learning rate."""
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, low=-math.inf)
+    if isinstance(mask, jax.Array):
+        raise TypeError(
+            f"mask={mask!r} must be a tree of booleans or a function: list 'mask' in the "
+            "static_args of optax.inject_hyperparams, which takes it for a schedule"
+        )
     if callable(weight_decay):
         decays = True
     else:
@@ -223,6 +229,7 @@ def lion(
     """
     check_number("b1", b1, low=0, high=1)
     check_number("b2", b2, low=0, high=1)
+    check_accumulator_dtype(accumulator_dtype)
     signs = checked(optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=accumulator_dtype), memory="mu")
     direction = _voted(signs, axis_name, zeros, ties, transport)
     return _descend(direction, learning_rate, weight_decay, mask)

@@ -8,6 +8,7 @@ import optax
 
 from signax._ballots import all_finite
 from signax._checks import (
+    check_accumulator_dtype,
     check_alike,
     check_floating,
     check_number,
@@ -72,6 +73,7 @@ def scale_by_signum(
       <https://arxiv.org/abs/1802.04434>`_, 2018
     """
     check_number("b1", b1, low=0, high=1)
+    check_accumulator_dtype(accumulator_dtype)
     if warmup and is_traced(b1):
         raise TypeError(
             "warmup=True needs a b1 that is known when the step is built: list 'b1' in "
@@ -188,6 +190,7 @@ def error_feedback(
     """
     check_transformation("compressor", compressor)
     check_number("decay", decay, low=0, high=1, ends="[]")
+    check_accumulator_dtype(accumulator_dtype)
     compressor = optax.with_extra_args_support(compressor)
 
     def init_fn(params):

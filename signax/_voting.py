@@ -111,8 +111,9 @@ def _in_blocks(vote: Callable, updates: Any, voter: Voter, specs: Any) -> Any:
     leaves, structure = jax.tree.flatten(updates)
     leaf_specs = _specs_like(updates, specs)
     groups: dict[frozenset, list[int]] = {}
-    for position, spec in enumerate(leaf_specs):
-        groups.setdefault(spec_axes(spec), []).append(position)
+    for position, (leaf, spec) in enumerate(zip(leaves, leaf_specs, strict=True)):
+        axes = spec_axes(spec) if leaf.size else frozenset()
+        groups.setdefault(axes, []).append(position)
     for axes, positions in groups.items():
         local_vote = vote
         if axes:

@@ -426,3 +426,9 @@ def test_compressors_chain():
     tx = optax.chain(signax.scale_by_top_k(0.5), signax.scale_by_scaled_sign())
     found = compress(tx, jnp.array([1.0, -5.0, 3.0, 0.5]))
     assert found.tolist() == [0.0, -2.0, 2.0, 0.0]
+
+
+def test_a_gradient_far_beyond_its_bound_has_a_certain_sign():
+    tx = signax.scale_by_stochastic_sign(jax.random.key(0), norm=1e-10)
+    found, _ = tx.update(jnp.array([1e30, -1e30]), tx.init(None))
+    np.testing.assert_array_equal(found, [1.0, -1.0])

@@ -1,6 +1,7 @@
 """DataParallel on eight simulated devices, against one worker after the other in NumPy."""
 
 import contextlib
+import copy
 import itertools
 
 import jax
@@ -855,3 +856,80 @@ def test_step_of_ten_million_parameters_sends_one_bit_each_way(mesh):
     assert sum(r.bytes_sent for r in scalars) <= 16
     assert sent <= 1.02 * 2 * (7 / 8) * size / 8
     assert 31 * sent <= 2 * (7 / 8) * 4 * size
+
+
+def test_a_loss_may_start_a_scan_from_a_constant(mesh):
+    tx = signax.DataParallel(VOTE, mesh)
+
+    def recurrent(params, batch):
+        def cell(hidden, column):
+            return jnp.tanh(column[:, None] * params["w"] + hidden), None
+
+        hidden, _ = jax.lax.scan(cell, jnp.zeros((len(batch), 1)), batch.T)
+        return jnp.mean(hidden)
+
+    params, batch = {"w": jnp.ones(3)}, jax.random.normal(jax.random.key(0), (16, 4))
+
+    def widened(params, batch):
+        return recurrent({"w": params["w"][:1]}, batch)
+
+    _, grads = jax.jit(tx.value_and_grad(widened))(params, batch)
+    for row, share in zip(grads["w"], batch.reshape(8, 2, 4), strict=True):
+        np.testing.assert_allclose(row, jax.grad(widened)(params, share)["w"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_the_loss_is_the_mean_of_the_finite_ones(bad, mesh):
+    tx = signax.DataParallel(VOTE, mesh)
+    gradient = jax.jit(tx.value_and_grad(lambda params, batch: jnp.sum(batch * params)))
+    loss, _ = gradient(jnp.ones(()), jnp.arange(8.0).at[3].set(bad))
+    assert loss == (28 - 3) / 7
+    assert jnp.isnan(gradient(jnp.ones(()), jnp.full(8, bad))[0])
+
+
+@pytest.mark.parametrize(
+    "params", [{"e": jnp.ones((0, 4))}, {"e": jnp.ones((0, 4)), "w": jnp.ones(2)}]
+)
+def test_leaves_without_coordinates_are_settled(params, mesh):
+    tx = signax.DataParallel(VOTE, mesh)
+    rows = jax.tree.map(lambda leaf: jnp.ones((8, *leaf.shape)), params)
+    updates, _ = jax.jit(tx.update)(rows, tx.init(params), params)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+
+
+def test_a_state_without_rows_is_refused_for_scalar_parameters_too(mesh):
+    inner = signax.signum(0.1, axis_name="data")
+    params = {"b": jnp.zeros(())}
+    with pytest.raises(ValueError, match=r"momentum\['b'\] has shape \(\), but should have \(8,\)"):
+        signax.DataParallel(inner, mesh).update({"b": jnp.ones(8)}, inner.init(params), params)
+
+
+def test_an_extra_argument_that_is_insisted_on_is_named(mesh):
+    def update(updates, state, params=None, *, value):
+        del params, value
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    with pytest.raises(TypeError, match=r"'value'.*give the argument a default"):
+        signax.DataParallel(optax.chain(VOTE, inner), mesh).init(jnp.ones(2))
+
+
+def test_copies_are_the_same_transformation(mesh):
+    tx = signax.DataParallel(VOTE, mesh)
+    assert copy.copy(tx) is tx
+    assert copy.deepcopy({"tx": tx})["tx"] is tx
+
+
+@pytest.mark.parametrize("active", [[True] * 8, np.ones(7, bool), np.ones(8), "yes"])
+def test_active_flags_that_are_not_one_boolean_for_each_worker_are_refused(active, mesh):
+    tx = signax.DataParallel(VOTE, mesh)
+    params = jnp.ones(2)
+    with pytest.raises(TypeError, match=r"active=.*one boolean for each of 8 workers"):
+        tx.update(jnp.ones((8, 2)), tx.init(params), params, active=active)
+
+
+def test_what_is_no_mesh_or_no_key_is_named(mesh):
+    with pytest.raises(TypeError, match="mesh=None"):
+        signax.DataParallel(VOTE, None)
+    with pytest.raises(TypeError, match="key=0 is not a random key"):
+        signax.DataParallel(VOTE, mesh).value_and_grad(jnp.sum)(jnp.ones(2), jnp.ones(8), key=0)

@@ -364,3 +364,21 @@ def test_an_unbound_axis_is_named_with_the_ways_to_bind_it(factory):
     tx = factory(0.1, weight_decay=0.0, axis_name="pods")
     with pytest.raises(NameError, match=r"axis_name='pods' is not bound here.*DataParallel.*vmap"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+
+
+@pytest.mark.parametrize("name", ["signum", "lion"])
+@pytest.mark.parametrize("dtype", [jnp.int8, "nonsense"])
+def test_a_momentum_that_cannot_move_is_refused(name, dtype):
+    with pytest.raises(
+        ValueError, match=f"accumulator_dtype=.*{getattr(dtype, '__name__', dtype)}"
+    ):
+        getattr(signax, name)(0.1, accumulator_dtype=dtype)
+
+
+def test_a_mask_that_is_taken_for_a_schedule_is_refused():
+    def matrices(params):
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+    tx = optax.inject_hyperparams(signax.signum)(0.1, weight_decay=0.5, mask=matrices)
+    with pytest.raises(TypeError, match="'mask' in the static_args"):
+        tx.init({"w": jnp.ones((2, 2))})
