@@ -26,10 +26,10 @@ def _descend(
     """Follows a direction: decoupled weight decay, then the learning rate."""
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, low=-math.inf)
-    if isinstance(mask, jax.Array):
+    if isinstance(mask, (bool, jax.Array)):  # what a function gives for a number of steps
         raise TypeError(
-            f"mask={mask!r} must be a tree of booleans or a function: list 'mask' in the "
-            "static_args of optax.inject_hyperparams, which takes it for a schedule"
+            f"mask={mask!r} must be a tree of booleans like the parameters, or a function: list "
+            "'mask' in the static_args of optax.inject_hyperparams, which takes it for a schedule"
         )
     if callable(weight_decay):
         decays = True
