@@ -51,6 +51,11 @@ def follow(tx, gradients):
     return jax.jit(lambda rows: lax.scan(step, (params, tx.init(params)), rows)[1])(gradients)
 
 
+def nothing(params):
+    """The mask of weight decay that spares every leaf."""
+    return jax.tree.map(lambda _: False, params)
+
+
 SCHEDULE = optax.cosine_decay_schedule(0.1, STEPS)
 
 # --- one worker: Optax's optimisers ----------------------------------------------------------
@@ -64,8 +69,8 @@ PAIRS = {
     "lion": (signax.lion(0.01), optax.lion(0.01)),
     "lion, schedule": (signax.lion(SCHEDULE), optax.lion(SCHEDULE)),
     "lion, all options": (
-        signax.lion(SCHEDULE, 0.8, 0.95, weight_decay=0.1, mask=False),
-        optax.lion(SCHEDULE, 0.8, 0.95, weight_decay=0.1, mask=False),
+        signax.lion(SCHEDULE, 0.8, 0.95, weight_decay=0.1, mask=nothing),
+        optax.lion(SCHEDULE, 0.8, 0.95, weight_decay=0.1, mask=nothing),
     ),
     "lion, no decay": (signax.lion(0.01, weight_decay=0.0), optax.lion(0.01, weight_decay=0.0)),
 }
