@@ -1,10 +1,14 @@
 """Nine simulated devices for every test: one more than the workers of the mesh, for odd counts."""
 
+import hypothesis
 import jax
 import pytest
 from jax.sharding import AxisType
 
 jax.config.update("jax_num_cpu_devices", 9)
+
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session")
