@@ -26,6 +26,7 @@ from signax import _bits
 from signax._ballots import Coins, Ties, Zeros, ballots, takes_part, toss
 from signax._checks import check_axis_name, check_floating, check_mode
 from signax._numerics import wide_dtype
+from signax._specs import varies
 
 Transport = Literal["auto", "packed"]
 
@@ -116,11 +117,6 @@ def check_votable(tree: Any, axis_name: Hashable) -> None:
                 f"jax.lax.pcast(params, {axis_name!r}, to='varying'), or use "
                 "signax.DataParallel.value_and_grad. Freeze leaves after the vote, not before."
             )
-
-
-def varies(array: jax.Array, axis_name: Hashable) -> bool:
-    """Whether JAX's types say that an array differs between the workers."""
-    return axis_name in jax.typeof(array).manual_axis_type.varying
 
 
 def worker_index(axis_name: Hashable) -> jax.Array:

@@ -13,7 +13,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from signax._checks import check_axis_name, check_key, check_transformation
 from signax._gradients import check_batch, local_value_and_grad
 from signax._layout import Layout, PerWorker, check_state, find_layout
-from signax._specs import entry_axes, explicit_axes, keep_axes, reshard, spec_axes, typed_spec
+from signax._specs import (
+    entry_axes,
+    explicit_axes,
+    keep_axes,
+    reshard,
+    spec_axes,
+    typed_spec,
+    varies,
+)
 
 
 class DataParallel(optax.GradientTransformationExtraArgs):
@@ -284,13 +292,12 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         total, number = lax.psum(counted, self.axis_name)
         return total / number
 
-    def _varies(self, array: Any) -> bool:
-        return self.axis_name in jax.typeof(array).manual_axis_type.varying
-
     def _own(self, array: Any) -> jax.Array:
         """Types an array as differing between the workers, if it is not yet."""
         array = jnp.asarray(array)
-        return array if self._varies(array) else lax.pcast(array, self.axis_name, to="varying")
+        if varies(array, self.axis_name):
+            return array
+        return lax.pcast(array, self.axis_name, to="varying")
 
     def _row(self, array: Any) -> jax.Array:
         """One worker's row of a global array: [...] to [1, ...]."""
@@ -390,7 +397,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
 
     def _check_settled(self, updates: Any) -> None:
         for path, leaf in jax.tree.leaves_with_path(updates):
-            if self._varies(leaf):
+            if varies(leaf, self.axis_name):
                 raise ValueError(
                     f"updates{jax.tree_util.keystr(path)} is neither voted nor averaged over "
                     f"{self.axis_name!r}, so that its parameters would differ between workers: put "
@@ -408,7 +415,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         rows = []
         for leaf, place in zip(jax.tree.leaves(state), layout.leaves, strict=True):
             leaf = jnp.asarray(leaf)
-            if not place.per_worker and self._varies(leaf):
+            if not place.per_worker and varies(leaf, self.axis_name):
                 raise ValueError(
                     f"state{place.path} differs between workers but is to be shared: let "
                     "per_worker return True for it"

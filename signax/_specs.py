@@ -1,4 +1,4 @@
-"""Partition specs: which mesh axes they name, and what JAX's types say of an array's own."""
+"""Partition specs and what JAX's types say of an array: over which axes it is cut, or varies."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -30,6 +30,11 @@ def keep_axes(spec: PartitionSpec, axes: frozenset[Hashable]) -> PartitionSpec:
 def typed_spec(array: Any) -> PartitionSpec:
     """The spec in an array's type, which names Explicit axes only."""
     return jax.typeof(array).sharding.spec
+
+
+def varies(array: Any, axis_name: Hashable) -> bool:
+    """Whether JAX's types say that an array differs between the workers of an axis."""
+    return axis_name in jax.typeof(array).manual_axis_type.varying
 
 
 def explicit_axes(mesh: Mesh) -> frozenset[Hashable]:

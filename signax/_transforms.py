@@ -1,5 +1,6 @@
 """Transformations that remember: momentum, error memory, and keeping both finite."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -115,17 +116,14 @@ def _warmup_steps(b1: float) -> int:
     def filled(k: int) -> bool:
         return k / 2 * b1**k <= 1 / ((1 - b1**2) * (k + 1)) and b1 ** (k + 1) <= 0.5
 
-    # k (k + 1) b1^k, and so the first condition's excess, only falls once k is past 2 / -log(b1).
-    falling = 1
-    while falling * (falling + 1) * b1**falling < (falling + 1) * (falling + 2) * b1 ** (
-        falling + 1
-    ):
-        falling += 1
-    steps = falling
-    while not filled(steps):
-        steps += 1
-    while steps > 0 and filled(steps - 1):
-        steps -= 1
+    if b1 == 0:
+        return 0
+    peak = 2 / -math.log(b1)  # of k (k + 1) b1^k: past it, what holds once holds for ever
+    steps = k = 0
+    while k <= peak or not filled(k):
+        k += 1
+        if not filled(k - 1):
+            steps = k
     return steps
 
 
