@@ -1,4 +1,5 @@
-# Needs make and a Python of 3.11 to 3.14; everything else is installed into .venv and .venv-oldest.
+# Needs make and a Python of 3.11 to 3.14; everything else is installed into .venv, .venv-oldest and
+# .venv-accelerators.
 
 # Interpreters that really run (a version manager's shim may be on the PATH and fail), oldest first.
 PYTHONS := $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 \
@@ -13,7 +14,7 @@ OLDEST = $(shell sed -n '/^dependencies/,/^]/s/.*"\(.*\)>=\(.*\)".*/\1==\2/p' py
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --upgrade
 PYTEST = -m pytest -n 2 -q
 
-.PHONY: help demo test check lint test-newest test-oldest clean
+.PHONY: help demo test check lint test-newest test-oldest test-accelerators clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -22,7 +23,7 @@ help:  ## show this list
 demo: .venv/examples  ## train on eight simulated workers, averaged and voted, and compare
 	.venv/bin/python examples/train_digits.py
 
-test: lint test-newest test-oldest  ## run everything, at the newest jax and at the oldest supported
+test: lint test-newest test-oldest test-accelerators  ## run everything, at the newest jax and at the oldest
 
 check: lint  ## run two minutes' worth of it, for working
 	.venv/bin/python $(PYTEST) -m "not slow and not demo"
@@ -38,9 +39,13 @@ test-newest: .venv/test
 test-oldest: .venv-oldest/test
 	.venv-oldest/bin/python $(PYTEST) -m "not demo"
 
+test-accelerators: .venv-accelerators/accelerators  ## compile for TPU pods and GPUs, and read the programs
+	JAX_PLATFORMS=cpu SIGNAX_ACCELERATORS=1 .venv-accelerators/bin/python -m pytest -q \
+		tests/test_accelerators.py
+
 clean:  ## remove the environments and every cache
-	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .hypothesis
-	find signax tests examples -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv .venv-oldest .venv-accelerators .pytest_cache .ruff_cache .hypothesis
+	find signax tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp says that its environment holds what pyproject.toml asks for.
 .venv/examples .venv/test: .venv/%: .venv/pyvenv.cfg pyproject.toml
@@ -51,7 +56,11 @@ clean:  ## remove the environments and every cache
 	.venv-oldest/bin/python $(PIP_INSTALL) $(OLDEST) --editable ".[test]"
 	@touch $@
 
-.venv/pyvenv.cfg: INTERPRETER = $(PYTHON)
+.venv-accelerators/accelerators: .venv-accelerators/pyvenv.cfg pyproject.toml
+	.venv-accelerators/bin/python $(PIP_INSTALL) --editable ".[accelerators]"
+	@touch $@
+
+.venv/pyvenv.cfg .venv-accelerators/pyvenv.cfg: INTERPRETER = $(PYTHON)
 .venv-oldest/pyvenv.cfg: INTERPRETER = $(OLDEST_PYTHON)
 %/pyvenv.cfg:
 	$(if $(INTERPRETER),,$(error no Python of 3.11 to 3.14 runs here: make PYTHON=/path/to/python))

@@ -3,7 +3,7 @@
 from optax import scale_by_sign
 
 from signax import diagnostics
-from signax._collectives import pvote
+from signax._collectives import pvote, pvote_scatter
 from signax._compressors import (
     ScaleByRandomKState,
     ScaleByStochasticSignState,
@@ -40,6 +40,7 @@ __all__ = [
     "lion",
     "majority_vote",
     "pvote",
+    "pvote_scatter",
     "scale_by_random_k",
     "scale_by_scaled_sign",
     "scale_by_sign",

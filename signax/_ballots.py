@@ -7,6 +7,7 @@ place rotates every second step, and two hash bits decide each pair of steps ane
 the signs are opposite, so that a coordinate nobody votes on stays within one step for ever.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,6 +19,55 @@ from signax._checks import check_flag
 
 Zeros = Literal["dither", "abstain", "plus"]
 Ties = Literal["dither", "plus"]
+
+
+class Rules(NamedTuple):
+    """How a vote settles what is undecided, and so what one worker's ballots are.
+
+    With dithered ties a ballot travels relative to its coordinate, turned round where the
+    coordinate is odd. There every tie of a step has the same outcome, so that whoever counts need
+    not know which coordinates are in a word.
+    """
+
+    zeros: Zeros
+    ties: Ties
+
+    @property
+    def planes(self) -> int:
+        """The bits that one ballot takes."""
+        return 2 if self.zeros == "abstain" else 1
+
+    @property
+    def relative(self) -> bool:
+        return self.ties == "dither" and self.zeros != "abstain"
+
+    def __call__(self, values: jax.Array, odd: jax.Array, coin: jax.Array) -> tuple[jax.Array, ...]:
+        """The bits of a worker's ballots: float[...] and bool[...] to `planes` times bool[...].
+
+        `"abstain"` has one bit for +1 and one for -1; otherwise a bit is set for +1. NaN is
+        neither above nor below zero, so that it counts as a zero ballot.
+        """
+        plus, minus = values > 0, values < 0
+        if self.zeros == "abstain":
+            return plus, minus
+        zero_is_plus = True if self.zeros == "plus" else odd == (coin == 1)
+        bit = plus | (zero_is_plus & ~minus)
+        return (bit ^ odd if self.relative else bit,)
+
+    def tie(self, coin: jax.Array) -> jax.Array:
+        """The bit that settles a tie, as it travels: u32[] in {0, 1}."""
+        return coin ^ 1 if self.relative else jnp.ones_like(coin)
+
+    def signs(
+        self, bits: Sequence[jax.Array], odd: jax.Array, voters: jax.Array, dtype: Any
+    ) -> jax.Array:
+        """What was decided: `planes` times bool[...] to +-1, or 0, in `dtype`; 0 without voters."""
+        if self.zeros == "abstain":
+            plus, minus = bits
+            return plus.astype(dtype) - minus.astype(dtype)
+        (plus,) = bits
+        one = lax.optimization_barrier((voters > 0).astype(dtype))
+        return jnp.where(plus ^ odd if self.relative else plus, one, -one)
 
 
 class Coins(NamedTuple):
@@ -51,22 +101,6 @@ def toss(step: jax.Array, worker: jax.Array, num_workers: int) -> Coins:
     )
 
 
-def ballots(values: jax.Array, zeros: Zeros, coin: jax.Array) -> tuple[jax.Array, ...]:
-    """The bits that say a worker's ballots: float[...] to one or two of bool[size].
-
-    `"abstain"` needs two, for +1 and for -1; otherwise one bit is set for +1. NaN is neither
-    above nor below zero, so that it counts as a zero ballot.
-    """
-    flat = values.reshape(-1)
-    plus, minus = flat > 0, flat < 0
-    if zeros == "abstain":
-        return plus, minus
-    if zeros == "plus":
-        return (~minus,)
-    even = (jnp.arange(flat.size, dtype=jnp.uint32) + coin) % 2 == 0
-    return (plus | (even & ~minus),)
-
-
 def all_finite(tree: Any) -> jax.Array:
     """Whether no floating leaf holds a NaN or an infinity: a tree to bool[]."""
     floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -78,9 +112,8 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(lax.optimization_barrier(flags))
 
 
-def takes_part(tree: Any, active: jax.Array | bool | None) -> jax.Array:
-    """Whether this worker's updates count: it is `active` and all of them are finite."""
-    finite = all_finite(tree)
+def take_part(finite: jax.Array, active: jax.Array | bool | None) -> jax.Array:
+    """Whether a worker's updates count: it is `active` and all of them are finite."""
     if active is None:
         return finite
     check_flag("active", active)

@@ -1,8 +1,8 @@
-"""Bits in 32-bit words: packing, unpacking, and arithmetic on packed words.
+"""Arithmetic on packed words: counting the votes on 32 coordinates at once.
 
-Coordinate j of an array is bit `j % 32` of word `j // 32`. Counting never unpacks: the sum of M
-one-bit rows is kept as *planes*, word arrays that hold one binary digit of every sum, least
-significant first, so that one bitwise operation works on 32 coordinates.
+Nothing is unpacked to be counted. The sum of M one-bit rows is kept as *planes*, word arrays that
+hold one binary digit of every sum, least significant first, so that one bitwise operation works on
+32 coordinates.
 """
 
 from collections.abc import Sequence
@@ -12,53 +12,51 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-WORD_BITS = 32
-PART_MULTIPLE = 128  # words: parts of this multiple become a true all-gather on TPU
-
 ALL_BITS = np.uint32(0xFFFFFFFF)
-EVEN_BITS = np.uint32(0x55555555)  # the bits of even coordinates
+
+# Rows that are added without a loop: more of them compile slowly, fewer pass on more carries.
+GROUP = 64
 
 
-def num_words(size: int) -> int:
-    """The number of words that hold `size` bits."""
-    return -(-size // WORD_BITS)
-
-
-def part_words(words: int, num_workers: int, planes: int) -> int:
-    """The length in words of one worker's part: a header, then an equal share of each plane."""
-    share = -(-words // num_workers)
-    return -(-(1 + planes * share) // PART_MULTIPLE) * PART_MULTIPLE
-
-
-def pack(bits: jax.Array) -> jax.Array:
-    """Packs bool[...] in row-major order into u32[num_words(size)], filled up with zeros."""
-    flat = bits.reshape(-1)
-    flat = jnp.pad(flat, (0, -flat.size % WORD_BITS))
-    octets = jnp.packbits(flat, bitorder="little")  # u8[4 * words]
-    return lax.bitcast_convert_type(octets.reshape(-1, 4), jnp.uint32)  # u32[words]
-
-
-def unpack(words: jax.Array, shape: tuple[int, ...], size: int) -> jax.Array:
-    """Unpacks u32[num_words(size)] into bool[shape]."""
-    places = lax.broadcasted_iota(jnp.uint32, (1, WORD_BITS), 1)
-    bits = (words[:, None] >> places) & 1  # u32[words, 32]
-    return bits.reshape(-1)[:size].reshape(shape).astype(jnp.bool_)
-
-
-def spread(bit: jax.Array) -> jax.Array:
-    """A word of 32 copies of one bit: u32[] in {0, 1} to u32[] in {0, ALL_BITS}."""
+def spread(bit: jax.Array | int) -> jax.Array | np.uint32:
+    """A word of 32 copies of one bit: a number in {0, 1} to one in {0, ALL_BITS}."""
+    if isinstance(bit, int):
+        return ALL_BITS if bit else np.uint32(0)
     return jnp.where(bit.astype(jnp.bool_), ALL_BITS, np.uint32(0))
 
 
-def count(rows: Sequence[jax.Array]) -> list[jax.Array]:
-    """Adds M rows of bits: M times u32[n] to the `M.bit_length()` planes of their sum.
+def count(rows: jax.Array, *more: jax.Array) -> list[jax.Array]:
+    """Adds rows of bits, u32[M, n] and N times u32[n], to the planes of their sum.
+
+    Returns:
+      `(M + N).bit_length()` times u32[n].
+    """
+    unlooped = len(rows) if len(rows) < 2 * GROUP else len(rows) % GROUP
+    planes = _add([[*more, *rows[:unlooped]]])
+    if unlooped == len(rows):
+        return planes
+    missing = (len(more) + len(rows)).bit_length() - len(planes)
+    planes += [jnp.zeros_like(rows[0])] * missing
+
+    def add_group(planes, group):
+        first, *heavier = ([plane] for plane in planes)
+        # What the last plane carries over is 0, since the whole sum fits.
+        return _add([[*first, *group], *heavier])[: len(planes)], None
+
+    groups = rows[unlooped:].reshape(-1, GROUP, *rows.shape[1:])
+    return lax.scan(add_group, planes, groups)[0]
+
+
+def _add(columns: list[list[jax.Array]]) -> list[jax.Array]:
+    """Adds bits of the weights 1, 2, 4, ..., a list of u32[n] for each, to the planes of the sum.
 
     A carry-save adder: three planes of one weight become one of that weight and a carry of the
     next, five operations on 32 coordinates each, until one plane of each weight is left.
     """
-    pending, planes = list(rows), []
-    while pending:
-        carries = []
+    planes, carries = [], []
+    while columns or carries:
+        pending, *columns = columns or [[]]
+        pending, carries = [*pending, *carries], []
         while len(pending) > 1:
             a, b = pending.pop(0), pending.pop(0)
             half = a ^ b
@@ -69,17 +67,16 @@ def count(rows: Sequence[jax.Array]) -> list[jax.Array]:
             else:
                 pending.append(half)
                 carries.append(a & b)
-        planes.append(pending[0])
-        pending = carries
+        planes += pending
     return planes
 
 
-def at_least(planes: Sequence[jax.Array], threshold: jax.Array) -> jax.Array:
+def at_least(planes: Sequence[jax.Array], threshold: jax.Array | int) -> jax.Array:
     """The bits at which the counted number reaches `threshold`: planes, u32[] to u32[n]."""
     reached = jnp.full_like(planes[0], ALL_BITS)  # equal numbers reach it
     for weight, plane in enumerate(planes):
         wanted = spread((threshold >> weight) & 1)
-        reached = (plane & ~wanted) | (~(plane ^ wanted) & reached)
+        reached = (plane & reached) | ((plane | reached) & ~wanted)
     return reached
 
 

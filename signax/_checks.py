@@ -61,12 +61,15 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_axis_name(axis_name: Hashable) -> None:
-    """Refuses what cannot name one mapped axis."""
-    if axis_name is None or isinstance(axis_name, (tuple, list, set)):
+    """Refuses what cannot name a mapped axis, or several in a tuple."""
+    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not axes or None in axes or isinstance(axis_name, (list, set)):
         raise TypeError(
-            f"axis_name={axis_name!r} must name one mapped axis, such as 'data'; "
-            "for several axes, make a mesh in which the workers lie along one"
+            f"axis_name={axis_name!r} must name one mapped axis, such as 'data', or several in a "
+            "tuple, such as ('slice', 'data')"
         )
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"axis_name={axis_name!r} names an axis twice")
 
 
 def check_floating(tree: Any, name: str = "updates") -> None:

@@ -1,34 +1,32 @@
-"""The exchange: collectives over the workers of one mapped axis.
-
-A vote on a tree, with three workers (each row is a worker, each letter a part of the packed tree):
-
-    pack          all_to_all      count        all_gather      unpack
-    [a1 b1 c1]    [a1 a2 a3]      [A]          [A B C]         +-1 for every leaf
-    [a2 b2 c2] -> [b1 b2 b3]  ->  [B]      ->  [A B C]     ->
-    [a3 b3 c3]    [c1 c2 c3]      [C]          [A B C]
-
-Worker k counts part k for everybody, a sharded parameter server. The same, as it runs on a list:
-
-    >>> workers = [[-1.0, 3.0, 2.0], [-4.0, -1.0, 1.0], [0.5, -2.0, 7.0]]
-    >>> parts = list(zip(*workers))                                  # all_to_all
-    >>> [1 if sum(b > 0 for b in part) >= 2 else -1 for part in parts]    # count, all_gather
-    [-1, -1, 1]
-"""
+"""The collectives: votes of the workers that lie along a mapped axis."""
 
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from signax import _bits
-from signax._ballots import Coins, Ties, Zeros, ballots, takes_part, toss
+from signax import _packing
+from signax._ballots import Rules, Ties, Zeros, all_finite, take_part, toss
+from signax._blocks import find_blocks, locally
 from signax._checks import check_axis_name, check_floating, check_mode
+from signax._exchange import (
+    TRANSPORTS,
+    Transport,
+    decide,
+    make_header,
+    seal,
+    send,
+    send_in_parts,
+    send_summed,
+    sum_dtype,
+    swap,
+)
 from signax._numerics import wide_dtype
-from signax._specs import varies
-
-Transport = Literal["auto", "packed"]
+from signax._specs import axis_names, explicit_axes, varies
 
 
 def pvote(
@@ -40,6 +38,7 @@ def pvote(
     ties: Ties = "dither",
     active: jax.Array | bool | None = None,
     transport: Transport = "auto",
+    split_over: Hashable | None = None,
 ) -> Any:
     r"""Decides the sign of every coordinate by majority vote, one bit each way.
 
@@ -57,8 +56,9 @@ def pvote(
       tree: this worker's values; any pytree of floating-point arrays of any shape. Under
         `jax.shard_map` with `check_vma=True` every leaf must vary over the axis. NaN is no ballot,
         and a worker with a NaN or an infinity anywhere in its tree is out.
-      axis_name: the mapped axis along which the workers lie. Leaves that vary over different
-        further axes of a `shard_map` want a call each, since JAX types one exchange as a whole.
+      axis_name: the mapped axis along which the workers lie, or a tuple of axes. Leaves that vary
+        over different further axes of a `shard_map` want a call each, since JAX types one exchange
+        as a whole.
       step: int32[], counts steps from 0 and is the same on every worker. It drives the dither, and
         may be left out only where nothing is dithered.
       zeros: `"dither"` turns a zero ballot into +-1 so that it cancels over workers and steps;
@@ -66,17 +66,24 @@ def pvote(
       ties: `"dither"` settles a tie by a coin that every worker tosses alike, `"plus"` by +1, which
         drifts. With `zeros="abstain"` a tie is 0 whatever `ties` says.
       active: bool[], whether this worker takes part; by default it does.
-      transport: `"packed"`, or `"auto"`, which chooses it.
+      transport: how votes travel; the result is the same bit for bit. `"packed"` sends 2 (M-1)/M
+        d/8 bytes per worker in two collectives, `"gather"` (M-1) d/8 in one, and `"int8"` sums
+        ballots in an all-reduce of integers that are wide enough for M, 2 (M-1)/M d bytes or more.
+        `"auto"` takes `"gather"` for two workers and for small trees, else `"packed"`.
+      split_over: an axis along which devices hold the same values, such as the chips of a slice
+        after a mean. Each then votes on its own part, and the parts are gathered along this axis,
+        so that the links between workers carry each bit once. Not for `"int8"`.
 
     Returns:
       A tree like `tree`, of +1 and -1 in each leaf's dtype; with `zeros="abstain"` of 0 too. If no
       worker takes part, every coordinate is 0.
 
     Raises:
-      NameError: `axis_name` is not bound.
+      NameError: `axis_name` or `split_over` is not bound.
       TypeError: a leaf is not real floating-point, or `axis_name`, `step` or `active` is of the
         wrong kind.
-      ValueError: a mode is unknown, `step` is missing, or a leaf does not vary over the axis.
+      ValueError: a mode is unknown, `step` is missing, or a leaf does not vary over the axis, or
+        does over `split_over`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, signax
@@ -89,33 +96,173 @@ def pvote(
       Bernstein et al., `signSGD with Majority Vote is Communication Efficient and Fault Tolerant
       <https://arxiv.org/abs/1810.05291>`_, 2019
     """
-    check_vote_options(axis_name, zeros, ties, transport)
+    options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over)
+    check_vote_options(options)
+    return vote(tree, options, step=step, active=active)[0]
+
+
+def pvote_scatter(
+    tree: Any,
+    axis_name: Hashable,
+    *,
+    scatter_dimension: Any = 0,
+    step: jax.Array | int | None = None,
+    zeros: Zeros = "dither",
+    ties: Ties = "dither",
+    active: jax.Array | bool | None = None,
+) -> Any:
+    r"""Votes like `pvote`, but each worker gets only its own part of the result.
+
+    For workers that each keep a part of the parameters (fully sharded data parallelism): gradients
+    go up in one bit per coordinate, in one `all_to_all` of packed words, and nothing comes down.
+    The parameters themselves, which such workers gather before the forward pass, still travel in
+    full precision. It is shaped like a tiled :func:`jax.lax.psum_scatter`.
+
+    Args:
+      tree: this worker's values, as in :func:`pvote`.
+      axis_name: the mapped axis along which the workers lie, or a tuple of axes.
+      scatter_dimension: the dimension along which a leaf is cut into M equal parts, of which
+        worker k gets the k-th: one integer, or a tree of them like `tree`.
+      step: see :func:`pvote`.
+      zeros: see :func:`pvote`.
+      ties: see :func:`pvote`.
+      active: see :func:`pvote`.
+
+    Returns:
+      A tree like `tree` with dimensions cut: what :func:`pvote` gives for this worker's part as a
+      leaf of its own, so that the dither counts coordinates within the part.
+
+    Raises:
+      NameError: `axis_name` is not bound.
+      TypeError: as in :func:`pvote`.
+      ValueError: as in :func:`pvote`, or a leaf cannot be cut into equal parts.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, signax
+      >>> gradients = jnp.array([[-1.0, 3.0, 2.0], [-4.0, -1.0, 1.0], [0.5, -2.0, 7.0]])
+      >>> vote = lambda g: signax.pvote_scatter(g, "workers", step=0)
+      >>> print(jax.vmap(vote, axis_name="workers")(gradients))
+      [[-1.]
+       [-1.]
+       [ 1.]]
+
+    References:
+      Bernstein et al., `signSGD with Majority Vote is Communication Efficient and Fault Tolerant
+      <https://arxiv.org/abs/1810.05291>`_, 2019
+    """
+    rules = Rules(zeros, ties)
+    check_vote_options(VoteOptions(axis_name, rules, "auto", None))
     check_votable(tree, axis_name)
-    voter = find_voter(tree, axis_name, step=step, zeros=zeros, ties=ties, active=active)
-    return exchange_votes(tree, axis_name, voter, zeros=zeros, ties=ties)
+    num_workers = lax.axis_size(axis_name)
+    dimensions = _scatter_dimensions(tree, scatter_dimension, num_workers)
+    leaves, structure = jax.tree.flatten(tree)
+    parts = [
+        jax.ShapeDtypeStruct(_cut_shape(leaf, dimension, num_workers)[1], leaf.dtype)
+        for leaf, dimension in zip(leaves, dimensions, strict=True)
+    ]
+    if not any(part.size for part in parts):
+        return structure.unflatten(jnp.zeros(part.shape, part.dtype) for part in parts)
+    worker = find_worker(axis_name, rules, step)
+
+    rows = [
+        leaf.reshape(_cut_shape(leaf, dimension, num_workers)[0])
+        for leaf, dimension in zip(leaves, dimensions, strict=True)
+    ]
+    nonempty = [n for n, part in enumerate(parts) if part.size]
+    messages, finite = jax.vmap(
+        lambda parts: _packing.pack(parts, rules, worker.coin),
+        in_axes=([dimensions[n] for n in nonempty],),
+    )([rows[n] for n in nonempty])  # planes of u32[M, words], bool[M]
+    header = make_header(worker.index, worker.tie, take_part(jnp.all(finite), active))
+    ballot_box = swap(seal(messages, header), axis_name)  # u32[M, part]
+    decided, voters = decide(ballot_box, rules.planes, messages[0].shape[1])
+    bits = _packing.unpack(decided, parts)
+    return structure.unflatten(
+        rules.signs(planes, _packing.odd(part.shape), voters, part.dtype)
+        for planes, part in zip(bits, parts, strict=True)
+    )
 
 
-def check_vote_options(axis_name: Hashable, zeros: str, ties: str, transport: str) -> None:
+def _scatter_dimensions(tree: Any, scatter_dimension: Any, num_workers: int) -> list[int]:
+    """One dimension for each leaf, which M divides."""
+    if isinstance(scatter_dimension, int):
+        scatter_dimension = jax.tree.map(lambda _: scatter_dimension, tree)
+    if jax.tree.structure(scatter_dimension) != jax.tree.structure(tree):
+        raise ValueError(
+            f"scatter_dimension={scatter_dimension!r} must be an integer, or a tree of them like "
+            f"the one that is voted on, {jax.tree.structure(tree)}"
+        )
+    dimensions = jax.tree.leaves(scatter_dimension)
+    for (path, leaf), dimension in zip(jax.tree.leaves_with_path(tree), dimensions, strict=True):
+        if not -leaf.ndim <= dimension < leaf.ndim or leaf.shape[dimension] % num_workers:
+            raise ValueError(
+                f"updates{jax.tree_util.keystr(path)} of shape {leaf.shape} cannot be cut into "
+                f"{num_workers} equal parts along scatter_dimension={dimension}: choose one that "
+                f"is a multiple of {num_workers}, or use pvote for this leaf"
+            )
+    return [d % leaf.ndim for d, leaf in zip(dimensions, jax.tree.leaves(tree), strict=True)]
+
+
+def _cut_shape(
+    leaf: jax.Array, dimension: int, num_workers: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of a leaf with an axis of M parts put in, and that of one part."""
+    before, after = leaf.shape[:dimension], leaf.shape[dimension + 1 :]
+    length = leaf.shape[dimension] // num_workers
+    return (*before, num_workers, length, *after), (*before, length, *after)
+
+
+class VoteOptions(NamedTuple):
+    """The options of a vote, checked by `check_vote_options`."""
+
+    axis_name: Hashable
+    rules: Rules
+    transport: Transport
+    split_over: Hashable | None
+
+
+def check_vote_options(options: VoteOptions) -> None:
     """Refuses options that no vote has."""
-    check_axis_name(axis_name)
-    check_mode("zeros", zeros, ("dither", "abstain", "plus"))
-    check_mode("ties", ties, ("dither", "plus"))
-    check_mode("transport", transport, ("auto", "packed"))
+    check_axis_name(options.axis_name)
+    check_mode("zeros", options.rules.zeros, ("dither", "abstain", "plus"))
+    check_mode("ties", options.rules.ties, ("dither", "plus"))
+    check_mode("transport", options.transport, TRANSPORTS)
+    if options.split_over is None:
+        return
+    if isinstance(options.split_over, (tuple, list, set)):
+        raise TypeError(f"split_over={options.split_over!r} must name one axis, such as 'chip'")
+    if options.split_over in axis_names(options.axis_name):
+        raise ValueError(
+            f"split_over={options.split_over!r} is an axis of the workers, "
+            f"axis_name={options.axis_name!r}: it must be one along which devices hold the same"
+        )
+    if options.transport == "int8":
+        raise ValueError(
+            f"transport='int8' cannot be split over {options.split_over!r}: it sends no packed "
+            "words; use 'packed' or 'gather'"
+        )
 
 
-def check_votable(tree: Any, axis_name: Hashable) -> None:
+def check_votable(tree: Any, axis_name: Hashable, split_over: Hashable | None = None) -> None:
     """Refuses leaves that are not floating-point, or that are known to be equal on all workers."""
     check_floating(tree)
     if not varies(worker_index(axis_name), axis_name):
         return  # vmap, pmap and check_vma=False type everything as invariant
     for path, leaf in jax.tree.leaves_with_path(tree):
-        if leaf.size and not varies(leaf, axis_name):
+        name = f"updates{jax.tree_util.keystr(path)}"
+        for axis in axis_names(axis_name):
+            if leaf.size and not varies(leaf, axis):
+                raise ValueError(
+                    f"{name} does not vary over axis {axis!r}, so there is nothing to decide. In "
+                    "jax.shard_map the gradient with respect to replicated parameters is already "
+                    "summed over the workers: take it with respect to "
+                    f"jax.lax.pcast(params, {axis!r}, to='varying'), or use "
+                    "signax.DataParallel.value_and_grad. Freeze leaves after the vote, not before."
+                )
+        if split_over is not None and leaf.size and varies(leaf, split_over):
             raise ValueError(
-                f"updates{jax.tree_util.keystr(path)} does not vary over axis {axis_name!r}, so "
-                "there is nothing to decide. In jax.shard_map the gradient with respect to "
-                "replicated parameters is already summed over the workers: take it with respect to "
-                f"jax.lax.pcast(params, {axis_name!r}, to='varying'), or use "
-                "signax.DataParallel.value_and_grad. Freeze leaves after the vote, not before."
+                f"{name} varies over split_over={split_over!r}, along which devices must hold the "
+                f"same: average it first, jax.lax.pmean(updates, {split_over!r})"
             )
 
 
@@ -131,124 +278,158 @@ def worker_index(axis_name: Hashable) -> jax.Array:
         ) from None
 
 
-class Voter(NamedTuple):
+class Worker(NamedTuple):
     """What a vote must know of a worker beside its values.
 
     Attributes:
-      header: u32[], the worker's index + 1, or 0 if it is out.
-      coins: for its zero ballots and for ties.
+      index: u32[], its place among the workers.
+      coin: u32[] in {0, 1}, for its zero ballots.
+      tie: u32[] in {0, 1}, the bit that settles ties, the same for all.
     """
 
-    header: jax.Array
-    coins: Coins
+    index: jax.Array
+    coin: jax.Array
+    tie: jax.Array
 
 
-def find_voter(
-    tree: Any,
-    axis_name: Hashable,
-    *,
-    step: jax.Array | int | None,
-    zeros: Zeros,
-    ties: Ties,
-    active: jax.Array | bool | None,
-) -> Voter:
-    """This worker as a voter, which is found on the whole tree, not on a block of it."""
+def find_worker(axis_name: Hashable, rules: Rules, step: jax.Array | int | None) -> Worker:
+    """This worker at this step."""
     if step is None:
-        if zeros == "dither" or (zeros == "plus" and ties == "dither"):
+        if rules.zeros == "dither" or (rules.zeros == "plus" and rules.ties == "dither"):
             raise ValueError(
-                f"step=None, but zeros={zeros!r} with ties={ties!r} needs it for the dither: pass "
-                "the number of the step, the same on every worker"
+                f"step=None, but zeros={rules.zeros!r} with ties={rules.ties!r} needs it for the "
+                "dither: pass the number of the step, the same on every worker"
             )
         step = 0
     step = jnp.asarray(step)
     if step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
         raise TypeError(f"step={step!r} must be one integer")
-    worker = worker_index(axis_name).astype(jnp.uint32)
-    return Voter(
-        header=jnp.where(takes_part(tree, active), worker + 1, 0),
-        coins=toss(step, worker, lax.axis_size(axis_name)),
-    )
+    index = worker_index(axis_name).astype(jnp.uint32)
+    coins = toss(step, index, lax.axis_size(axis_name))
+    return Worker(index, coins.zero, rules.tie(coins.tie))
 
 
-def exchange_votes(
-    tree: Any, axis_name: Hashable, voter: Voter, *, zeros: Zeros, ties: Ties
-) -> Any:
-    """The vote itself, on checked arguments."""
+def vote(
+    tree: Any,
+    options: VoteOptions,
+    *,
+    step: jax.Array | int | None,
+    active: jax.Array | bool | None,
+    param_specs: Any = None,
+    like: Any = None,
+) -> tuple[Any, jax.Array]:
+    """The vote by checked options, and whether this worker's updates are finite.
+
+    The signs come in the shapes of the leaves of `like`, if it is given, which may be those of
+    `tree` before they were cut into blocks.
+    """
+    check_votable(tree, options.axis_name, options.split_over)
+    worker = find_worker(options.axis_name, options.rules, step)
     leaves, structure = jax.tree.flatten(tree)
-    if not any(leaf.size for leaf in leaves):
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
-    num_workers = lax.axis_size(axis_name)
+    like = leaves if like is None else jax.tree.leaves(like)
+    blocks = find_blocks(tree, param_specs)
 
-    planes = [  # one or two of u32[words]
-        jnp.concatenate([_bits.pack(bits) for bits in plane])
-        for plane in zip(*(ballots(leaf, zeros, voter.coins.zero) for leaf in leaves), strict=True)
+    # In two passes over the blocks: a worker is out if any of them is not finite.
+    whole = PartitionSpec()
+    message_specs = [
+        block.specs if options.transport == "int8" else PartitionSpec(block.axes or None)
+        for block in blocks
     ]
-    share = -(-planes[0].size // num_workers)
-    ballot_box = _cut(planes, share, num_workers, voter.header)  # u32[M, part]
+    messages, finite = [], jnp.bool_(True)
+    for block, message_spec in zip(blocks, message_specs, strict=True):
+        flag_spec = PartitionSpec(block.axes or None)
+        cast = partial(_cast, options=options)
+        cast = locally(cast, block.axes, (block.specs, whole), (message_spec, flag_spec))
+        message, flags = cast([leaves[n] for n in block.positions], worker.coin)
+        messages.append(message)
+        finite &= jnp.all(flags)
 
-    # Under vmap this is right only for a batched operand, which the sender's index makes it.
-    received = lax.all_to_all(ballot_box, axis_name, 0, 0, tiled=True)  # u32[M, part]
-    voters = jnp.sum(received[:, 0] != 0, dtype=jnp.uint32)
-    rows = received[:, 1 : 1 + len(planes) * share].reshape(num_workers, len(planes), share)
-    result = _decide(rows, voters, ties, voter.coins.tie)  # u32[planes, share]
-    part = jnp.concatenate([voters[None], result.reshape(-1)])
-    part = jnp.pad(part, (0, ballot_box.shape[1] - part.size))
-    parts = gather(part, axis_name)  # u32[M, part]
-
-    # Read here the voters are the same on every worker, by type too; above they are not.
-    voters = parts[0, 0]
-    decided = parts[:, 1 : 1 + len(planes) * share].reshape(num_workers, len(planes), share)
-    decided = jnp.swapaxes(decided, 0, 1).reshape(len(planes), -1)  # u32[planes, M * share]
-    return structure.unflatten(_read_signs(decided, voters, leaves))
-
-
-def _cut(planes: Sequence[jax.Array], share: int, num_workers: int, header: jax.Array) -> jax.Array:
-    """Cuts u32[words] planes into one part per worker: header, shares, padding to u32[M, part]."""
-    padding = num_workers * share - planes[0].size
-    shares = [jnp.pad(plane, (0, padding)).reshape(num_workers, share) for plane in planes]
-    payload = jnp.where(header > 0, jnp.concatenate(shares, axis=1), 0)
-    column = jnp.broadcast_to(header, (num_workers, 1))
-    part = _bits.part_words(planes[0].size, num_workers, len(planes))
-    tail = part - 1 - payload.shape[1]
-    return jnp.pad(jnp.concatenate([column, payload], axis=1), ((0, 0), (0, tail)))
+    header = make_header(worker.index, worker.tie, take_part(finite, active))
+    split, place, place_spec = _split_axes(options.split_over)
+    voted = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like]
+    for block, message, message_spec in zip(blocks, messages, message_specs, strict=True):
+        settle = partial(_settle, options=options)
+        in_specs = block.specs, message_spec, whole, place_spec
+        settle = locally(settle, (*block.axes, *split), in_specs, block.specs)
+        signs = settle([like[n] for n in block.positions], message, header, place)
+        for position, sign in zip(block.positions, signs, strict=True):
+            voted[position] = sign
+    return structure.unflatten(voted), finite
 
 
-def _decide(rows: jax.Array, voters: jax.Array, ties: Ties, tie_coin: jax.Array) -> jax.Array:
-    """Counts the ballots of M workers: u32[M, planes, n] to u32[planes, n]."""
-    plus = list(rows[:, 0])
-    if rows.shape[1] == 2:
-        for_plus, for_minus = _bits.count(plus), _bits.count(list(rows[:, 1]))
-        return jnp.stack([_bits.exceeds(for_plus, for_minus), _bits.exceeds(for_minus, for_plus)])
-    # Among an even number of voters the coin is one more vote, which decides ties and only ties.
-    coin = _bits.ALL_BITS if ties == "plus" else _bits.EVEN_BITS ^ _bits.spread(tie_coin)
-    coin = jnp.where(voters % 2 == 0, coin, 0)
-    counted = _bits.count([*plus, jnp.broadcast_to(coin, plus[0].shape)])
-    return _bits.at_least(counted, voters // 2 + 1)[None]
-
-
-def gather(array: jax.Array, axis_name: Hashable) -> jax.Array:
-    """all_gather whose result counts as replicated where types can tell: [...] to [M, ...]."""
-    if varies(array, axis_name):
-        return lax.all_gather(array, axis_name, to="invarying")
-    return lax.all_gather(array, axis_name)
-
-
-def _read_signs(
-    decided: jax.Array, voters: jax.Array, leaves: Sequence[jax.Array]
-) -> list[jax.Array]:
-    """Unpacks the words of all leaves, laid end to end, to +-1 like each leaf; 0 without voters."""
-    signs, start = [], 0
+def _cast(
+    leaves: Sequence[jax.Array], coin: jax.Array, options: VoteOptions
+) -> tuple[Any, jax.Array]:
+    """A worker's ballots as they are sent, and whether all values are finite: bool[1]."""
+    rules = options.rules
+    if options.transport != "int8":
+        message, finite = _packing.pack(leaves, rules, coin)
+        return message, finite[None]
+    dtype = sum_dtype(lax.axis_size(options.axis_name))
+    ballots = []
     for leaf in leaves:
-        stop = start + _bits.num_words(leaf.size)
-        plus, *minus = (_bits.unpack(plane[start:stop], leaf.shape, leaf.size) for plane in decided)
-        if minus:
-            sign = plus.astype(leaf.dtype) - minus[0].astype(leaf.dtype)
+        plus, *minus = rules(leaf, _packing.odd(leaf.shape), coin)
+        against = minus[0] if minus else ~plus
+        ballots.append(plus.astype(dtype) - against.astype(dtype))
+    return ballots, all_finite(leaves)[None]
+
+
+def _settle(
+    leaves: Sequence[jax.Array],
+    message: Any,
+    header: jax.Array,
+    place: jax.Array,
+    options: VoteOptions,
+) -> list[jax.Array]:
+    """What the workers decide: +-1 or 0 like each leaf, whose values are not used.
+
+    Of the devices of `split_over`, this is the one at `place`, i32[1].
+    """
+    axis_name, rules, transport, split_over = options
+    if transport == "int8":
+        sums, voters, tie = send_summed(message, header, axis_name)
+        if rules.planes == 2:
+            bits = [[total > 0, total < 0] for total in sums]
         else:
-            one = (voters > 0).astype(leaf.dtype)
-            sign = jnp.where(plus, one, -one)
-        signs.append(sign)
-        start = stop
-    return signs
+            bits = [[(total > 0) | ((total == 0) & (tie == 1))] for total in sums]
+    else:
+        if split_over is None:
+            decided, voters = send(message, header, axis_name, transport)
+        else:
+            decided, voters = send_in_parts(
+                message, header, axis_name, split_over, place[0], transport
+            )
+        bits = _packing.unpack(decided, leaves)
+    return [
+        rules.signs(planes, _packing.odd(leaf.shape), voters, leaf.dtype)
+        for planes, leaf in zip(bits, leaves, strict=True)
+    ]
+
+
+def _split_axes(
+    split_over: Hashable | None,
+) -> tuple[tuple[Hashable, ...], jax.Array, PartitionSpec]:
+    """The axis that has yet to be mapped, if any; a device's place along it, i32[1], and its spec.
+
+    The place is an argument since older versions of JAX cannot ask for it in a nested shard_map.
+    """
+    if split_over is None:
+        return (), jnp.zeros(1, jnp.int32), PartitionSpec()
+    try:
+        return (), lax.axis_index(split_over)[None], PartitionSpec()
+    except NameError:
+        pass
+    mesh = jax.sharding.get_abstract_mesh()
+    if split_over not in mesh.axis_names:
+        raise NameError(
+            f"split_over={split_over!r} is neither a mapped axis here nor one of the mesh: name "
+            "the axis along which devices hold the same values"
+        )
+    spec = PartitionSpec(split_over)
+    places = jnp.arange(mesh.shape[split_over], dtype=jnp.int32)
+    if split_over in explicit_axes(mesh):
+        places = jax.sharding.reshard(places, spec)
+    return (split_over,), places, spec
 
 
 def mean_active(tree: Any, axis_name: Hashable, active: jax.Array) -> Any:

@@ -1,6 +1,7 @@
 """DataParallel: the state and the gradients of each worker as global arrays, under `jax.jit`."""
 
 import inspect
+import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -14,13 +15,14 @@ from signax._checks import check_axis_name, check_key, check_transformation
 from signax._gradients import check_batch, local_value_and_grad
 from signax._layout import Layout, PerWorker, check_state, find_layout
 from signax._specs import (
+    axis_names,
     entry_axes,
     explicit_axes,
     keep_axes,
     reshard,
     spec_axes,
     typed_spec,
-    varies,
+    varying_axes,
 )
 
 
@@ -43,7 +45,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
     Args:
       tx: the transformation of one worker, with a vote or a mean over `axis_name` in it.
       mesh: a mesh that has the axis; its axes may be of type Auto or Explicit.
-      axis_name: the mesh axis along which the workers lie.
+      axis_name: the mesh axis along which the workers lie, or a tuple of axes.
       param_specs: for parameters that are sharded over further mesh axes, a tree like the
         parameters of their `PartitionSpec`s. A vote then runs on local blocks, and nothing is
         gathered.
@@ -53,12 +55,12 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         differs.
 
     Attributes:
-      num_workers: the number of workers M, the size of the axis.
+      num_workers: the number of workers M, the size of the axis, or the product of several.
 
     Raises:
       ValueError: the mesh has no such axis, or `param_specs` names the workers' axis or an unknown
         one.
-      TypeError: `axis_name` names no single axis.
+      TypeError: `axis_name` names no axis.
 
     Examples:
       >>> import jax, jax.numpy as jnp, signax
@@ -79,6 +81,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
     axis_name: Hashable
     num_workers: int
     param_specs: Any
+    _inside: frozenset[Hashable]  # axes inside a worker that types know
     _per_worker: PerWorker | None
     _layouts: dict[Any, Layout]
 
@@ -95,10 +98,12 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         check_axis_name(axis_name)
         if not isinstance(mesh, Mesh):
             raise TypeError(f"mesh={mesh!r} is not a jax.sharding.Mesh: jax.make_mesh makes one")
-        if axis_name not in mesh.axis_names:
-            raise ValueError(
-                f"axis_name={axis_name!r} is not an axis of the mesh, which has {mesh.axis_names}"
-            )
+        for axis in axis_names(axis_name):
+            if axis not in mesh.axis_names:
+                raise ValueError(
+                    f"axis_name={axis_name!r}: {axis!r} is not an axis of the mesh, which has "
+                    f"{mesh.axis_names}"
+                )
         _check_param_specs(param_specs, mesh, axis_name)
 
         def init_fn(params):
@@ -111,7 +116,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         self.tx = _with_extra_args(tx)
         self.mesh = mesh
         self.axis_name = axis_name
-        self.num_workers = mesh.shape[axis_name]
+        self.num_workers = math.prod(mesh.shape[axis] for axis in axis_names(axis_name))
+        self._inside = explicit_axes(mesh) - set(axis_names(axis_name))
         self.param_specs = param_specs
         self._per_worker = per_worker
         self._layouts = {}
@@ -281,7 +287,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
             mesh=self.mesh,
             in_specs=in_specs,
             out_specs=out_specs,
-            axis_names={self.axis_name},
+            axis_names=set(axis_names(self.axis_name)),
             check_vma=check_vma,
         )
 
@@ -295,9 +301,9 @@ class DataParallel(optax.GradientTransformationExtraArgs):
     def _own(self, array: Any) -> jax.Array:
         """Types an array as differing between the workers, if it is not yet."""
         array = jnp.asarray(array)
-        if varies(array, self.axis_name):
-            return array
-        return lax.pcast(array, self.axis_name, to="varying")
+        varying = varying_axes(array, self.axis_name)
+        missing = tuple(axis for axis in axis_names(self.axis_name) if axis not in varying)
+        return lax.pcast(array, missing, to="varying") if missing else array
 
     def _row(self, array: Any) -> jax.Array:
         """One worker's row of a global array: [...] to [1, ...]."""
@@ -327,10 +333,9 @@ class DataParallel(optax.GradientTransformationExtraArgs):
     def _specs(self, params: Any) -> Any:
         """The parameters' specs over the axes inside a worker: as given, or as their types say."""
         if self.param_specs is None:
-            inside = explicit_axes(self.mesh) - {self.axis_name}
-            if not inside:
+            if not self._inside:
                 return None
-            return jax.tree.map(lambda leaf: keep_axes(typed_spec(leaf), inside), params)
+            return jax.tree.map(lambda leaf: keep_axes(typed_spec(leaf), self._inside), params)
         structure, expected = jax.tree.structure(self.param_specs), jax.tree.structure(params)
         if structure != expected:
             raise ValueError(
@@ -350,13 +355,13 @@ class DataParallel(optax.GradientTransformationExtraArgs):
 
     def _place(self, tree: Any, *, per_worker: bool = False) -> Any:
         """Lays arrays out as a mesh of Explicit axes demands, rows over the workers' axis."""
-        inside = explicit_axes(self.mesh) - {self.axis_name}
 
         def place(leaf):
             leaf = jnp.asarray(leaf)
-            spec = keep_axes(typed_spec(leaf), inside)
+            spec = keep_axes(typed_spec(leaf), self._inside)
             if per_worker:
-                spec = PartitionSpec((self.axis_name, *entry_axes(spec[0])), *spec[1:])
+                rows = *axis_names(self.axis_name), *entry_axes(spec[0])
+                spec = PartitionSpec(rows, *spec[1:])
             return reshard(leaf, self.mesh, spec)
 
         return jax.tree.map(place, tree)
@@ -397,7 +402,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
 
     def _check_settled(self, updates: Any) -> None:
         for path, leaf in jax.tree.leaves_with_path(updates):
-            if varies(leaf, self.axis_name):
+            if varying_axes(leaf, self.axis_name):
                 raise ValueError(
                     f"updates{jax.tree_util.keystr(path)} is neither voted nor averaged over "
                     f"{self.axis_name!r}, so that its parameters would differ between workers: put "
@@ -415,7 +420,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         rows = []
         for leaf, place in zip(jax.tree.leaves(state), layout.leaves, strict=True):
             leaf = jnp.asarray(leaf)
-            if not place.per_worker and varies(leaf, self.axis_name):
+            if not place.per_worker and varying_axes(leaf, self.axis_name):
                 raise ValueError(
                     f"state{place.path} differs between workers but is to be shared: let "
                     "per_worker return True for it"
@@ -444,7 +449,7 @@ def _check_param_specs(specs: Any, mesh: Mesh, axis_name: Hashable) -> None:
         if not isinstance(spec, PartitionSpec):
             raise TypeError(f"{name}={spec!r} is not a jax.sharding.PartitionSpec")
         for axis in spec_axes(spec):
-            if axis == axis_name:
+            if axis in axis_names(axis_name):
                 raise ValueError(
                     f"{name}={spec} shards a parameter over {axis_name!r}, the workers' own axis: "
                     "every worker holds all the parameters that it votes on"

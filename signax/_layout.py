@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from signax._specs import is_masked, spec_unless_masked
+from signax._specs import axis_names, is_masked, spec_unless_masked
 from signax._variance import varying_outputs
 
 PerWorker = Callable[[str, jax.ShapeDtypeStruct], bool | None]
@@ -46,7 +46,7 @@ def find_layout(
     override: PerWorker | None,
 ) -> Layout:
     """The layout of the state of `tx` for parameters of the given shapes and specs."""
-    state, found = _find_per_worker(tx, params, axis_name, mesh.shape[axis_name])
+    state, found = _find_per_worker(tx, params, axis_name, mesh)
     shapes, structure = jax.tree.flatten_with_path(state)
     leaves = []
     for (path, leaf), per_worker, spec in zip(
@@ -63,10 +63,10 @@ def find_layout(
 
 
 def _find_per_worker(
-    tx: optax.GradientTransformationExtraArgs, params: Any, axis_name: Hashable, num_workers: int
+    tx: optax.GradientTransformationExtraArgs, params: Any, axis_name: Hashable, mesh: Mesh
 ) -> tuple[Any, list[bool]]:
     """The shapes of one worker's state, and which of its leaves differ between the workers."""
-    axes = [(axis_name, num_workers)]
+    axes = list(mesh.shape.items())
     init, state = jax.make_jaxpr(tx.init, axis_env=axes, return_shape=True)(params)
     try:
         update = jax.make_jaxpr(tx.update, axis_env=axes)(params, state, params)
@@ -78,14 +78,18 @@ def _find_per_worker(
             "to find out which state is per worker: give the argument a default"
         ) from error
     num_params = len(jax.tree.leaves(params))
-    per_worker = varying_outputs(init.jaxpr, [False] * num_params, axis_name)
-    while True:  # until the state that comes out differs nowhere that the one going in does not
-        inputs = [True] * num_params + per_worker + [False] * num_params
-        outputs = varying_outputs(update.jaxpr, inputs, axis_name)[num_params:]
-        grown = [old or new for old, new in zip(per_worker, outputs, strict=True)]
-        if grown == per_worker:
-            return state, per_worker
-        per_worker = grown
+    per_worker = [False] * len(jax.tree.leaves(state))
+    for axis in axis_names(axis_name):
+        varying = varying_outputs(init.jaxpr, [False] * num_params, axis)
+        while True:  # until the state that comes out differs nowhere that the one going in does not
+            inputs = [True] * num_params + varying + [False] * num_params
+            outputs = varying_outputs(update.jaxpr, inputs, axis)[num_params:]
+            grown = [old or new for old, new in zip(varying, outputs, strict=True)]
+            if grown == varying:
+                break
+            varying = grown
+        per_worker = [known or found for known, found in zip(per_worker, varying, strict=True)]
+    return state, per_worker
 
 
 def _state_specs(tx: Any, state: Any, param_specs: Any) -> list[PartitionSpec]:

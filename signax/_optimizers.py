@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import optax
 
-from signax._ballots import Ties, Zeros
+from signax._ballots import Rules, Ties, Zeros
 from signax._checks import check_accumulator_dtype, check_number
-from signax._collectives import Transport
+from signax._collectives import VoteOptions
 from signax._compressors import Block, scale_by_scaled_sign
-from signax._transforms import checked, error_feedback, hold_if_nonfinite, scale_by_signum
-from signax._voting import majority_vote
+from signax._exchange import Transport
+from signax._transforms import checked, error_feedback, scale_by_signum
+from signax._voting import voted
 
 Mask = Any | Callable[[optax.Params], Any] | None
 
@@ -42,22 +43,18 @@ def _descend(
 
 
 def _voted(
-    signs: optax.GradientTransformation,
-    axis_name: Hashable | None,
-    zeros: Zeros,
-    ties: Ties,
-    transport: Transport,
+    signs: optax.GradientTransformation, options: VoteOptions
 ) -> optax.GradientTransformation:
     """Lets the workers along an axis vote on their signs; without an axis there is one worker."""
-    if axis_name is None:
-        if (zeros, ties, transport) != ("dither", "dither", "auto"):
-            raise ValueError(
-                f"zeros={zeros!r}, ties={ties!r} and transport={transport!r} are options of the "
-                "vote, which axis_name=None leaves out: pass axis_name, or drop them"
-            )
-        return signs
-    vote = majority_vote(axis_name, zeros=zeros, ties=ties, transport=transport)
-    return optax.chain(hold_if_nonfinite(signs), vote)
+    if options.axis_name is not None:
+        return voted(signs, options)
+    if options != VoteOptions(None, Rules("dither", "dither"), "auto", None):
+        raise ValueError(
+            f"zeros={options.rules.zeros!r}, ties={options.rules.ties!r}, "
+            f"transport={options.transport!r} and split_over={options.split_over!r} are options of "
+            "the vote, which axis_name=None leaves out: pass axis_name, or drop them"
+        )
+    return signs
 
 
 def sign_sgd(
@@ -69,6 +66,7 @@ def sign_sgd(
     zeros: Zeros = "dither",
     ties: Ties = "dither",
     transport: Transport = "auto",
+    split_over: Hashable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""signSGD, over the workers of an axis by majority vote.
 
@@ -86,6 +84,7 @@ def sign_sgd(
       zeros: see :func:`signax.majority_vote`.
       ties: see :func:`signax.majority_vote`.
       transport: see :func:`signax.majority_vote`.
+      split_over: see :func:`signax.majority_vote`.
 
     Returns:
       The optimiser.
@@ -105,7 +104,8 @@ def sign_sgd(
       Bernstein et al., `signSGD: Compressed Optimisation for Non-Convex Problems
       <https://arxiv.org/abs/1802.04434>`_, 2018
     """
-    direction = _voted(checked(optax.scale_by_sign()), axis_name, zeros, ties, transport)
+    options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over)
+    direction = _voted(checked(optax.scale_by_sign()), options)
     return _descend(direction, learning_rate, weight_decay, mask)
 
 
@@ -122,6 +122,7 @@ def signum(
     zeros: Zeros = "dither",
     ties: Ties = "dither",
     transport: Transport = "auto",
+    split_over: Hashable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Signum, signSGD with momentum, over the workers of an axis by majority vote.
 
@@ -145,6 +146,7 @@ def signum(
       zeros: see :func:`signax.majority_vote`.
       ties: see :func:`signax.majority_vote`.
       transport: see :func:`signax.majority_vote`.
+      split_over: see :func:`signax.majority_vote`.
 
     Returns:
       The optimiser.
@@ -169,7 +171,8 @@ def signum(
     signs = scale_by_signum(
         b1, warmup=warmup, nesterov=nesterov, accumulator_dtype=accumulator_dtype
     )
-    direction = _voted(signs, axis_name, zeros, ties, transport)
+    options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over)
+    direction = _voted(signs, options)
     return _descend(direction, learning_rate, weight_decay, mask)
 
 
@@ -185,6 +188,7 @@ def lion(
     zeros: Zeros = "dither",
     ties: Ties = "dither",
     transport: Transport = "auto",
+    split_over: Hashable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lion, over the workers of an axis by majority vote.
 
@@ -208,6 +212,7 @@ def lion(
       zeros: see :func:`signax.majority_vote`.
       ties: see :func:`signax.majority_vote`.
       transport: see :func:`signax.majority_vote`.
+      split_over: see :func:`signax.majority_vote`.
 
     Returns:
       The optimiser.
@@ -231,7 +236,8 @@ def lion(
     check_number("b2", b2, low=0, high=1)
     check_accumulator_dtype(accumulator_dtype)
     signs = checked(optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=accumulator_dtype), memory="mu")
-    direction = _voted(signs, axis_name, zeros, ties, transport)
+    options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over)
+    direction = _voted(signs, options)
     return _descend(direction, learning_rate, weight_decay, mask)
 
 

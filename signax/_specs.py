@@ -32,9 +32,20 @@ def typed_spec(array: Any) -> PartitionSpec:
     return jax.typeof(array).sharding.spec
 
 
+def axis_names(axis_name: Hashable) -> tuple[Hashable, ...]:
+    """The axes in an axis name, which may be one or a tuple of several."""
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
+def varying_axes(array: Any, axis_name: Hashable) -> tuple[Hashable, ...]:
+    """Those axes of a name over which JAX's types say that an array differs."""
+    varying = jax.typeof(array).manual_axis_type.varying
+    return tuple(axis for axis in axis_names(axis_name) if axis in varying)
+
+
 def varies(array: Any, axis_name: Hashable) -> bool:
-    """Whether JAX's types say that an array differs between the workers of an axis."""
-    return axis_name in jax.typeof(array).manual_axis_type.varying
+    """Whether JAX's types say that an array differs over an axis, or over each of several."""
+    return varying_axes(array, axis_name) == axis_names(axis_name)
 
 
 def explicit_axes(mesh: Mesh) -> frozenset[Hashable]:
@@ -54,6 +65,15 @@ def reshard(array: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
 def is_masked(node: Any) -> bool:
     """Whether a node stands for leaves that `optax.masked` or `optax.partition` left out."""
     return isinstance(node, optax.MaskedNode)
+
+
+def specs_like(tree: Any, specs: Any) -> Any:
+    """The specs of the leaves of a tree, of which masks leave some out; `None` shards nothing."""
+    if specs is None:
+        return jax.tree.map(lambda _: PartitionSpec(), tree)
+    return jax.tree.map(
+        lambda node, spec: node if is_masked(node) else spec, tree, specs, is_leaf=is_masked
+    )
 
 
 def spec_unless_masked(node: Any, spec: PartitionSpec) -> Any:

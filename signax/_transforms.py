@@ -1,6 +1,7 @@
 """Transformations that remember: momentum, error memory, and keeping both finite."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -241,16 +242,60 @@ def hold_if_nonfinite(
 
     def update_fn(updates, state, params=None, **extra_args):
         new_updates, new_state = inner.update(updates, state, params, **extra_args)
-        finite = all_finite((updates, new_updates, new_state))
-
-        def hold(old, new):
-            return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
-
-        held = jax.tree.map(hold, state, new_state)
-        marked = jax.tree.map(lambda u: jnp.where(finite, u, jnp.nan).astype(u.dtype), new_updates)
-        return marked, held
+        marked = mark_nonfinite(new_updates, updates, new_state)
+        finite = all_finite(marked)
+        marked = jax.tree.map(lambda u: jnp.where(finite, u, jnp.nan).astype(u.dtype), marked)
+        return marked, hold(finite, state, new_state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def mark_nonfinite(new_updates: Any, updates: Any, new_state: Any) -> Any:
+    """Makes new updates NaN at one coordinate at least if anything beside them is not finite.
+
+    State that is laid out like the updates, such as a momentum, is looked at coordinate by
+    coordinate, in the same pass as the updates.
+    """
+    is_like_updates = is_like_tree(updates)
+    beside, rest = [jax.tree.leaves(updates)], []
+    for node in jax.tree.leaves(new_state, is_leaf=is_like_updates):
+        if is_like_updates(node):
+            beside.append(jax.tree.leaves(node))
+        else:
+            rest.append(node)
+    rest_finite = all_finite(rest)
+
+    def mark(new, *others):
+        finite = rest_finite
+        for other in (new, *others):
+            if jnp.issubdtype(other.dtype, jnp.floating):
+                finite &= jnp.isfinite(other)
+        return jnp.where(finite, new, jnp.nan).astype(new.dtype)
+
+    new_leaves, new_structure = jax.tree.flatten(new_updates)
+    return new_structure.unflatten(
+        mark(new, *others) for new, *others in zip(new_leaves, *beside, strict=True)
+    )
+
+
+def is_like_tree(tree: Any) -> Callable[[Any], bool]:
+    """Tells whether a node of another tree has the structure and the shapes of this one."""
+    shapes, structure = [leaf.shape for leaf in jax.tree.leaves(tree)], jax.tree.structure(tree)
+
+    def is_like(node):
+        leaves, found = jax.tree.flatten(node)
+        return found == structure and [jnp.shape(leaf) for leaf in leaves] == shapes
+
+    return is_like
+
+
+def hold(finite: jax.Array, state: Any, new_state: Any) -> Any:
+    """The new state if it is finite, else the old one with counts and keys that have advanced."""
+
+    def choose(old, new):
+        return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+    return jax.tree.map(choose, state, new_state)
 
 
 def checked(

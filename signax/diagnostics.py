@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from signax import _bits
+from signax import _packing
 from signax._checks import check_floating, check_mode
+from signax._exchange import part_words
 from signax._hlo import Collective, collective_bytes, collectives
 from signax._numerics import relative_to_peak, wide_dtype
 
@@ -95,6 +96,6 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
     if scheme == "mean":
         total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         return -(-2 * (num_workers - 1) * total // num_workers)
-    words = sum(_bits.num_words(leaf.size) for leaf in leaves)
-    part = _bits.part_words(words, num_workers, _PLANES[scheme]) if words else 0
+    words = _packing.num_words(leaves)
+    part = part_words(words, num_workers, _PLANES[scheme]) if words else 0
     return 2 * (num_workers - 1) * part * _WORD_BYTES

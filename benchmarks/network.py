@@ -1,0 +1,270 @@
+"""Times what a training step exchanges, between real processes over links of a known rate.
+
+Every worker is a process with one CPU device. The processes are joined by `jax.distributed` and
+its gloo collectives over TCP, and each sits in a network namespace of its own (namespaces.py), on
+a full-duplex link of the given rate. That needs Linux, root and iproute2; without them the workers
+share the loopback interface, which has no rate, and table and JSON say so.
+
+    sudo python benchmarks/network.py
+    sudo python benchmarks/network.py --workers 8 --rate 100mbit --rounds 3
+    sudo python benchmarks/network.py --candidates vote "f32 mean" --delay 2ms
+    sudo python benchmarks/network.py --sweep --rounds 3
+
+What is timed is a whole update from each worker's own gradient, `p - learning_rate * direction`,
+compiled, the parameters donated: for the vote that includes the check for NaN, packing, counting
+and unpacking. The candidates take turns, one step of each per round, with a barrier before each,
+and a step has taken as long as on its slowest worker. `none` applies the worker's own sign and
+sends nothing: the floor under every other time. All workers share this machine's cores, with one
+thread of computation each, so that computing weighs more here than on machines of their own.
+PyTorch's all_reduce, if it is installed, runs by itself after the others.
+
+Bytes are what one worker sends per step: as read from the compiled program, and as counted by its
+network interface, with headers and acknowledgements. `wire ms` is the program's bytes over the
+rate. `--sweep` runs a grid of rates, parameters and workers instead of one setting.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from namespaces import Links, bits_per_second, loopback, milliseconds, namespaces, unavailable
+from network_worker import EXCHANGES, TORCH
+from report import print_table, save, save_bars, summary
+
+here = Path(__file__).parent
+sweep_workers = (2, 4, 8)
+sweep_rates = ("100mbit", "1gbit", "10gbit", "unlimited")
+sweep_parameters = (100_000, 1_000_000, 10_000_000)
+
+# One thread of computation per worker, for all candidates alike. With more they compete for the
+# cores, and the programs that wait for the network least suffer most.
+worker_environment = {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "NPROC": "1",
+    "PJRT_NPROC": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def main() -> None:
+    """Runs one setting or the grid, and prints, saves and draws what comes out."""
+    args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces are deleted
+    results = []
+    for setting in settings(args):
+        try:
+            results.append(run_setting(setting))
+        except OSError as error:
+            sys.exit(f"error: {error}")
+        print_result(results[-1])
+        save(args.json, "network", vars(args), results)  # after each: a sweep takes long
+    print(f"\nResults are in {args.json}.")
+    if not args.sweep:
+        draw(results[0], args.figure)
+        print(f"The figure is {args.figure}.")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads and checks the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [*EXCHANGES, TORCH] if importlib.util.find_spec("torch") else [*EXCHANGES]
+    add = parser.add_argument
+    add("--workers", type=int, default=4, help="processes (default 4)")
+    add("--rate", default="1gbit", help="of each link, or unlimited (default 1gbit)")
+    add("--delay", default="0ms", help="from each worker to the switch (default 0ms)")
+    add("--parameters", type=int, default=10_000_000, help="in f32 (default 10_000_000)")
+    add("--leaves", type=int, default=1, help="arrays that hold them (default 1)")
+    add("--rounds", type=int, default=7, help="timed steps of each candidate (default 7)")
+    add("--candidates", nargs="+", metavar="NAME", choices=names, default=names, help=f"of {names}")
+    add("--sweep", action="store_true", help="run the grid")
+    add("--json", metavar="FILE", help="(default benchmarks/results/network.json, or -sweep.json)")
+    add("--figure", metavar="FILE", help="(default benchmarks/results/network.png)")
+    args = parser.parse_args()
+    name = "network-sweep" if args.sweep else "network"
+    args.json = args.json or str(here / "results" / f"{name}.json")
+    args.figure = args.figure or str(here / "results" / f"{name}.png")
+
+    if min(args.parameters, args.leaves, args.rounds) < 1:
+        parser.error("--parameters, --leaves and --rounds must be at least 1")
+    if not 2 <= args.workers <= 127:
+        parser.error(f"--workers {args.workers} must be 2 to 127, which is what int8 can add up")
+    try:
+        bits_per_second(args.rate)
+        milliseconds(args.delay)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The one setting of a run, or the grid of a sweep."""
+    grid = [(args.workers, args.rate, args.parameters)]
+    if args.sweep:
+        rates = sweep_rates if unavailable() is None else ("unlimited",)
+        grid = itertools.product(sweep_workers, rates, sweep_parameters)
+    for workers, rate, parameters in grid:
+        same = {name: getattr(args, name) for name in ("delay", "leaves", "rounds", "candidates")}
+        yield {"workers": workers, "rate": rate, "parameters": parameters, **same}
+
+
+def run_setting(setting: dict[str, Any]) -> dict[str, Any]:
+    """Runs all workers of one setting and sums up what they measured."""
+    by_jax = [name for name in setting["candidates"] if name != TORCH]
+    reports: list[dict[str, Any]] = [{} for _ in range(setting["workers"])]
+    with join(setting) as links:
+        if by_jax:
+            reports = launch("jax", links, setting | {"candidates": by_jax})
+        if TORCH in setting["candidates"]:
+            by_torch = launch("torch", links, setting)
+            reports = [report | more for report, more in zip(reports, by_torch, strict=True)]
+
+    limited = links.kind == "namespaces"
+    rate = bits_per_second(setting["rate"]) if limited else math.inf
+    candidates = {name: combine(name, [report[name] for report in reports]) for name in reports[0]}
+    for candidate in candidates.values():
+        sent = candidate["hlo_bytes"]
+        candidate["wire_seconds"] = sent * 8 / rate if sent and rate < math.inf else None
+        if "vote" in candidates:
+            candidate["times_the_vote"] = candidate["median"] / candidates["vote"]["median"]
+        if not limited:
+            candidate["counted_bytes"] = None  # one counter for all workers and everybody else
+    return {
+        **{name: setting[name] for name in ("workers", "parameters", "leaves", "rounds")},
+        "link": links.kind,
+        "rate": setting["rate"] if limited else None,
+        "rate_bits_per_second": rate if rate < math.inf else None,
+        "delay": setting["delay"] if limited else None,
+        "burst_bytes": links.burst_bytes,
+        "candidates": candidates,
+    }
+
+
+def join(setting: dict[str, Any]) -> contextlib.AbstractContextManager[Links]:
+    """Links for the workers: namespaces, or loopback where they cannot be had."""
+    reason = unavailable()
+    if reason is None:
+        return namespaces(setting["workers"], setting["rate"], setting["delay"])
+    print(
+        f"WARNING: no network namespaces here: {reason}.\n"
+        "The workers share the loopback interface, which has NO RATE LIMIT and NO DELAY."
+    )
+    return loopback(setting["workers"])
+
+
+def launch(library: str, links: Links, setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs a process per worker and returns what each of them measured."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "XLA"))}
+    processes: list[subprocess.Popen] = []
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, f"{worker}.json") for worker in range(setting["workers"])]
+        try:
+            for worker, (prefix, output) in enumerate(zip(links.prefixes, outputs, strict=True)):
+                task = setting | {
+                    "library": library,
+                    "worker": worker,
+                    "coordinator": links.coordinator,
+                    "interface": links.interface,
+                    "output": str(output),
+                }
+                program = [sys.executable, str(here / "network_worker.py"), json.dumps(task)]
+                with open(output.with_suffix(".log"), "w") as log:
+                    processes.append(
+                        subprocess.Popen(
+                            [*prefix, *program],
+                            env=kept | worker_environment,
+                            stdout=log,
+                            stderr=log,
+                            start_new_session=True,  # Ctrl-C is ours, and we end them
+                        )
+                    )
+            wait(processes, outputs)
+            return [json.loads(output.read_text()) for output in outputs]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def wait(processes: Sequence[subprocess.Popen], outputs: Sequence[Path]) -> None:
+    """Waits for all workers, or for the first that fails, which the others would wait for."""
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            break
+        time.sleep(0.05)
+    for worker, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+        if process.poll():
+            log = output.with_suffix(".log").read_text()
+            sys.exit(f"error: worker {worker} ended with {process.returncode}:\n{log[-4000:]}")
+
+
+def combine(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One candidate over all workers: a step lasts as long as on the slowest of them."""
+    if name != "none" and len({report.get("parameters") for report in reports}) > 1:
+        sys.exit(f"error: {name} has left the workers with different parameters")
+    by_worker = [report["seconds"] for report in reports]
+    seconds = [max(times) for times in zip(*by_worker, strict=True)]
+    return {
+        **summary(seconds),
+        "seconds": seconds,
+        "seconds_by_worker": by_worker,
+        "hlo_bytes": reports[0].get("hlo_bytes"),  # PyTorch's program has none
+        "counted_bytes": round(statistics.mean(report["counted_bytes"] for report in reports)),
+    }
+
+
+def title(result: dict[str, Any]) -> str:
+    """One setting in a line."""
+    link = f"links: {result['rate']}" if result["rate"] else "loopback, NO RATE LIMIT"
+    delay = f" + {result['delay']}" if result["delay"] not in (None, "0ms") else ""
+    return f"{result['workers']} workers, {link}{delay}, {result['parameters']:,} parameters"
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Prints the table of one setting."""
+
+    def text(value, form):
+        return "-" if value is None else format(value, form)
+
+    rows = []
+    for name, candidate in result["candidates"].items():
+        wire = candidate["wire_seconds"]
+        fastest, median, slowest = (candidate[key] * 1e3 for key in ("min", "median", "max"))
+        row = [name, f"{median:,.1f}", f"{fastest:,.1f}..{slowest:,.1f}"]
+        row += [text(candidate[key], ",") for key in ("hlo_bytes", "counted_bytes")]
+        row += [text(wire and wire * 1e3, ",.1f"), text(wire and median / wire / 1e3, ".2f")]
+        rows.append([*row, text(candidate.get("times_the_vote"), ".2f")])
+    print(f"\n{title(result)} in {result['leaves']} leaf(s), {result['rounds']} rounds")
+    bytes_sent = ("bytes (HLO)", "bytes (counted)")
+    print_table(("", "median ms", "range", *bytes_sent, "wire ms", "/ wire", "/ vote"), rows)
+    vote = result["candidates"].get("vote")
+    if vote and result["burst_bytes"]:
+        burst, sent = result["burst_bytes"], vote["hlo_bytes"]
+        print(f"An idle link lets {burst:,} bytes pass at once, {burst / sent:.1%} of a vote.")
+
+
+def draw(result: dict[str, Any], path: str) -> None:
+    """Saves the figure of one setting."""
+    wire = result["candidates"].get("vote", {}).get("wire_seconds")
+    times = {name: candidate["seconds"] for name, candidate in result["candidates"].items()}
+    mark = (wire, "the vote's bytes at the link's rate") if wire else None
+    save_bars(path, times, title=title(result), mark=mark)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""One worker of network.py, which starts it with its task as JSON in the only argument."""
+
+import hashlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from report import interleave
+
+import signax
+
+learning_rate = 1e-3
+TORCH = "torch all_reduce"
+
+
+def vote(gradients: Any, step: jax.Array) -> Any:
+    """The majority of the workers' signs, packed."""
+    return signax.pvote(gradients, "workers", step=step)
+
+
+def f32_mean(gradients: Any, step: jax.Array) -> Any:
+    """What a data-parallel step does by default."""
+    del step
+    return lax.pmean(gradients, "workers")
+
+
+def bf16_mean(gradients: Any, step: jax.Array) -> Any:
+    """The mean of half the bits, where the platform does not widen them for the exchange."""
+    del step
+    means = lax.pmean(jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradients), "workers")
+    return jax.tree.map(lambda mean: mean.astype(jnp.float32), means)
+
+
+def int8_psum(gradients: Any, step: jax.Array) -> Any:
+    """The majority as one would write it, by adding up signs in bytes; a tie is 0."""
+    del step
+    signs = jax.tree.map(lambda g: jnp.sign(g).astype(jnp.int8), gradients)
+    return jax.tree.map(lambda s: jnp.sign(s).astype(jnp.float32), lax.psum(signs, "workers"))
+
+
+def none(gradients: Any, step: jax.Array) -> Any:
+    """The worker's own sign."""
+    del step
+    return jax.tree.map(jnp.sign, gradients)
+
+
+EXCHANGES = {
+    "vote": vote,
+    "f32 mean": f32_mean,
+    "bf16 mean": bf16_mean,
+    "int8 psum": int8_psum,
+    "none": none,
+}
+
+
+class Stepper:
+    """A training loop without the model: each call donates the parameters of the last one."""
+
+    def __init__(self, program: Callable, parameters: Any, gradients: Any):
+        self.program, self.parameters, self.gradients = program, parameters, gradients
+        self.step = 0
+
+    def __call__(self) -> Any:
+        """Takes one step and returns the new parameters."""
+        self.parameters = self.program(self.parameters, self.gradients, np.int32(self.step))
+        self.step += 1
+        return self.parameters
+
+
+def run_jax(task: dict[str, Any]) -> dict[str, Any]:
+    """Times every candidate of the task as one of the workers."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(task["coordinator"], task["workers"], task["worker"])
+    mesh = jax.make_mesh((task["workers"],), ("workers",), axis_types=(AxisType.Auto,))
+    split, whole = PartitionSpec("workers"), PartitionSpec()
+
+    def compile_step(exchange, parameters, gradients):
+        def update(parameters, gradients, step):
+            direction = exchange(jax.tree.map(lambda g: g[0], gradients), step)
+            return jax.tree.map(lambda p, d: p - learning_rate * d, parameters, direction)
+
+        mapped = jax.shard_map(
+            update,
+            mesh=mesh,
+            in_specs=(whole, split, whole),
+            out_specs=whole,
+            check_vma=exchange is not none,  # whose parameters come apart, as the types would tell
+        )
+        return jax.jit(mapped, donate_argnums=0).lower(parameters, gradients, np.int32(0)).compile()
+
+    def place(rows, spec):
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), rows)
+
+    rng = np.random.default_rng(task["worker"])
+    sizes = leaf_sizes(task)
+    gradients = [place(rng.standard_normal((1, size), np.float32), split) for size in sizes]
+    steps = {}
+    for name in task["candidates"]:
+        zeros = [place(np.zeros(size, np.float32), whole) for size in sizes]
+        steps[name] = Stepper(compile_step(EXCHANGES[name], zeros, gradients), zeros, gradients)
+
+    one = place(np.ones(1, np.float32), split)
+    add = jax.shard_map(
+        lambda x: lax.psum(x, "workers"), mesh=mesh, in_specs=split, out_specs=whole
+    )
+    barrier = jax.jit(add).lower(one).compile()
+    report = time_and_count(steps, lambda: barrier(one), task)
+    for name, step in steps.items():
+        digest = hashlib.sha256()
+        for leaf in step.parameters:
+            digest.update(np.asarray(leaf.addressable_data(0)))
+        sent = signax.diagnostics.collective_bytes(step.program)
+        report[name] |= {"hlo_bytes": sent, "parameters": digest.hexdigest()}
+    jax.distributed.shutdown()
+    return report
+
+
+def run_torch(task: dict[str, Any]) -> dict[str, Any]:
+    """Times PyTorch's sum over gloo and the same update, as one of the workers."""
+    os.environ["GLOO_SOCKET_IFNAME"] = task["interface"]
+    torch: Any = importlib.import_module("torch")
+    distributed: Any = importlib.import_module("torch.distributed")
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"tcp://{task['coordinator']}",
+        rank=task["worker"],
+        world_size=task["workers"],
+    )
+    generator = torch.Generator().manual_seed(task["worker"])
+    gradients = [torch.randn(size, generator=generator) for size in leaf_sizes(task)]
+    parameters = [torch.zeros_like(gradient) for gradient in gradients]
+    sums = [torch.empty_like(gradient) for gradient in gradients]
+
+    def step():
+        for parameter, gradient, total in zip(parameters, gradients, sums, strict=True):
+            total.copy_(gradient)  # all_reduce overwrites its input
+            distributed.all_reduce(total)
+            parameter.sub_(total, alpha=learning_rate / task["workers"])
+
+    report = time_and_count({TORCH: step}, distributed.barrier, task)
+    distributed.destroy_process_group()
+    return report
+
+
+def leaf_sizes(task: dict[str, Any]) -> list[int]:
+    """Cuts the parameters into leaves of about one size."""
+    whole, rest = divmod(task["parameters"], task["leaves"])
+    return [whole + (leaf < rest) for leaf in range(task["leaves"])]
+
+
+def time_and_count(
+    steps: dict[str, Callable[[], Any]], barrier: Callable[[], Any], task: dict[str, Any]
+) -> dict[str, Any]:
+    """Times the candidates in turns, after one step of each whose bytes are counted."""
+    counter = Path("/sys/class/net", task["interface"], "statistics", "tx_bytes")
+    counted = {}
+    for name, step in steps.items():
+        jax.block_until_ready(step())  # makes the connections
+        jax.block_until_ready(barrier())
+        before = int(counter.read_text())
+        jax.block_until_ready(step())
+        jax.block_until_ready(barrier())  # what this worker sent has left it by now
+        counted[name] = int(counter.read_text()) - before
+    seconds = interleave(steps, task["rounds"], warmup=1, before=barrier)
+    return {name: {"seconds": seconds[name], "counted_bytes": counted[name]} for name in steps}
+
+
+def main() -> None:
+    """Does the task and writes the report where it says."""
+    task = json.loads(sys.argv[1])
+    report = {"jax": run_jax, "torch": run_torch}[task["library"]](task)
+    Path(task["output"]).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

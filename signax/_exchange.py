@@ -1,0 +1,217 @@
+"""Transports: the workers' packed messages in, the decision of the majority out, on every worker.
+
+`"packed"`, with three workers (each row is a worker, each letter a part of the packed tree):
+
+    pack          all_to_all      count        all_gather      unpack
+    [a1 b1 c1]    [a1 a2 a3]      [A]          [A B C]         +-1 for every leaf
+    [a2 b2 c2] -> [b1 b2 b3]  ->  [B]      ->  [A B C]     ->
+    [a3 b3 c3]    [c1 c2 c3]      [C]          [A B C]
+
+Worker k counts part k for everybody, a sharded parameter server. The same, as it runs on a list:
+
+    >>> workers = [[-1.0, 3.0, 2.0], [-4.0, -1.0, 1.0], [0.5, -2.0, 7.0]]
+    >>> parts = list(zip(*workers))                                  # all_to_all
+    >>> [1 if sum(b > 0 for b in part) >= 2 else -1 for part in parts]    # count, all_gather
+    [-1, -1, 1]
+
+`"gather"` hands every message to everybody, who all count the whole: one collective instead of two,
+and M / 2 times the bytes. `"int8"` sums ballots as small integers in an all-reduce.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from signax import _bits
+from signax._specs import axis_names, varies
+
+Transport = Literal["auto", "packed", "gather", "int8"]
+Planes = Sequence[jax.Array]  # u32[words] each: one for +1, or two, for +1 and for -1
+
+TRANSPORTS = ("auto", "packed", "gather", "int8")
+LANES = 128  # words: parts of this multiple become a true all-gather on TPU, and need no new layout
+LARGE_SHARE = 128 * LANES  # words: from here on shares are rounded up to that multiple as well
+GATHER_WORDS = 1 << 13  # beyond those of "packed", which the time of a collective is worth
+
+
+def share_words(words: int, num_workers: int) -> int:
+    """The words of one plane that one worker counts."""
+    share = -(-words // num_workers)
+    return share if share < LARGE_SHARE else -(-share // LANES) * LANES
+
+
+def part_words(words: int, num_workers: int, planes: int) -> int:
+    """The length in words of one worker's part: its share of each plane, then a header."""
+    return -(-(planes * share_words(words, num_workers) + 1) // LANES) * LANES
+
+
+def choose_transport(words: int, num_workers: int) -> Literal["packed", "gather"]:
+    """What is faster for a message of so many words: fewer bytes, or fewer collectives.
+
+    For two workers the bytes are the same.
+    """
+    more = (num_workers - 1) * words * (num_workers - 2) // num_workers
+    return "gather" if more <= GATHER_WORDS else "packed"
+
+
+def send_packed(
+    message: Planes, header: jax.Array, axis_name: Hashable
+) -> tuple[Planes, jax.Array]:
+    """Cuts the message into parts, of which each worker counts one.
+
+    Args:
+      message: this worker's ballots.
+      header: u32[], as `make_header` gives it.
+      axis_name: the axis of the workers.
+
+    Returns:
+      What was decided, of the message's shape, and the number of voters, u32[]: the same on every
+      worker.
+    """
+    num_workers = lax.axis_size(axis_name)
+    (words,) = message[0].shape
+    share = share_words(words, num_workers)
+    rows = [_pad(plane, num_workers * share).reshape(num_workers, share) for plane in message]
+    ballot_box = swap(seal(rows, header), axis_name)  # u32[M, part]
+    decided, voters = decide(ballot_box, len(message), share)
+    parts = gather(seal([plane[None] for plane in decided], voters)[0], axis_name)  # u32[M, part]
+    # Read here the voters are the same on every worker, by type too; above they are not.
+    decided, found = unseal(parts, len(message), share)
+    return [plane.reshape(-1)[:words] for plane in decided], found[0]
+
+
+def send_gathered(
+    message: Planes, header: jax.Array, axis_name: Hashable
+) -> tuple[Planes, jax.Array]:
+    """Hands the whole message to everybody: arguments and results as in `send_packed`."""
+    sealed = seal([plane[None] for plane in message], header)[0]  # u32[part]
+    return decide(gather(sealed, axis_name), len(message), message[0].size)
+
+
+def send_in_parts(
+    message: Planes,
+    header: jax.Array,
+    axis_name: Hashable,
+    split_over: Hashable,
+    place: jax.Array,
+    transport: Transport,
+) -> tuple[Planes, jax.Array]:
+    """Shares the exchange among devices that hold the same message, then gathers its result.
+
+    This one takes the part at its place along `split_over`.
+    """
+    (words,) = message[0].shape
+    devices = lax.axis_size(split_over)
+    share = share_words(words, devices)
+    part = [
+        lax.dynamic_slice_in_dim(_pad(plane, devices * share), place * share, share)
+        for plane in message
+    ]
+    decided, voters = send(part, header, axis_name, transport)
+    parts = gather(seal([plane[None] for plane in decided], voters)[0], split_over)
+    decided, found = unseal(parts, len(message), share)
+    return [plane.reshape(-1)[:words] for plane in decided], found[0]
+
+
+def _pad(plane: jax.Array, words: int) -> jax.Array:
+    return jnp.pad(plane, (0, words - plane.size))
+
+
+def send(
+    message: Planes, header: jax.Array, axis_name: Hashable, transport: Transport
+) -> tuple[Planes, jax.Array]:
+    """Sends a packed message by `"packed"`, `"gather"`, or whichever of them is faster."""
+    if transport == "auto":
+        words = len(message) * message[0].size
+        transport = choose_transport(words, lax.axis_size(axis_name))
+    sender = send_gathered if transport == "gather" else send_packed
+    return sender(message, header, axis_name)
+
+
+def send_summed(
+    ballots: Sequence[jax.Array], header: jax.Array, axis_name: Hashable
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Sums integer ballots of -1, 0 and +1 of any shape: their sums, the voters, the tie bit."""
+    counted = [jnp.where(header > 0, ballot, 0) for ballot in ballots]
+    sums, voters, ties = lax.psum((counted, (header > 0).astype(jnp.uint32), header & 1), axis_name)
+    return sums, voters, (ties > 0).astype(jnp.uint32)
+
+
+def sum_dtype(num_workers: int) -> np.dtype:
+    """The smallest integers that hold a sum of so many ballots."""
+    return next(
+        np.dtype(dtype)
+        for dtype in (jnp.int8, jnp.int16, jnp.int32)
+        if num_workers <= jnp.iinfo(dtype).max
+    )
+
+
+def make_header(worker: jax.Array, tie: jax.Array, takes_part: jax.Array) -> jax.Array:
+    """What goes with a worker's message: u32[], 0 if it is out.
+
+    Else the lowest bit is what settles a tie, the same on every worker, and the others are the
+    worker's index + 1.
+    """
+    header = jnp.where(takes_part, 2 * (worker + 1) + tie, 0)
+    return lax.optimization_barrier(header)  # else it is computed anew for every word
+
+
+# A part is kept as u32[part / 128, 128], "u32[part]" for short, which TPUs lay out in rows.
+
+
+def seal(planes: Planes, header: jax.Array) -> jax.Array:
+    """Lays planes end to end and a header behind: u32[n, share] each to u32[n, part].
+
+    A header of 0 blanks the planes: who is out sends zeros.
+    """
+    flat = jnp.concatenate(planes, axis=1)
+    row, lane = divmod(flat.shape[1], LANES)
+    if lane:
+        flat = jnp.pad(flat, ((0, 0), (0, LANES - lane)))
+    parts = flat.reshape(len(flat), -1, LANES)
+    parts = jnp.pad(parts, ((0, 0), (0, row + 1 - parts.shape[1]), (0, 0)))
+    rows, lanes = (lax.broadcasted_iota(jnp.int32, parts.shape, axis) for axis in (1, 2))
+    is_header = (rows == row) & (lanes == lane)
+    return jnp.where(is_header, header, jnp.where(header > 0, parts, 0))
+
+
+def unseal(parts: jax.Array, planes: int, share: int) -> tuple[Planes, jax.Array]:
+    """What was sealed: u32[n, part] to planes of u32[n, share], and the headers, u32[n]."""
+    row, lane = divmod(planes * share, LANES)
+    flat = parts[:, : row + (lane > 0)].reshape(len(parts), -1)
+    return [flat[:, n * share : (n + 1) * share] for n in range(planes)], parts[:, row, lane]
+
+
+def decide(parts: jax.Array, planes: int, share: int) -> tuple[Planes, jax.Array]:
+    """Counts what M workers sealed: u32[M, part] to planes of u32[share] and the voters, u32[]."""
+    ballots, found = unseal(parts, planes, share)
+    voters = jnp.sum(found > 0, dtype=jnp.uint32)
+    if planes == 2:
+        plus, minus = (_bits.count(rows) for rows in ballots)
+        return [_bits.exceeds(plus, minus), _bits.exceeds(minus, plus)], voters
+    # Among an even number of voters the coin is one more vote, which decides ties and only ties.
+    coin = jnp.where(voters % 2 == 0, _bits.spread(jnp.max(found & 1)), 0)
+    counted = _bits.count(ballots[0], jnp.broadcast_to(coin, (share,)))
+    return [_bits.at_least(counted, voters // 2 + 1)], voters
+
+
+def swap(parts: jax.Array, axis_name: Hashable) -> jax.Array:
+    """all_to_all: row k of every worker to worker k, as [M, ...].
+
+    Under vmap it is right only for a batched operand, which a header with the sender's index makes.
+    """
+    return lax.all_to_all(parts, axis_name, 0, 0, tiled=True)
+
+
+def gather(array: jax.Array, axis_name: Hashable) -> jax.Array:
+    """all_gather whose result counts as replicated where types can tell: [...] to [M, ...]."""
+    if varies(array, axis_name):
+        return lax.all_gather(array, axis_name, to="invarying")
+    shape = array.shape
+    for axis in reversed(axis_names(axis_name)):  # vmap takes one axis at a time
+        array = lax.all_gather(array, axis)
+    return array.reshape(-1, *shape)

@@ -1,0 +1,211 @@
+"""TPU pods and GPUs that are not here: programs are compiled for them, and never run.
+
+A topology describes devices to XLA's compiler for them, which libtpu and JAX's CUDA plugin bring
+along. What a step sends, how much memory it takes and what it reads stands in the program.
+"""
+
+import functools
+import math
+import os
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import signax
+from signax import diagnostics
+
+# Whether to compile at all: it takes minutes, and packages that nothing else needs.
+REQUESTED = "SIGNAX_ACCELERATORS" in os.environ
+
+# Without the first three libtpu asks the metadata server of a cloud that there may not be; the CUDA
+# plugin insists on a driver unless it is told not to check.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+}
+
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84978434048
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+class Target(NamedTuple):
+    """Devices to compile for; the workers lie along the first axis of the mesh."""
+
+    topology: dict[str, Any]
+    axes: dict[str, int]
+
+
+def _tpu(name: str, **options: Any) -> dict[str, Any]:
+    return {"platform": "tpu", "topology_name": name, **options}
+
+
+def _h100(number: int) -> dict[str, Any]:
+    return {"platform": "cuda", "topology": f"1x{number}x1", "target_config": _H100}
+
+
+TARGETS = {
+    "v5e-8": Target(_tpu("v5e:2x4"), {"data": 8}),
+    "v5e-256": Target(_tpu("v5e:16x16"), {"data": 256}),
+    "v5p-512": Target(_tpu("v5p:8x8x8"), {"data": 512}),
+    "v5e-4x16": Target(_tpu("v5e:4x4", num_slices=4), {"slice": 4, "chip": 16}),
+    "h100-8": Target(_h100(8), {"data": 8}),
+}
+
+
+def _gpt2_small() -> dict[str, tuple[int, ...]]:
+    """124.4 M parameters in 196 leaves: queries, keys and values apart, the embedding tied."""
+    width, wide = 768, 3072
+    shapes = {"wte": (50257, width), "wpe": (1024, width)}
+    for layer in range(12):
+        kernels = dict.fromkeys(["query", "key", "value", "out"], (width, width))
+        kernels |= {"up": (width, wide), "down": (wide, width)}
+        for name, shape in kernels.items():
+            shapes[f"{layer}.{name}.kernel"] = shape
+            shapes[f"{layer}.{name}.bias"] = shape[1:]
+        for name in "norm_1", "norm_2":
+            shapes[f"{layer}.{name}.scale"] = shapes[f"{layer}.{name}.bias"] = (width,)
+    return shapes | {"norm.scale": (width,), "norm.bias": (width,)}
+
+
+TREES = {"leaf": {"kernel": (8192, 8192)}, "gpt2": _gpt2_small()}
+
+
+class Program(NamedTuple):
+    """What a compiled program tells.
+
+    Attributes:
+      collectives: what one device sends.
+      num_partitions: devices that the program is for. Of a pod of slices those of one slice, so
+        that only what is sent by "megascale" operations can leave it.
+      temporary_bytes: memory beside arguments and results.
+      bytes_accessed: reads and writes of memory by the compiler's cost model, NaN without one.
+      seconds: how long lowering and compiling took.
+    """
+
+    collectives: list[diagnostics.Collective]
+    num_partitions: int
+    temporary_bytes: int
+    bytes_accessed: float
+    seconds: float
+
+
+@functools.cache
+def mesh_of(target: str) -> Mesh:
+    topology, axes = TARGETS[target]
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)  # compilers read it when they are loaded
+    described = topologies.get_topology_desc(**topology)
+    devices = np.array(described.devices).reshape(tuple(axes.values()))
+    return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def num_parameters(tree: str) -> int:
+    return sum(int(np.prod(shape)) for shape in TREES[tree].values())
+
+
+@functools.cache
+def vote_program(target: str, tree: str) -> Program:
+    """A step of voted signum, from gradients that are there already to new parameters."""
+    mesh = mesh_of(target)
+    tx = _voted_signum(mesh)
+    params, grads = {}, {}
+    for name, shape in TREES[tree].items():
+        params[name] = _array(shape, mesh)
+        grads[name] = _array((tx.num_workers, *shape), mesh, tx.axis_name)
+    return _compile(_step(tx), params, _state(tx, params), grads)
+
+
+@functools.cache
+def sgd_program(target: str, tree: str) -> Program:
+    """A step of SGD with momentum on one of the target's devices."""
+    mesh = Mesh(mesh_of(target).devices.flat[:1], ("one",))
+    params = {name: _array(shape, mesh) for name, shape in TREES[tree].items()}
+    tx = optax.sgd(1e-3, momentum=0.9)
+    state = jax.tree.map(lambda leaf: _array(leaf.shape, mesh), jax.eval_shape(tx.init, params))
+    return _compile(_step(tx), params, state, params)
+
+
+@functools.cache
+def train_program(target: str, width: int) -> Program:
+    """A whole training step of a network of 8 width^2 weights, 8 samples on every device."""
+    mesh = mesh_of(target)
+    tx = _voted_signum(mesh)
+    params = {"up": _array((width, 4 * width), mesh), "down": _array((4 * width, width), mesh)}
+    batch = _array((8 * mesh.size, width), mesh, tuple(mesh.axis_names))
+
+    def loss_fn(params, batch):
+        return jax.numpy.mean((jax.nn.relu(batch @ params["up"]) @ params["down"] - batch) ** 2)
+
+    return _compile(tx.train_step(loss_fn), params, _state(tx, params), batch)
+
+
+def _voted_signum(mesh: Mesh) -> signax.DataParallel:
+    workers, *inside = mesh.axis_names
+    options = {"split_over": inside[0]} if inside else {}
+    return signax.DataParallel(signax.signum(1e-3, axis_name=workers, **options), mesh, workers)
+
+
+def _array(shape: tuple[int, ...], mesh: Mesh, *spec: Any) -> jax.ShapeDtypeStruct:
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)
+
+
+def _state(tx: signax.DataParallel, params: Any) -> Any:
+    def place(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, jax.eval_shape(tx.init, params), tx.state_shardings(params))
+
+
+def _step(tx: optax.GradientTransformation) -> jax.stages.Wrapped:
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def _compile(function: jax.stages.Wrapped, *args: Any) -> Program:
+    start = time.perf_counter()
+    compiled = function.lower(*args).compile()
+    seconds = time.perf_counter() - start
+    text, costs = compiled.as_text() or "", compiled.cost_analysis() or {}
+    [num_partitions] = re.findall(r"^HloModule .*\bnum_partitions=(\d+)", text) or [1]
+    return Program(
+        collectives=diagnostics.collectives(text),
+        num_partitions=int(num_partitions),
+        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        bytes_accessed=costs.get("bytes accessed", math.nan),
+        seconds=seconds,
+    )

@@ -1,0 +1,109 @@
+"""What a step costs on TPU pods and on H100s, read from programs that are compiled for them.
+
+`make test-accelerators` runs these, in an environment that has the compilers.
+"""
+
+import accelerators
+import pytest
+from accelerators import TARGETS, TREES, num_parameters, sgd_program, train_program, vote_program
+
+pytestmark = pytest.mark.accelerator
+
+if not accelerators.REQUESTED:
+    pytest.skip("make test-accelerators runs these", allow_module_level=True)
+
+SLICES, CHIPS = TARGETS["v5e-4x16"].axes.values()
+WORDS = {"u32", "s32"}
+
+
+def packed_bytes(tree):
+    """One bit for each parameter."""
+    return num_parameters(tree) / 8
+
+
+def sent(records):
+    return sum(record.bytes_sent * record.count for record in records)
+
+
+def apart(program):
+    """What goes between slices, and what stays inside one."""
+    assert program.num_partitions == CHIPS
+    crossing = [r for r in program.collectives if r.operation.startswith("megascale-")]
+    return crossing, [record for record in program.collectives if record not in crossing]
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_but_packed_words_is_sent(target, tree):
+    found = vote_program(target, tree).collectives
+    assert found
+    assert {record.dtype for record in found} <= WORDS
+
+
+# Where XLA holds latency dearer than bytes, it turns the all-gather of the parts of the result into
+# an all-reduce of one part among zeros, and the way back costs twice as much.
+@pytest.mark.parametrize(
+    ("target", "tree", "way_back"),
+    [
+        ("v5e-8", "leaf", "all-gather"),
+        ("v5e-8", "gpt2", "all-gather"),
+        ("v5e-256", "leaf", "all-reduce"),
+        ("v5e-256", "gpt2", "all-reduce"),
+        ("v5p-512", "leaf", "all-reduce"),
+        ("v5p-512", "gpt2", "all-reduce"),
+        ("h100-8", "leaf", "all-gather"),
+        ("h100-8", "gpt2", "all-gather"),
+    ],
+)
+def test_one_bit_is_sent_each_way(target, tree, way_back):
+    [workers] = TARGETS[target].axes.values()
+    found = vote_program(target, tree).collectives
+    assert sorted(record.operation for record in found) == [way_back, "all-to-all"]
+    one_way = (workers - 1) / workers * packed_bytes(tree)
+    ways = {"all-gather": 2, "all-reduce": 3}[way_back]
+    assert sent(found) == pytest.approx(ways * one_way, rel=0.05)
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_chips_of_a_slice_share_out_what_leaves_it(tree):
+    crossing, staying = apart(vote_program("v5e-4x16", tree))
+    kinds = sorted(record.operation for record in crossing)
+    assert kinds == ["megascale-all-gather", "megascale-all-to-all"]
+    share = packed_bytes(tree) / CHIPS
+    assert sent(crossing) == pytest.approx(2 * (SLICES - 1) / SLICES * share, rel=0.05)
+    assert [record.operation for record in staying] == ["all-gather"]
+    assert sent(staying) == pytest.approx((CHIPS - 1) * share, rel=0.05)
+
+
+def test_gradients_are_summed_inside_a_slice_and_voted_between_slices():
+    width = 2048
+    weights = 8 * width**2
+    crossing, staying = apart(train_program("v5e-4x16", width))
+    summed = sum(record.elements for record in staying if record.is_floating)
+    assert summed == pytest.approx(weights, rel=0.01)
+    # Between slices only the losses' sum and number, padded to a row of lanes.
+    assert sum(record.elements for record in crossing if record.is_floating) <= 128
+    votes = [record for record in crossing if not record.is_floating]
+    assert {record.dtype for record in votes} <= WORDS
+    expected = 2 * (SLICES - 1) / SLICES * weights / 8 / CHIPS
+    assert sent(votes) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(("tree", "share"), [("leaf", 0.10), ("gpt2", 0.30)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_temporary_memory_is_a_small_share_of_the_gradient(target, tree, share):
+    temporary = vote_program(target, tree).temporary_bytes
+    assert temporary < share * 4 * num_parameters(tree)
+
+
+# XLA has no cost model to offer for a GPU that is not there.
+@pytest.mark.parametrize("target", [each for each in TARGETS if each != "h100-8"])
+def test_memory_traffic_is_near_that_of_sgd_with_momentum(target):
+    voted = vote_program(target, "leaf").bytes_accessed
+    momentum = sgd_program(target, "leaf").bytes_accessed
+    assert voted < 1.5 * momentum
+
+
+def test_many_leaves_compile_in_a_minute():
+    seconds = vote_program("v5e-256", "gpt2").seconds
+    assert seconds < 60  # a generous bound, for two cores that do nothing else
