@@ -50,9 +50,10 @@ class Rules(NamedTuple):
         plus, minus = values > 0, values < 0
         if self.zeros == "abstain":
             return plus, minus
-        zero_is_plus = True if self.zeros == "plus" else odd == (coin == 1)
-        bit = plus | (zero_is_plus & ~minus)
-        return (bit ^ odd if self.relative else bit,)
+        # What travels for +1, for -1 and for a zero ballot.
+        one = ~odd if self.relative else jnp.ones_like(odd)
+        zero = one if self.zeros == "plus" else (one ^ odd) == (coin == 0)
+        return (jnp.where(plus, one, jnp.where(minus, ~one, zero)),)
 
     def tie(self, coin: jax.Array) -> jax.Array:
         """The bit that settles a tie, as it travels: u32[] in {0, 1}."""

@@ -44,9 +44,9 @@ def share_words(words: int, num_workers: int) -> int:
     return share if share < LARGE_SHARE else -(-share // LANES) * LANES
 
 
-def part_words(words: int, num_workers: int, planes: int) -> int:
-    """The length in words of one worker's part: its share of each plane, then a header."""
-    return -(-(planes * share_words(words, num_workers) + 1) // LANES) * LANES
+def part_words(payload: int) -> int:
+    """The length in words of a part that carries so many, and a header behind them."""
+    return -(-(payload + 1) // LANES) * LANES
 
 
 def choose_transport(words: int, num_workers: int) -> Literal["packed", "gather"]:
@@ -188,15 +188,20 @@ def unseal(parts: jax.Array, planes: int, share: int) -> tuple[Planes, jax.Array
 
 def decide(parts: jax.Array, planes: int, share: int) -> tuple[Planes, jax.Array]:
     """Counts what M workers sealed: u32[M, part] to planes of u32[share] and the voters, u32[]."""
-    ballots, found = unseal(parts, planes, share)
+    _, found = unseal(parts, planes, share)
     voters = jnp.sum(found > 0, dtype=jnp.uint32)
+    # Whole parts are counted, whose length suits vectors of any processor, headers and all.
     if planes == 2:
-        plus, minus = (_bits.count(rows) for rows in ballots)
+        counted = lax.optimization_barrier(jnp.stack(_bits.count(parts)))  # u32[digits, part]
+        (plus, minus), _ = unseal(counted, planes, share)
+        plus, minus = list(plus), list(minus)
         return [_bits.exceeds(plus, minus), _bits.exceeds(minus, plus)], voters
     # Among an even number of voters the coin is one more vote, which decides ties and only ties.
     coin = jnp.where(voters % 2 == 0, _bits.spread(jnp.max(found & 1)), 0)
-    counted = _bits.count(ballots[0], jnp.broadcast_to(coin, (share,)))
-    return [_bits.at_least(counted, voters // 2 + 1)], voters
+    counted = _bits.count(parts, jnp.broadcast_to(coin, parts.shape[1:]))
+    result = lax.optimization_barrier(_bits.at_least(counted, voters // 2 + 1))  # u32[part]
+    ((decided,), _) = unseal(result[None], planes, share)
+    return [decided[0]], voters
 
 
 def swap(parts: jax.Array, axis_name: Hashable) -> jax.Array:

@@ -8,8 +8,9 @@ with whatever uses the signs.
 """
 
 import math
+import operator
 from collections.abc import Hashable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -80,6 +81,13 @@ def fold(shape: tuple[int, ...]) -> Fold:
     return next((cut for cut in cuts if cut.words <= most), flat)
 
 
+def fold_for_cpu(shape: tuple[int, ...]) -> Fold:
+    """The same for CPUs, whose memory has no tiles: blocks are contiguous."""
+    cut = fold(shape)
+    size = math.prod(shape)
+    return cut if cut.axis == 0 else Fold((size,), 0, -(-size // WORD_BITS))
+
+
 def num_words(leaves: Sequence[Any]) -> int:
     """The number of words that hold one bit of every coordinate of some arrays."""
     large, small = _by_size(leaves)
@@ -98,7 +106,8 @@ def pack(
       coin: passed to `ballots`.
 
     Returns:
-      `ballots.planes` times u32[num_words(leaves)], filled up with zeros, and bool[].
+      `ballots.planes` times u32[num_words(leaves)], with bits to spare that mean nothing, and
+      bool[].
     """
     large, small = _by_size(leaves)
     coin = lax.optimization_barrier(coin)  # else it is computed anew for every coordinate
@@ -119,12 +128,11 @@ def unpack(planes: Sequence[jax.Array], leaves: Sequence[Any]) -> list[list[jax.
     bits = [[jnp.zeros(leaf.shape, jnp.bool_) for _ in planes] for leaf in leaves]  # if empty
     start = 0
     for n in large:
-        cut = fold(leaves[n].shape)
-        words = [plane[start : start + cut.words] for plane in planes]
-        bits[n] = [_unpack_array(plane, cut).reshape(leaves[n].shape) for plane in words]
-        start += cut.words
+        stop = start + fold(leaves[n].shape).words
+        bits[n] = [_unpack_array(plane[start:stop], leaves[n].shape) for plane in planes]
+        start = stop
     for shape in _batch_shapes(leaves, small):
-        batch = [_unpack_array(plane[start:], fold(shape)) for plane in planes]
+        batch = [_unpack_array(plane[start:], shape) for plane in planes]
         start = 0
         for n in small:
             size = math.prod(leaves[n].shape)
@@ -135,17 +143,15 @@ def unpack(planes: Sequence[jax.Array], leaves: Sequence[Any]) -> list[list[jax.
 
 def odd(shape: tuple[int, ...]) -> jax.Array:
     """Whether the row-major index of each coordinate is odd: bool[shape]."""
-    return _odd_block(shape, shape, 0, 0)
+    return _odd_block(shape, shape, 0)
 
 
-def _odd_block(block: tuple[int, ...], shape: tuple[int, ...], axis: int, start: int) -> jax.Array:
-    """The same for a block of an array that starts at `start` along an axis: bool[block]."""
-    index, stride = jnp.zeros(block, jnp.uint32), 1
+def _odd_block(block: tuple[int, ...], shape: tuple[int, ...], start: int) -> jax.Array:
+    """The same for a block of an array that starts at some row: bool[block]."""
+    index, stride = jnp.full(block, start * math.prod(shape[1:]) % 2, jnp.uint32), 1
     for dimension in reversed(range(len(shape))):
         if stride % 2:
             index += lax.broadcasted_iota(jnp.uint32, block, dimension)
-            if dimension == axis:
-                index += np.uint32(start)
         stride *= shape[dimension]
     return index % 2 == 1
 
@@ -155,11 +161,14 @@ def _pack_array(
     array: jax.Array, coin: jax.Array, ballots: Ballots
 ) -> tuple[list[jax.Array], jax.Array]:
     """Packs one array into planes of u32[words], and finds whether it is finite: bool[]."""
+    computed = fold(array.shape).rows == 1  # it comes in blocks
+    on_cpu = partial(pack_by_reduction, in_tiles=False) if computed else pack_by_streams
+    elsewhere = partial(pack_by_reduction, through_bytes=not computed)
     return lax.platform_dependent(
         array,
         coin,
-        cpu=partial(pack_by_streams, ballots=ballots),
-        default=partial(pack_by_reduction, ballots=ballots),
+        cpu=partial(on_cpu, ballots=ballots),
+        default=partial(elsewhere, ballots=ballots),
     )
 
 
@@ -171,65 +180,69 @@ def pack_by_streams(
     32 streams would be more than a prefetcher follows. So one word is made of 16 bits and one for
     finiteness, and two of these make one of 32 bits.
     """
-    cut = fold(array.shape)
+    cut = fold_for_cpu(array.shape)
+    words = fold(array.shape).words
     array = array.reshape(cut.shape)
     share = _STREAMS // ballots.planes
 
     def block(place):
-        start, stop = (min(n * cut.rows, cut.shape[cut.axis]) for n in (place, place + 1))
-        values = lax.slice_in_dim(array, start, stop, axis=cut.axis)
-        bits = ballots(values, _odd_block(values.shape, cut.shape, cut.axis, start), coin)
+        start, stop = (min(n * cut.rows, len(array)) for n in (place, place + 1))
+        values = array[start:stop]
+        bits = ballots(values, _odd_block(values.shape, cut.shape, start), coin)
         bits, finite = [bit.astype(jnp.uint32) for bit in bits], jnp.isfinite(values)
         if stop - start < cut.rows:
-            padding = [(0, 0)] * values.ndim
-            padding[cut.axis] = (0, cut.rows - (stop - start))
+            padding = [(0, cut.rows - (stop - start))] + [(0, 0)] * (values.ndim - 1)
             bits = [jnp.pad(bit, padding) for bit in bits]
             finite = jnp.pad(finite, padding, constant_values=True)
         return bits, finite
 
     def group(first):
-        word, all_finite = 0, True
-        for shift in range(share):
-            bits, finite = block(first + shift)
-            for plane, bit in enumerate(bits):
-                word |= bit << np.uint32(plane * share + shift)
-            all_finite &= finite
-        return word | (all_finite.astype(jnp.uint32) << np.uint32(_STREAMS))
+        fields = [block(first + shift) for shift in range(share)]
+        words = [
+            bit << np.uint32(plane * share + shift)
+            for shift, (bits, _) in enumerate(fields)
+            for plane, bit in enumerate(bits)
+        ]
+        finite = reduce(operator.and_, [finite for _, finite in fields])
+        return reduce(operator.or_, words, finite.astype(jnp.uint32) << np.uint32(_STREAMS))
 
     # Without the barrier the groups would be one fusion again.
     groups = lax.optimization_barrier([group(first) for first in range(0, WORD_BITS, share)])
 
-    planes, finite = [], True
-    for plane in range(ballots.planes):
-        word = 0
-        for number, part in enumerate(groups):
-            bits = (part >> np.uint32(plane * share)) & np.uint32((1 << share) - 1)
-            word |= bits << np.uint32(number * share)
-        planes.append(word.reshape(-1))
-    for part in groups:
-        finite &= part >> np.uint32(_STREAMS) == 1
-    return planes, jnp.all(finite)
+    def join(plane):
+        bits = [(word >> np.uint32(plane * share)) & np.uint32((1 << share) - 1) for word in groups]
+        return reduce(
+            operator.or_, [part << np.uint32(n * share) for n, part in enumerate(bits)]
+        ).reshape(-1)
+
+    planes = [jnp.pad(join(plane), (0, words - cut.words)) for plane in range(ballots.planes)]
+    return planes, jnp.all(reduce(operator.and_, groups) >> np.uint32(_STREAMS) == 1)
 
 
 def pack_by_reduction(
-    array: jax.Array, coin: jax.Array, *, ballots: Ballots
+    array: jax.Array,
+    coin: jax.Array,
+    *,
+    ballots: Ballots,
+    through_bytes: bool = True,
+    in_tiles: bool = True,
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Packs for accelerators, where one OR over the blocks finds words and finiteness together.
+    """Packs by one OR over the 32 blocks, which finds words and finiteness together.
 
-    A TPU fuses it with what makes the values if these come in blocks, as `in_blocks` gives them.
-    Otherwise one byte a coordinate is written between.
+    What a coordinate says is written as a byte before, so that whatever computes the values is
+    fused with that, in any layout. TPUs can do without where values come in blocks; there
+    `through_bytes` is false.
     """
     cut = fold(array.shape)
     array = array.reshape(cut.shape)
-    bits = ballots(array, odd(array.shape), coin)
-    fields = [*bits, ~jnp.isfinite(array)]  # bool[cut.shape] each
-    if cut.rows > 1:
+    fields = [*ballots(array, odd(array.shape), coin), ~jnp.isfinite(array)]  # bool[cut.shape] each
+    if through_bytes:
         code = sum(field.astype(jnp.uint8) << np.uint8(n) for n, field in enumerate(fields))
         padding = [(0, 0)] * array.ndim
         padding[cut.axis] = (0, WORD_BITS * cut.rows - cut.shape[cut.axis])
-        code = lax.optimization_barrier(jnp.pad(code, padding))
         before, after = cut.shape[: cut.axis], cut.shape[cut.axis + 1 :]
-        code = code.reshape(*before, WORD_BITS, cut.rows, *after)
+        code = jnp.pad(code, padding).reshape(*before, WORD_BITS, cut.rows, *after)
+        code = lax.optimization_barrier(code)
         fields = [(code >> np.uint8(n)) & 1 == 1 for n in range(len(fields))]
     *bits, bad = fields
     places = lax.broadcasted_iota(jnp.uint32, bad.shape, cut.axis)
@@ -239,7 +252,8 @@ def pack_by_reduction(
         lambda left, right: tuple(map(lax.bitwise_or, left, right)),
         (cut.axis,),
     )
-    return [_by_tiles(plane, cut.word_shape) for plane in planes], ~jnp.any(bad)
+    flatten = partial(_by_tiles, shape=cut.word_shape) if in_tiles else jnp.ravel
+    return [flatten(plane) for plane in planes], ~jnp.any(bad)
 
 
 def _is_tiled(shape: tuple[int, ...]) -> bool:
@@ -271,21 +285,32 @@ def in_blocks(array: jax.Array) -> jax.Array:
     length = cut.shape[cut.axis]
     if array.size < SMALL or array.ndim < 2 or cut.axis > 0 or length != WORD_BITS * cut.rows:
         return array
-    # Without the barrier XLA would move the reshape behind what is computed.
-    return lax.optimization_barrier(array.reshape(WORD_BITS, cut.rows, *cut.shape[1:]))
+    return array.reshape(WORD_BITS, cut.rows, *cut.shape[1:])
 
 
-def _unpack_array(words: jax.Array, cut: Fold) -> jax.Array:
-    """Unpacks u32[words] into bool[cut.shape]."""
-    words = lax.platform_dependent(
+def _unpack_array(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Unpacks u32[words] into bool[shape]."""
+    cut, cpu_cut = fold(shape), fold_for_cpu(shape)
+
+    def on_cpu(words):
+        return _unpack_blocks(words[: cpu_cut.words].reshape(cpu_cut.word_shape), cpu_cut)
+
+    def elsewhere(words):
+        return _unpack_blocks(_from_tiles(words, cut.word_shape), cut)
+
+    return lax.platform_dependent(
         words,
-        cpu=lambda words: words.reshape(cut.word_shape),
-        default=lambda words: _from_tiles(words, cut.word_shape),
+        cpu=lambda words: on_cpu(words).reshape(shape),
+        default=lambda words: elsewhere(words).reshape(shape),
     )
+
+
+def _unpack_blocks(words: jax.Array, cut: Fold) -> jax.Array:
+    """Unpacks u32[cut.word_shape] into bool[cut.shape]."""
     before, after = cut.shape[: cut.axis], cut.shape[cut.axis + 1 :]
     blocks = jnp.expand_dims(words, cut.axis)
     shape = (*before, WORD_BITS, cut.rows, *after)
-    bits = (blocks >> lax.broadcasted_iota(jnp.uint32, shape, len(before))) & 1 == 1  # bool[shape]
+    bits = (blocks >> lax.broadcasted_iota(jnp.uint32, shape, cut.axis)) & 1 == 1  # bool[shape]
     if len(cut.shape) == 1 or cut.rows * WORD_BITS != cut.shape[cut.axis]:
         # XLA does not fuse through the reshape then: let it write bytes, not numbers.
         bits = lax.optimization_barrier(bits)

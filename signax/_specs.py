@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def entry_axes(entry: Any) -> tuple[Hashable, ...]:
@@ -48,7 +48,7 @@ def varies(array: Any, axis_name: Hashable) -> bool:
     return varying_axes(array, axis_name) == axis_names(axis_name)
 
 
-def explicit_axes(mesh: Mesh) -> frozenset[Hashable]:
+def explicit_axes(mesh: Mesh | AbstractMesh) -> frozenset[Hashable]:
     """The axes of type Explicit, over which JAX's types track the sharding of arrays."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return frozenset(axis for axis, kind in kinds if kind == AxisType.Explicit)

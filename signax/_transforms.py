@@ -263,14 +263,13 @@ def mark_nonfinite(new_updates: Any, updates: Any, new_state: Any) -> Any:
             beside.append(jax.tree.leaves(node))
         else:
             rest.append(node)
-    rest_finite = all_finite(rest)
+    rest_finite = jnp.where(all_finite(rest), 0.0, jnp.nan)
 
     def mark(new, *others):
-        finite = rest_finite
-        for other in (new, *others):
-            if jnp.issubdtype(other.dtype, jnp.floating):
-                finite &= jnp.isfinite(other)
-        return jnp.where(finite, new, jnp.nan).astype(new.dtype)
+        floating = [other for other in others if jnp.issubdtype(other.dtype, jnp.floating)]
+        for other in (rest_finite, *floating):
+            new += (0 * other).astype(new.dtype)  # NaN, unless it is finite
+        return new
 
     new_leaves, new_structure = jax.tree.flatten(new_updates)
     return new_structure.unflatten(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from signax._ballots import Rules, Ties, Zeros, all_finite, take_part
 from signax._checks import check_axis_name
@@ -102,7 +103,7 @@ def _init_vote(params: optax.Params) -> MajorityVoteState:
 def voted(
     signs: optax.GradientTransformation, options: VoteOptions
 ) -> optax.GradientTransformationExtraArgs:
-    """`chain(hold_if_nonfinite(signs), majority_vote(...))`, state included, in fewer passes.
+    """`chain(hold_if_nonfinite(signs), majority_vote(...))` in fewer passes over memory.
 
     The signs must be taken coordinate by coordinate. So they can be computed on arrays in blocks
     and packed in the same pass, which also finds what is not finite; the state is held by that.
@@ -115,39 +116,46 @@ def voted(
     def update_fn(updates, state, params=None, *, active=None, param_specs=None, **extra_args):
         del params, extra_args
         old_state, vote_state = state
-        jax.eval_shape(signs.update, updates, old_state)  # errors should tell of whole arrays
+        _, new_state = signs.update(updates, old_state)
+        # The same once more for packing: a momentum that is used twice would be kept in between.
         blocks, old_blocks = _in_blocks(updates, old_state, param_specs)
         new_updates, new_blocks = signs.update(blocks, old_blocks)
-        marked = mark_nonfinite(new_updates, blocks, new_blocks)
         decided, finite = vote(
-            marked,
+            mark_nonfinite(new_updates, blocks, new_blocks),
             options,
             step=vote_state.count,
             active=active,
             param_specs=param_specs,
             like=updates,
         )
-        new_state = jax.tree.map(
-            lambda old, new: new.reshape(old.shape), old_state, hold(finite, old_blocks, new_blocks)
-        )
         count = optax.safe_increment(vote_state.count)
-        return decided, (new_state, MajorityVoteState(count=count))
+        return decided, (hold(finite, old_state, new_state), MajorityVoteState(count=count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _in_blocks(updates: Any, state: Any, param_specs: Any) -> tuple[Any, Any]:
-    """Updates, and what is laid out like them in a state, in blocks unless they are sharded."""
+    """Updates, and what is laid out like them in a state, in blocks where that costs nothing.
+
+    Barriers keep XLA from seeing that they are the same arrays, and from moving the reshape behind
+    what is computed.
+    """
     specs = specs_like(updates, param_specs)
     is_like = is_like_tree(updates)
 
-    def blocks(tree):
-        return jax.tree.map(
-            lambda leaf, spec: leaf if spec_axes(spec) else in_blocks(leaf), tree, specs
-        )
+    def blocks(leaf, spec):
+        blocked = leaf if spec_axes(spec) else in_blocks(leaf)
+        if (
+            blocked is leaf
+        ):  # with an axis in front, TPUs need not lay rows of DataParallel out anew
+            return lax.optimization_barrier(leaf[None])[0]
+        return lax.optimization_barrier(blocked)
 
-    state = jax.tree.map(lambda n: blocks(n) if is_like(n) else n, state, is_leaf=is_like)
-    return blocks(updates), state
+    def tree_blocks(tree):
+        return jax.tree.map(blocks, tree, specs)
+
+    state = jax.tree.map(lambda n: tree_blocks(n) if is_like(n) else n, state, is_leaf=is_like)
+    return tree_blocks(updates), state
 
 
 def average_updates(axis_name: Hashable) -> optax.GradientTransformationExtraArgs:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from signax import _packing
 from signax._checks import check_floating, check_mode
-from signax._exchange import part_words
+from signax._exchange import choose_transport, part_words, share_words
 from signax._hlo import Collective, collective_bytes, collectives
 from signax._numerics import relative_to_peak, wide_dtype
 
@@ -64,9 +64,11 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
     """Bytes that one worker sends per step, by formula.
 
     A vote sends M - 1 parts of P words in its all_to_all and forwards M - 1 of them in its
-    all_gather, 2 (M-1) 4 P bytes. P is a header word and an M-th of the packed bits, rounded up
-    to 128 words. A ring all-reduce of B bytes sends 2 (M-1)/M B. A compiler may choose otherwise
-    (on CPU the mean of bf16 travels as f32): :func:`collective_bytes` reads what a program does.
+    all_gather, 2 (M-1) 4 P bytes. P is an M-th of the packed bits and a header word, rounded up to
+    128 words (from 16,384 words on the bits are, too). A small vote, or of two workers, sends whole
+    messages in one all_gather instead, (M-1) 4 P bytes with all the bits in P. A ring all-reduce of
+    B bytes sends 2 (M-1)/M B. A compiler may choose otherwise (on CPU the mean of bf16 travels as
+    f32): :func:`collective_bytes` reads what a program does.
 
     Args:
       tree: pytree of floating-point arrays or `jax.ShapeDtypeStruct`, one worker's updates.
@@ -86,7 +88,7 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
       >>> from signax import diagnostics
       >>> params = jax.ShapeDtypeStruct((10_000_000,), jnp.float32)
       >>> diagnostics.wire_bytes(params, 8), diagnostics.wire_bytes(params, 8, scheme="mean")
-      (2193408, 70000000)
+      (2200576, 70000000)
     """
     check_mode("scheme", scheme, ("vote", "abstain", "mean"))
     if num_workers < 1:
@@ -96,6 +98,10 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
     if scheme == "mean":
         total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         return -(-2 * (num_workers - 1) * total // num_workers)
-    words = _packing.num_words(leaves)
-    part = part_words(words, num_workers, _PLANES[scheme]) if words else 0
+    planes, words = _PLANES[scheme], _packing.num_words(leaves)
+    if not words:
+        return 0
+    if choose_transport(planes * words, num_workers) == "gather":
+        return (num_workers - 1) * part_words(planes * words) * _WORD_BYTES
+    part = part_words(planes * share_words(words, num_workers))
     return 2 * (num_workers - 1) * part * _WORD_BYTES

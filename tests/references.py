@@ -58,6 +58,55 @@ def mean(values, active=None):
     return values[takes_part].mean(axis=0) if takes_part.any() else np.zeros(values.shape[1])
 
 
+# What travels: each ballot as one bit or two, and the words that hold 32 of them.
+
+
+def ballots(values, zeros, ties, coin=0):
+    """A worker's bits for +1, and with "abstain" for -1: a list of bool[...] of the same shape.
+
+    `coin` is what is added to the parity of a coordinate for its zero ballots. With dithered ties
+    bits are turned round at odd coordinates.
+    """
+    values = np.asarray(values, np.float64)
+    odd = np.arange(values.size).reshape(values.shape) % 2 == 1
+    if zeros == "abstain":
+        return [values > 0, values < 0]
+    even_sum = (odd + coin) % 2 == 0
+    undecided = np.isnan(values) | (values == 0)
+    plus = np.where(undecided, even_sum if zeros == "dither" else True, values > 0)
+    return [plus != odd if ties == "dither" else plus]
+
+
+def packed(bits, axis=0, rows=None):
+    """Words of an array cut along an axis into 32 blocks of so many rows, the last ones padded.
+
+    Bit b of word w is coordinate w of block b; a flat array has the shortest blocks that hold it.
+    """
+    rows = -(-bits.shape[axis] // 32) if rows is None else rows
+    places = np.arange(bits.shape[axis])
+    shape = list(bits.shape)
+    shape[axis] = rows
+    words = np.zeros(shape, np.uint32)
+    for b in range(32):
+        block = np.compress(places // max(rows, 1) == b, bits, axis).astype(np.uint32) << b
+        inside = [slice(None)] * bits.ndim
+        inside[axis] = slice(block.shape[axis])
+        words[tuple(inside)] |= block
+    return words.ravel()
+
+
+def unpacked(words):
+    """The bits of a flat array whose size is 32 times the number of words."""
+    return np.concatenate([np.asarray(words) >> b & 1 == 1 for b in range(32)])
+
+
+def by_tiles(words, shape):
+    """The words of an array of a shape, as they come in tiles of 8 x 128 of the last two axes."""
+    *first, row, column = np.unravel_index(np.arange(words.size), shape)
+    order = np.lexsort([column % 128, row % 8, column // 128, row // 8, *reversed(first)])
+    return words[order]
+
+
 # Signum: Bernstein et al. 2018 (arXiv 1802.04434). Gradients and updates are [T, d], a row a step.
 
 

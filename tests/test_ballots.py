@@ -36,18 +36,76 @@ def test_coins_follow_the_stated_rule(step):
     ],
 )
 def test_ballots_are_signs_with_zeros_and_nan_as_asked(zeros, coin, expected):
-    values = jnp.array([2.0, -2.0, 0.0, -0.0, jnp.nan, 0.0])
-    found = _ballots.ballots(values, zeros, jnp.uint32(coin))
+    values, odd = jnp.array([2.0, -2.0, 0.0, -0.0, jnp.nan, 0.0]), jnp.arange(6) % 2 == 1
+    found = _ballots.Rules(zeros, "plus")(values, odd, jnp.uint32(coin))
     np.testing.assert_array_equal(np.asarray(found, int), expected)
+    np.testing.assert_array_equal(references.ballots(values, zeros, "plus", coin), expected)
+
+
+@pytest.mark.parametrize("coin", [0, 1])
+@pytest.mark.parametrize("zeros", ["dither", "plus"])
+def test_with_dithered_ties_a_ballot_is_turned_round_where_it_is_odd(zeros, coin):
+    values, odd = jnp.array([2.0, 2.0, -2.0, -2.0, 0.0, 0.0]), jnp.arange(6) % 2 == 1
+    (straight,) = _ballots.Rules(zeros, "plus")(values, odd, jnp.uint32(coin))
+    (turned,) = _ballots.Rules(zeros, "dither")(values, odd, jnp.uint32(coin))
+    np.testing.assert_array_equal(turned, straight != odd)
+    np.testing.assert_array_equal(turned, *references.ballots(values, zeros, "dither", coin))
+
+
+RULES = [
+    _ballots.Rules(zeros, ties)
+    for zeros in ("dither", "plus", "abstain")
+    for ties in ("dither", "plus")
+]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_what_one_worker_casts_is_decided_as_it_was_meant(rules, dtype):
+    values, odd = jnp.array([2.0, 2.0, -2.0, -2.0]), jnp.arange(4) % 2 == 1
+    bits = rules(values, odd, jnp.uint32(0))
+    assert len(bits) == rules.planes
+    for voters in (1, 3):
+        signs = rules.signs(bits, odd, jnp.uint32(voters), dtype)
+        assert signs.dtype == dtype
+        np.testing.assert_array_equal(signs, [1, 1, -1, -1])
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_without_voters_nothing_is_decided(rules):
+    nothing = [jnp.zeros(4, jnp.bool_)] * rules.planes  # as those who are out send
+    signs = rules.signs(nothing, jnp.arange(4) % 2 == 1, jnp.uint32(0), jnp.float32)
+    np.testing.assert_array_equal(signs, np.zeros(4))
+
+
+@pytest.mark.parametrize("coin", [0, 1])
+def test_a_tie_is_settled_by_its_coin_or_is_plus(coin):
+    odd = jnp.arange(6) % 2 == 1
+    for zeros in ("dither", "plus"):
+        for ties, expected in [("dither", (odd + coin) % 2 == 0), ("plus", True)]:
+            rules = _ballots.Rules(zeros, ties)
+            bit = jnp.broadcast_to(rules.tie(jnp.uint32(coin)) == 1, odd.shape)
+            signs = rules.signs([bit], odd, jnp.uint32(2), jnp.float32)
+            np.testing.assert_array_equal(signs > 0, np.broadcast_to(expected, odd.shape))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_what_takes_part_is_active_and_finite_in_every_leaf(dtype):
+def test_a_tree_is_finite_if_every_floating_leaf_is(dtype):
     good = {"a": jnp.ones(3, dtype), "n": jnp.arange(3), "e": jnp.ones((0, 2), dtype), "x": None}
-    assert _ballots.takes_part(good, None)
-    assert not _ballots.takes_part(good, False)
+    assert _ballots.all_finite(good)
+    assert _ballots.all_finite({"n": jnp.arange(3)})
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
-        assert not _ballots.takes_part({**good, "s": jnp.asarray(bad, dtype)}, True)
+        assert not _ballots.all_finite({**good, "s": jnp.asarray(bad, dtype)})
+
+
+@pytest.mark.parametrize("finite", [False, True])
+def test_what_takes_part_is_finite_and_active(finite):
+    finite = jnp.bool_(finite)
+    assert _ballots.take_part(finite, None) == finite
+    assert _ballots.take_part(finite, True) == finite
+    assert not _ballots.take_part(finite, jnp.bool_(False))
+    with pytest.raises(TypeError, match=r"active=1\.0 must be one boolean"):
+        _ballots.take_part(finite, 1.0)
 
 
 def drift(num_workers):

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
+import signax
 from signax import diagnostics
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -167,3 +170,160 @@ def test_an_interrupted_run_leaves_no_namespaces(load, start, tmp_path, number):
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert namespaces_of(process) == []
+
+
+def run(start, tmp_path, name, *options):
+    """Runs a benchmark to its end: its report, and what it printed."""
+    report, figure = tmp_path / "out" / "report.json", tmp_path / "out" / "figure.png"
+    process = start(f"{name}.py", *options, "--json", report, "--figure", figure)
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    report = json.loads(report.read_text())
+    assert report["benchmark"] == name
+    assert report["machine"]["jax"] == jax.__version__
+    return report, printed
+
+
+def assert_spread(found, times=None):
+    assert 0 < found["min"] <= found["median"] <= found["max"] < float("inf")
+    if times is not None:
+        assert len(found["seconds"]) == times
+
+
+# --- kernels.py ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_kernels_reports_ratios_to_the_fastest_reference(start, tmp_path):
+    options = ("--parameters", 70_000, "--workers", 9, "--rounds", 2)
+    report, printed = run(start, tmp_path, "kernels", *options, "--shapes", "50000", "257x99")
+    found = [(result["kernel"], result["argument"]) for result in report["results"]]
+    arguments = ["50000", "257x99"]
+    assert found == [
+        *(("pack", argument) for argument in arguments),
+        ("count", "u32[9, 244]"),
+        *(("apply", argument) for argument in arguments),
+    ]
+    for result in report["results"]:
+        candidates = result["candidates"]
+        assert candidates[result["reference"]]["ratio"]["median"] == 1
+        for name, candidate in candidates.items():
+            assert_spread(candidate, 2)
+            assert_spread(candidate["ratio"])
+            assert name in printed
+        assert any(candidate["goal"] for candidate in candidates.values())
+    counted = report["results"][2]["candidates"]
+    references = [name for name in counted if name not in ("all in", "some out")]
+    fastest = min(references, key=lambda name: counted[name]["median"])
+    assert report["results"][2]["reference"] == fastest
+
+
+@pytest.mark.parametrize("workers", [2, 9, 64, 127, 128])
+def test_counting_and_its_references_give_the_majority_of_those_who_are_in(load, workers):
+    kernels, share = load("kernels"), 100
+    out = np.arange(workers) % 3 == 1
+    parts = kernels.ballot_box(workers, share, out=out)
+    words = np.asarray(parts).reshape(workers, -1)[:, :share]
+    bits = words[:, None] >> np.arange(32, dtype=np.uint32)[:, None] & 1  # [M, 32, share]
+    assert not words[out].any()
+    assert words[~out].any(axis=1).all()
+    sums = 2 * bits[~out].sum(axis=0).astype(int) - (~out).sum()
+    won = (sums > 0) | (sums == 0)  # a tie is won: its coin is 1
+    expected = (won.astype(np.uint32) << np.arange(32, dtype=np.uint32)[:, None]).sum(0)
+    np.testing.assert_array_equal(kernels.majority(parts, share), expected)
+    for add_up in kernels.sums(workers).values():
+        by_sums = kernels.majority_by_sums(parts, share, add_up)
+        np.testing.assert_array_equal(by_sums, expected)
+
+
+def test_a_descent_along_words_follows_their_signs(load):
+    kernels = load("kernels")
+    case = kernels.applying((257, 99))
+    start = np.asarray(case.candidates["p - a signs"].parameters)
+    moved = np.asarray(case.candidates["p - a signs"]()) - start
+    np.testing.assert_allclose(abs(moved), kernels.learning_rate, atol=1e-6)
+    assert 0.4 < (moved > 0).mean() < 0.6
+
+
+def test_default_shapes_are_of_about_one_size(load):
+    sizes = [np.prod(shape) for shape in load("kernels").default_shapes(10_000_000)]
+    assert sizes == pytest.approx([10_000_000] * 4, rel=0.01)
+
+
+# --- scaling.py ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_scaling_reports_what_is_sent_counted_and_compiled(start, tmp_path):
+    options = ("--parameters", 100_000, "--most-workers", 8, "--devices", 4, "--leaves", 1, 2)
+    options += ("--rounds", 2, "--compilations", 1)
+    report, printed = run(start, tmp_path, "scaling", *options)
+    results = report["results"]
+    assert [row["workers"] for row in results["bytes"]] == [2, 4, 8] * 2
+    for row in results["bytes"]:
+        assert f"{row['formula']:,}" in printed
+        assert (row["compiled"] is None) == (row["workers"] > 4)
+    assert [row["workers"] for row in results["counting"]] == [2, 4, 8]
+    for row in results["counting"]:
+        assert row["words"] == -(-3125 // row["workers"])
+        assert_spread(row["compiling"], 1)
+        assert_spread(row["running"], 2)
+    found = [(row["leaves"], row["scheme"], row["workers"]) for row in results["updates"]]
+    assert found == [(n, scheme, 4) for n in (1, 2) for scheme in ("vote", "mean")]
+    for row in results["updates"]:
+        assert_spread(row["compiling"], 1)
+
+
+@pytest.mark.parametrize("scheme", ["vote", "mean"])
+@pytest.mark.parametrize("workers", [2, 4, 8])
+def test_compiled_programs_send_what_the_formula_says(load, workers, scheme):
+    tree = jax.ShapeDtypeStruct((1_000_000,), jnp.float32)
+    expected = diagnostics.wire_bytes(tree, workers, scheme=scheme)
+    compiled = load("scaling").compiled_bytes(tree, workers, scheme)
+    # Two workers gather whole messages, whose header is padded once, not for each part.
+    assert compiled == pytest.approx(expected, abs=2048 if workers == 2 else 0)
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 3, 25, 200])
+def test_a_transformer_has_the_leaves_asked_for(load, leaves):
+    assert len(load("scaling").transformer(leaves)) == leaves
+
+
+# --- step.py ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_step_reports_ratios_to_momentum(start, tmp_path):
+    report, printed = run(start, tmp_path, "step", "--parameters", 60_000, "--rounds", 2)
+    assert [result["tree"] for result in report["results"]] == ["transformer", "flat"]
+    for result in report["results"]:
+        assert result["parameters"] == pytest.approx(60_000, rel=0.01)
+        candidates = result["candidates"]
+        assert candidates["sgd, momentum"]["ratio"] == dict.fromkeys(
+            ("lower_quartile", "median", "upper_quartile", "min", "max"), 1.0
+        )
+        for name, candidate in candidates.items():
+            assert name in printed
+            assert_spread(candidate, 2)
+            assert_spread(candidate["ratio"])
+        assert candidates["signum"]["passes"] <= candidates["adamw"]["passes"]
+
+
+@pytest.mark.parametrize("name", ["signum", "signum, voted", "lion"])
+def test_a_timed_step_is_a_step_of_the_optimizer(load, name):
+    step = load("step")
+    params, grads = {"a": jnp.ones((40, 50))}, {"a": jnp.linspace(-1.0, 1.0, 2000).reshape(40, 50)}
+    stepper = step.Stepper(step.optimizers[name](), params, grads)
+    stepper()
+    reference = {"lion": signax.lion}.get(name, signax.signum)(step.learning_rate)
+    updates, _ = reference.update(grads, reference.init(params), params)
+    expected = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(stepper.params["a"], expected["a"], rtol=1e-6)
+    assert not params["a"].is_deleted()
+
+
+@pytest.mark.parametrize("parameters", [60_000, 1_000_000, 10_000_000])
+def test_a_transformer_has_about_the_parameters_asked_for(load, parameters):
+    step = load("step")
+    assert step.count(step.transformer(parameters)) == pytest.approx(parameters, rel=0.01)

@@ -1,4 +1,4 @@
-"""`pvote` against its reference, exactly: every option, map, number of workers and dtype."""
+"""Votes against their reference, exactly: every option, transport, map, dtype, worker count."""
 
 import itertools
 
@@ -9,14 +9,20 @@ import pytest
 import references
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from workers import AXIS, MAPS, on_workers
+from jax.sharding import PartitionSpec
+from workers import AXIS, MAPS, auto_mesh, on_workers, one_of_equals, rows_of_workers
 
 import signax
+from signax import diagnostics
 
 OPTIONS = [("dither", "dither"), ("dither", "plus"), ("plus", "dither"), ("plus", "plus"),
            ("abstain", "dither")]  # fmt: skip
+TRANSPORTS = ("packed", "gather", "int8")
 DTYPES = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
-SHAPES = ((), (1,), (31,), (4, 8), (3, 11), (2, 0, 3), (127,), (257,))
+SHAPES = ((), (31,), (4, 8), (3, 11), (2, 0, 3), (127,))
+# Leaves of 2**14 coordinates or more are packed alone: these are cut flat, and along axis 1.
+LARGE_SHAPES = ((45, 367), (1,), (128, 255))
+WHOLE = PartitionSpec()
 
 
 def random_rows(rng, shape, dtype):
@@ -24,39 +30,70 @@ def random_rows(rng, shape, dtype):
     return jnp.asarray(rng.choice([-2.0, -1.0, -0.0, 0.0, 1.0, 0.5], size=shape), dtype)
 
 
-def vote_with_all_options(tree, step, active):
-    return [
-        signax.pvote(tree, AXIS, step=step[()], zeros=zeros, ties=ties, active=active)
-        for zeros, ties in OPTIONS
-    ]
+def assert_votes_equal_the_reference(kind, num_workers, shapes, options):
+    """For every transport and option, in one program, with any number of workers out."""
+    ways = list(itertools.product(options, TRANSPORTS))
 
+    def vote_in_all_ways(tree, step, active):
+        return [
+            signax.pvote(
+                tree, AXIS, step=step, zeros=zeros, ties=ties, active=active, transport=transport
+            )
+            for (zeros, ties), transport in ways
+        ]
 
-@pytest.mark.parametrize(
-    "num_workers",
-    [1, 2, 3, 8, *(pytest.param(number, marks=pytest.mark.slow) for number in (4, 5, 6, 7, 9))],
-)
-@pytest.mark.parametrize("kind", MAPS)
-def test_votes_equal_the_reference_with_any_number_of_workers_out(kind, num_workers):
     rng = np.random.default_rng(num_workers)
+    tree = {
+        f"{jnp.dtype(dtype).name}{shape}": random_rows(rng, (num_workers, *shape), dtype)
+        for dtype, shape in zip(itertools.cycle(DTYPES), shapes, strict=False)
+    }
+    vote = on_workers(kind, vote_in_all_ways, num_workers)
+    for out in range(num_workers + 1):
+        step = 7 * out + num_workers
+        active = rng.permutation(np.arange(num_workers) >= out)
+        # Rows of one step each: JAX's types do not know that they are the same.
+        results = vote(tree, jnp.full(num_workers, step), jnp.asarray(active))
+        for (way, result), name in itertools.product(zip(ways, results, strict=True), tree):
+            (zeros, ties), transport = way
+            values = np.asarray(tree[name], np.float64).reshape(num_workers, -1)
+            expected = references.vote(values, step, zeros, ties, active)
+            found = np.asarray(result[name], np.float64).reshape(-1)
+            message = f"{name} {zeros} {ties} {transport} {active}"
+            np.testing.assert_array_equal(found, expected, err_msg=message)
+
+
+def quick_and_slow(*quick):
+    """All maps and numbers of workers, of which these are quick."""
+    every = itertools.product(MAPS, range(1, 10))
+    slow = [pytest.param(*case, marks=pytest.mark.slow) for case in every if case not in quick]
+    return pytest.mark.parametrize(("kind", "num_workers"), [*quick, *slow])
+
+
+@quick_and_slow(("shard_map", 3), ("vmap", 1), ("vmap", 4), ("pmap", 2))
+def test_votes_equal_the_reference_with_any_number_of_workers_out(kind, num_workers):
     with jax.enable_x64(True):
-        tree = {
-            f"{jnp.dtype(dtype).name}{shape}": random_rows(rng, (num_workers, *shape), dtype)
-            for dtype, shape in zip(itertools.cycle(DTYPES), SHAPES, strict=False)
-        }
-        vote = on_workers(kind, vote_with_all_options, num_workers)
-        for out in range(num_workers + 1):
-            step = 7 * out + num_workers
-            active = rng.permutation(np.arange(num_workers) >= out)
-            results = vote(tree, jnp.full(num_workers, step), jnp.asarray(active))
-            for (zeros, ties), result in zip(OPTIONS, results, strict=True):
-                for name, rows in tree.items():
-                    values = np.asarray(rows, np.float64).reshape(num_workers, -1)
-                    expected = references.vote(values, step, zeros, ties, active)
-                    np.testing.assert_array_equal(
-                        np.asarray(result[name], np.float64).reshape(-1),
-                        expected,
-                        err_msg=f"{name} {zeros} {ties} {active}",
-                    )
+        assert_votes_equal_the_reference(kind, num_workers, SHAPES, OPTIONS)
+
+
+@quick_and_slow(("shard_map", 8))
+def test_votes_on_large_leaves_equal_the_reference(kind, num_workers):
+    with jax.enable_x64(True):
+        options = [("dither", "dither"), ("abstain", "dither")]
+        assert_votes_equal_the_reference(kind, num_workers, LARGE_SHAPES, options)
+
+
+@pytest.mark.parametrize("zeros", ["dither", "abstain"])
+@pytest.mark.parametrize("num_workers", [127, 128, 130])
+def test_sums_of_small_integers_do_not_wrap(num_workers, zeros):
+    rows = random_rows(np.random.default_rng(num_workers), (num_workers, 96), jnp.float32)
+    rows = rows.at[:, :2].set(jnp.array([3.0, -3.0]))  # sums of +-M, which int8 holds up to 127
+
+    def vote(row):
+        return signax.pvote(row, AXIS, step=3, zeros=zeros, transport="int8")
+
+    decided = on_workers("vmap", vote, num_workers)(rows)
+    np.testing.assert_array_equal(decided[:2], [1.0, -1.0])
+    np.testing.assert_array_equal(decided, references.vote(np.asarray(rows), 3, zeros))
 
 
 @pytest.mark.parametrize("kind", MAPS)
@@ -73,7 +110,24 @@ def test_a_vote_keeps_structure_shapes_and_dtypes(kind):
     assert dtypes == [jnp.bfloat16, jnp.float32, jnp.float16]
 
 
-@settings(max_examples=25, deadline=None)
+def assert_a_flat_leaf_is_decided_whole(num_workers, size, step):
+    rows = random_rows(np.random.default_rng(size), (num_workers, size), jnp.float32)
+    expected = references.vote(np.asarray(rows), step)
+
+    def vote(row):
+        return [signax.pvote(row, AXIS, step=step, transport=way) for way in ("packed", "gather")]
+
+    for decided in on_workers("vmap", vote, num_workers)(rows):
+        np.testing.assert_array_equal(decided, expected)
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 1, 33])
+def test_a_leaf_that_just_fills_its_parts_is_decided_whole(bits):
+    assert_a_flat_leaf_is_decided_whole(2, 32 * 2 * 127 + bits, 3)
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
 @given(
     num_workers=st.integers(1, 5),
     parts=st.sampled_from([0, 1, 2]),
@@ -81,13 +135,11 @@ def test_a_vote_keeps_structure_shapes_and_dtypes(kind):
     bits=st.integers(-1, 1),
     step=st.integers(0, 2**31 - 1),
 )
-def test_a_leaf_that_just_fills_the_parts_is_decided_whole(num_workers, parts, words, bits, step):
+def test_leaves_around_every_size_of_parts_are_decided_whole(num_workers, parts, words, bits, step):
     # A part holds 128 k - 1 words of payload.
     payload = max(0, 128 * parts - 1)
     size = max(1, 32 * (num_workers * payload + words) + bits)
-    rows = random_rows(np.random.default_rng(size), (num_workers, size), jnp.float32)
-    vote = on_workers("vmap", lambda row: signax.pvote(row, AXIS, step=step), num_workers)
-    np.testing.assert_array_equal(vote(rows), references.vote(np.asarray(rows), step))
+    assert_a_flat_leaf_is_decided_whole(num_workers, size, step)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -153,10 +205,17 @@ def test_a_leaf_that_has_no_sign_is_named(dtype):
         vote_on({"w": [jnp.ones((2, 3)), jnp.ones((2, 3), dtype)]})
 
 
-@pytest.mark.parametrize("axis_name", [None, ("a", "b"), ["a"]])
-def test_what_names_no_single_axis_is_refused(axis_name):
+@pytest.mark.parametrize("vote", [signax.pvote, signax.pvote_scatter])
+@pytest.mark.parametrize("axis_name", [None, (), ("a", None), ["a"]])
+def test_what_names_no_axis_is_refused(axis_name, vote):
     with pytest.raises(TypeError, match="axis_name="):
-        signax.pvote(jnp.ones(3), axis_name, step=0)
+        vote(jnp.ones(3), axis_name, step=0)
+
+
+@pytest.mark.parametrize("vote", [signax.pvote, signax.pvote_scatter])
+def test_an_axis_that_is_named_twice_is_refused(vote):
+    with pytest.raises(ValueError, match=r"axis_name=\('a', 'a'\) names an axis twice"):
+        vote(jnp.ones(3), ("a", "a"), step=0)
 
 
 def test_an_unbound_axis_is_named_with_the_ways_to_bind_it():
@@ -177,7 +236,7 @@ def test_an_active_flag_that_is_not_one_boolean_is_named(active):
 
 
 def test_values_that_types_know_to_be_equal_are_refused(mesh):
-    replicated, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+    replicated, split = PartitionSpec(), PartitionSpec("data")
 
     def summed_gradient(params, batch):
         # With respect to replicated parameters: JAX has summed it over the workers already.
@@ -192,7 +251,7 @@ def test_values_that_types_know_to_be_equal_are_refused(mesh):
 
 
 def test_a_vote_without_type_checks_equals_one_with_them(mesh):
-    split = jax.sharding.PartitionSpec("data")
+    split = PartitionSpec("data")
     rows = random_rows(np.random.default_rng(0), (8, 100), jnp.float32)
 
     def vote(row):
@@ -204,14 +263,311 @@ def test_a_vote_without_type_checks_equals_one_with_them(mesh):
     np.testing.assert_array_equal(decided, np.broadcast_to(expected, (8, 100)))
 
 
-def test_a_tree_takes_one_exchange_of_packed_words(mesh):
-    split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
-    tree = [jnp.ones((8, *shape), dtype) for shape in SHAPES for dtype in DTYPES[1:]]
+@pytest.mark.parametrize(
+    ("transport", "expected"),
+    [
+        ("auto", {"all-gather": {"u32"}}),  # a small tree
+        ("packed", {"all-gather": {"u32"}, "all-to-all": {"u32"}}),
+        ("gather", {"all-gather": {"u32"}}),
+    ],
+)
+def test_a_tree_takes_one_exchange_of_packed_words(transport, expected, mesh):
+    tree = [jnp.ones((8, *shape), dtype) for shape in [(3,), (4, 8)] for dtype in DTYPES[1:]]
+    split = PartitionSpec("data")
 
     def vote(rows):
-        return signax.pvote([row[0] for row in rows], "data", step=0)
+        return signax.pvote([row[0] for row in rows], "data", step=0, transport=transport)
 
-    program = jax.jit(jax.shard_map(vote, mesh=mesh, in_specs=(split,), out_specs=whole))
-    sent = signax.diagnostics.collectives(program.lower(tree).compile())
-    assert sorted(record.operation for record in sent) == ["all-gather", "all-to-all"]
+    program = jax.jit(jax.shard_map(vote, mesh=mesh, in_specs=(split,), out_specs=WHOLE))
+    sent = diagnostics.collectives(program.lower(tree).compile())
+    assert sorted(record.operation for record in sent) == sorted(expected)
     assert {record.dtype for record in sent} == {"u32"}
+
+
+def test_a_large_tree_takes_the_exchange_of_fewer_bytes(mesh):
+    rows = jax.ShapeDtypeStruct((8, 1 << 20), jnp.float32)
+    split = PartitionSpec("data")
+    vote = jax.shard_map(
+        lambda row: signax.pvote(row[0], "data", step=0), mesh=mesh, in_specs=split, out_specs=WHOLE
+    )
+    compiled = jax.jit(vote).lower(rows).compile()
+    sent = diagnostics.collectives(compiled)
+    assert sorted(record.operation for record in sent) == ["all-gather", "all-to-all"]
+    one_worker = jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype)
+    assert diagnostics.collective_bytes(compiled) == diagnostics.wire_bytes(one_worker, 8)
+
+
+# Axes in a tuple, and devices that share a worker's exchange.
+
+PAIR = {"slice": 2, "chip": 4}
+MIXED = {"large": (45, 367), "small": (3, 11)}
+
+
+def mixed_rows(num_workers, dtype=jnp.float32):
+    rng = np.random.default_rng(num_workers)
+    return {name: random_rows(rng, (num_workers, *s), dtype) for name, s in MIXED.items()}
+
+
+def assert_equals_the_vote(decided, rows, step, zeros="dither"):
+    for name, leaf in rows.items():
+        expected = references.vote(np.asarray(leaf).reshape(len(leaf), -1), step, zeros)
+        np.testing.assert_array_equal(np.reshape(decided[name], -1), expected)
+
+
+@pytest.mark.parametrize("axes", [("slice", "chip"), ("chip", "slice")])
+@pytest.mark.parametrize("kind", ["shard_map", "vmap"])
+def test_workers_along_several_axes_are_numbered_in_the_order_of_the_tuple(kind, axes):
+    sizes = [PAIR[axis] for axis in axes]
+    rows = mixed_rows(8)
+
+    def vote(tree):
+        return [signax.pvote(tree, axes, step=5, transport=way) for way in TRANSPORTS]
+
+    if kind == "shard_map":
+
+        def local(rows):
+            return vote(jax.tree.map(lambda row: row[0], rows))
+
+        # Placed by the specs' order, whatever the order of the axes in the mesh.
+        mapped = jax.shard_map(
+            local, mesh=auto_mesh(PAIR), in_specs=PartitionSpec(axes), out_specs=WHOLE
+        )
+        results = jax.jit(mapped)(rows)
+    else:
+        nested = jax.jit(jax.vmap(jax.vmap(vote, axis_name=axes[1]), axis_name=axes[0]))
+        grid = jax.tree.map(lambda leaf: leaf.reshape(*sizes, *leaf.shape[1:]), rows)
+        flat = jax.tree.map(lambda leaf: leaf.reshape(8, *leaf.shape[2:]), nested(grid))
+        results = jax.tree.map(one_of_equals, flat)
+    for decided in results:
+        assert_equals_the_vote(decided, rows, step=5)
+
+
+def split_vote(**options):
+    """Votes of 2 workers of 4 devices each, as a function of the workers' rows."""
+
+    def local(rows):
+        row = jax.tree.map(lambda row: row[0], rows)
+        return signax.pvote(row, "slice", step=5, **options)
+
+    return jax.jit(
+        jax.shard_map(local, mesh=auto_mesh(PAIR), in_specs=PartitionSpec("slice"), out_specs=WHOLE)
+    )
+
+
+@pytest.mark.parametrize("transport", ["packed", "gather", "auto"])
+@pytest.mark.parametrize("zeros", ["dither", "abstain"])
+def test_devices_that_share_an_exchange_decide_the_same(zeros, transport):
+    rows = mixed_rows(2)
+    vote = split_vote(split_over="chip", zeros=zeros, transport=transport)
+    assert_equals_the_vote(vote(rows), rows, 5, zeros)
+    rows["small"] = rows["small"].at[1, 2, 10].set(jnp.nan)
+    assert_equals_the_vote(vote(rows), jax.tree.map(lambda row: row[:1], rows), 5, zeros)
+
+
+@pytest.mark.parametrize("transport", ["packed", "gather"])
+def test_an_exchange_is_shared_under_vmap_too(transport):
+    def vote(row):
+        return signax.pvote(row, "slice", step=5, split_over="chip", transport=transport)
+
+    rows = mixed_rows(3)
+    devices = jax.vmap(vote, in_axes=None, axis_name="chip", axis_size=4)
+    decided = jax.tree.map(
+        lambda leaf: one_of_equals(leaf.reshape(12, *leaf.shape[2:])),
+        jax.jit(jax.vmap(devices, axis_name="slice"))(rows),
+    )
+    assert_equals_the_vote(decided, rows, 5)
+
+
+def test_a_shared_exchange_sends_a_quarter_of_the_words_between_workers():
+    shape = jax.ShapeDtypeStruct((2, 1 << 20), jnp.float32)
+    sent = {
+        split: diagnostics.collectives(split_vote(**options).lower(shape).compile())
+        for split, options in [(False, {}), (True, {"split_over": "chip"})]
+    }
+    words = (1 << 20) // 32
+    (alone,), shared = sent[False], {record.group_size: record for record in sent[True]}
+    assert (alone.operation, alone.group_size) == ("all-gather", 2)
+    assert words < alone.elements <= words + 128
+    assert sorted(shared) == [2, 4]
+    assert words / 4 < shared[2].elements <= words / 4 + 128
+    assert {record.operation for record in sent[True]} == {"all-gather"}
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "said"),
+    [
+        ({"split_over": "slice"}, ValueError, "split_over='slice' is an axis of the workers"),
+        ({"split_over": ("chip",)}, TypeError, r"split_over=\('chip',\) must name one axis"),
+        ({"split_over": "chip", "transport": "int8"}, ValueError, "cannot be split over 'chip'"),
+        ({"split_over": "nowhere"}, NameError, "split_over='nowhere' is neither a mapped axis"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused(options, kind, said):
+    with pytest.raises(kind, match=said):
+        split_vote(**options)(mixed_rows(2))
+
+
+def test_values_that_differ_between_devices_cannot_be_split_among_them():
+    vote = jax.shard_map(
+        lambda tree: signax.pvote(tree, "slice", step=0, split_over="chip"),
+        mesh=auto_mesh(PAIR),
+        in_specs=PartitionSpec(("slice", "chip")),
+        out_specs=WHOLE,
+    )
+    with pytest.raises(ValueError, match=r"\['w'\] varies over split_over='chip'.*pmean"):
+        jax.eval_shape(vote, {"w": jnp.ones(8)})
+
+
+@pytest.mark.parametrize("zeros", ["dither", "abstain"])
+def test_a_vote_on_sharded_parameters_is_the_vote_on_each_block(zeros):
+    mesh = auto_mesh({"data": 4, "model": 2})
+    specs = {"large": PartitionSpec(None, "model"), "small": PartitionSpec()}
+    rng = np.random.default_rng(0)
+    shapes = {"large": (130, 300), "small": (3, 11)}
+    rows = {name: random_rows(rng, (4, *s), jnp.float32) for name, s in shapes.items()}
+    tx = signax.DataParallel(signax.majority_vote("data", zeros=zeros), mesh, param_specs=specs)
+    params = jax.tree.map(lambda row: row[0], rows)
+    decided, _ = jax.jit(tx.update)(rows, tx.init(params), params)
+    blocks = np.split(np.asarray(rows["large"]), 2, axis=2)
+    expected = [references.vote(block.reshape(4, -1), 0, zeros) for block in blocks]
+    expected = np.concatenate([block.reshape(130, 150) for block in expected], axis=1)
+    np.testing.assert_array_equal(decided["large"], expected)
+    assert_equals_the_vote({"small": decided["small"]}, {"small": rows["small"]}, 0, zeros)
+    if zeros == "abstain":  # where nothing depends on how coordinates are counted
+        assert_equals_the_vote(decided, rows, 0, zeros)
+
+
+# Each worker its part.
+
+
+def assert_parts_equal_the_reference(parts, rows, dimension, step, zeros="dither", ties="dither"):
+    """Compares one row for each worker with the vote on its piece as a leaf of its own."""
+    rows = np.asarray(rows, np.float64)
+    good = np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
+    pieces = np.split(rows, len(rows), axis=dimension % (rows.ndim - 1) + 1)
+    for part, piece in zip(np.asarray(parts, np.float64), pieces, strict=True):
+        assert part.shape == piece.shape[1:]
+        values = piece.reshape(len(rows), -1)
+        expected = references.vote(values, step, zeros, ties, active=good)
+        np.testing.assert_array_equal(part.reshape(-1), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_workers"),
+    [
+        ("shard_map", 4),
+        ("vmap", 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("vmap", 1), ("pmap", 2)]),
+    ],
+)
+def test_parts_equal_the_reference_along_every_dimension(kind, num_workers):
+    shapes = {"first": (num_workers * 5, 3), "last": (7, num_workers * 2), "flat": (num_workers,)}
+    shapes |= {"middle": (3, num_workers * 301, 19), "empty": (0, num_workers)}
+    some = [("dither", "dither"), ("plus", "plus"), ("abstain", "dither")]
+    dimensions = {"first": 0, "last": -1, "flat": 0, "middle": 1, "empty": 0}
+
+    def vote(tree, step):
+        return [
+            signax.pvote_scatter(
+                tree, AXIS, scatter_dimension=dimensions, step=step, zeros=zeros, ties=ties
+            )
+            for zeros, ties in some
+        ]
+
+    rng = np.random.default_rng(num_workers)
+    with jax.enable_x64(True):
+        rows = {
+            name: random_rows(rng, (num_workers, *shape), dtype)
+            for (name, shape), dtype in zip(shapes.items(), itertools.cycle(DTYPES), strict=False)
+        }
+        voted = rows_of_workers(kind, vote, num_workers)
+        for step in (0, 6):
+            results = voted(rows, jnp.full(num_workers, step))
+            for options, parts in zip(some, results, strict=True):
+                for name, leaf in rows.items():
+                    assert parts[name].dtype == leaf.dtype
+                    args = parts[name], leaf, dimensions[name], step
+                    assert_parts_equal_the_reference(*args, *options)
+
+
+def test_parts_of_workers_along_several_axes_lie_in_the_order_of_the_tuple():
+    rows = random_rows(np.random.default_rng(0), (8, 24, 5), jnp.float32)
+    axes = tuple(PAIR)
+    vote = jax.shard_map(
+        lambda row: signax.pvote_scatter(row[0], axes, step=3),
+        mesh=auto_mesh(PAIR),
+        in_specs=PartitionSpec(axes),
+        out_specs=PartitionSpec(axes),
+    )
+    parts = np.reshape(jax.jit(vote)(rows), (8, 3, 5))
+    assert_parts_equal_the_reference(parts, rows, 0, 3)
+
+
+@pytest.mark.parametrize("zeros", ["dither", "abstain"])
+def test_a_worker_that_is_not_finite_or_not_active_is_out_of_every_part(zeros):
+    rows = random_rows(np.random.default_rng(1), (4, 8, 3), jnp.float32).at[2, 5, 1].set(jnp.nan)
+    active = jnp.array([True, False, True, True])
+
+    def vote(row, active):
+        return signax.pvote_scatter(row, AXIS, step=1, zeros=zeros, active=active)
+
+    voted = rows_of_workers("vmap", vote, 4)
+    spoilt = rows.at[1].set(jnp.nan)  # what is not active counts as little as what is NaN
+    assert_parts_equal_the_reference(voted(rows, active), spoilt, 0, 1, zeros)
+    nobody = voted(rows, jnp.zeros(4, jnp.bool_))
+    np.testing.assert_array_equal(nobody, np.zeros((4, 2, 3)))
+
+
+def test_parts_where_nothing_is_dithered_are_slices_of_the_whole_vote():
+    rows = {"w": random_rows(np.random.default_rng(2), (4, 6, 8), jnp.float32)}
+
+    def vote(tree):
+        options = {"zeros": "abstain"}
+        part = signax.pvote_scatter(tree, AXIS, scatter_dimension=1, **options)
+        return part, signax.pvote(tree, AXIS, **options)
+
+    parts, whole = rows_of_workers("vmap", vote, 4)(rows)
+    np.testing.assert_array_equal(np.concatenate(parts["w"], axis=1), whole["w"][0])
+
+
+@pytest.mark.parametrize(("zeros", "planes"), [("dither", 1), ("abstain", 2)])
+def test_parts_take_one_all_to_all_and_nothing_comes_down(zeros, planes, mesh):
+    size = 1 << 20
+    vote = jax.shard_map(
+        lambda row: signax.pvote_scatter(row[0], "data", step=0, zeros=zeros),
+        mesh=mesh,
+        in_specs=PartitionSpec("data"),
+        out_specs=PartitionSpec("data"),
+    )
+    compiled = jax.jit(vote).lower(jax.ShapeDtypeStruct((8, size), jnp.float32)).compile()
+    (record,) = diagnostics.collectives(compiled)
+    assert (record.operation, record.dtype) == ("all-to-all", "u32")
+    least = 7 / 8 * planes * size / 8
+    assert least < record.bytes_sent <= least + 7 * 4 * 128
+
+
+@pytest.mark.parametrize(
+    ("shape", "dimension", "said"),
+    [
+        ((6, 4), 0, r"\['w'\] of shape \(6, 4\) cannot be cut into 4 equal parts"),
+        ((8, 4), 2, "along scatter_dimension=2"),
+        ((8, 4), -3, "along scatter_dimension=-3"),
+        ((), 0, r"\['w'\] of shape \(\) cannot be cut"),
+        ((8, 4), {"v": 0}, "a tree of them like the one that is voted on"),
+        ((8, 4), {"w": [0, 1]}, "a tree of them like the one that is voted on"),
+    ],
+)
+def test_a_leaf_that_cannot_be_cut_into_parts_is_named(shape, dimension, said):
+    def vote(tree):
+        return signax.pvote_scatter(tree, AXIS, scatter_dimension=dimension, step=0)
+
+    with pytest.raises(ValueError, match=said):
+        jax.vmap(vote, axis_name=AXIS)({"w": jnp.ones((4, *shape))})
+
+
+def test_parts_of_an_empty_tree_are_empty():
+    tree = {"e": jnp.ones((2, 0, 4)), "none": None}
+    parts = rows_of_workers(
+        "vmap", lambda t: signax.pvote_scatter(t, AXIS, scatter_dimension=1, step=0), 2
+    )(tree)
+    assert jax.tree.map(jnp.shape, parts) == {"e": (2, 0, 2), "none": None}

@@ -108,7 +108,7 @@ REGISTRY = {
 }
 # What is exported and is no transformation of one worker's updates. DataParallel is one of global
 # arrays, which its own tests cover.
-OTHERS = {"DataParallel", "diagnostics", "pvote"}
+OTHERS = {"DataParallel", "diagnostics", "pvote", "pvote_scatter"}
 
 # Optax's own, re-exported: it takes any dtype, and Optax documents it.
 OPTAXS = {"scale_by_sign"}

@@ -11,7 +11,9 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from signax import _bits, diagnostics
+import signax
+from signax import diagnostics
+from signax._exchange import part_words, share_words
 
 with contextlib.suppress(RuntimeError):  # the backend is up already, with conftest's devices
     jax.config.update("jax_num_cpu_devices", 8)
@@ -113,10 +115,17 @@ def _shapes(*sizes, dtype="float32"):
 
 
 def _longhand_vote_bytes(sizes, num_workers, planes):
-    words = sum(len(range(0, size, 32)) for size in sizes)
+    small = sum(size + size % 2 for size in sizes if size < 2**14)  # packed together
+    large = [size for size in sizes if size >= 2**14]
+    words = sum(len(range(0, size, 32)) for size in [small, *large])
     if words == 0 or num_workers == 1:
         return 0
     per_plane = next(q for q in range(words + 1) if q * num_workers >= words)
+    if (num_workers - 1) * planes * words * (num_workers - 2) // num_workers <= 2**13:
+        part = next(p for p in range(128, 10**9, 128) if p >= 1 + planes * words)
+        return 4 * part * (num_workers - 1)  # the whole message, handed on to each other worker
+    if per_plane >= 2**14:
+        per_plane = next(q for q in range(0, 10**9, 128) if q >= per_plane)
     part = next(p for p in range(128, 10**9, 128) if p >= 1 + planes * per_plane)
     sent = 0
     for _ in range(num_workers - 1):  # one part to, and one result towards, each other worker
@@ -138,6 +147,7 @@ def _longhand_vote_bytes(sizes, num_workers, planes):
         (32 * 127 * 4,),
         (32 * 64 * 6, 1),
         (100_000, 31, 10),
+        (5_000_000, 31, 10),
     ],
 )
 def test_vote_bytes_longhand(sizes, num_workers, scheme, planes):
@@ -145,20 +155,14 @@ def test_vote_bytes_longhand(sizes, num_workers, scheme, planes):
     assert found == _longhand_vote_bytes(sizes, num_workers, planes)
 
 
-@pytest.mark.parametrize(
-    ("words", "num_workers", "planes", "expected"),
-    [
-        (127, 1, 1, 128),
-        (128, 1, 1, 256),
-        (127 * 8, 8, 1, 128),
-        (127 * 8 + 1, 8, 1, 256),
-        (63 * 8, 8, 2, 128),  # a header and twice 63 words
-        (64 * 8, 8, 2, 256),  # a header and twice 64 words
-        (1, 9, 2, 128),
-    ],
-)
-def test_part_words_at_its_boundaries(words, num_workers, planes, expected):
-    assert _bits.part_words(words, num_workers, planes) == expected
+@pytest.mark.parametrize(("payload", "expected"), [(1, 128), (127, 128), (128, 256), (255, 256)])
+def test_part_words_at_their_boundaries(payload, expected):
+    assert part_words(payload) == expected
+
+
+def test_large_shares_are_whole_rows_of_words():
+    assert share_words(8 * (2**14 - 1), 8) == 2**14 - 1
+    assert share_words(8 * 2**14 + 1, 8) == 2**14 + 128
 
 
 def test_mean_bytes_follow_each_leaf_dtype():
@@ -265,21 +269,14 @@ def test_one_psum_of_two_leaves_and_one_of_pred():
     assert diagnostics.collective_bytes(compiled) == 2 * 7 * (32 + 3) * 4 // 8 + 7 * 32
 
 
-@pytest.mark.parametrize("sizes", [(1,), (5_000, 33, 0), (40_000,)])
-@pytest.mark.parametrize(("scheme", "planes"), [("vote", 1), ("abstain", 2)])
-def test_formula_and_compiled_exchange_agree(sizes, scheme, planes):
-    words = sum(math.ceil(size / 32) for size in sizes)
-    part = _bits.part_words(words, 8, planes)
-
-    def exchange(parts):  # u32[8, P]: one part for each worker
-        received = lax.all_to_all(parts, "data", 0, 0, tiled=True)
-        return lax.all_gather(received.sum(0, dtype=jnp.uint32), "data")
-
-    compiled = _compile(exchange, jnp.ones((64, part), jnp.uint32))
-    assert sorted(r.operation for r in diagnostics.collectives(compiled)) == [
-        "all-gather",
-        "all-to-all",
-    ]
+@pytest.mark.parametrize("sizes", [(1,), (50_000, 33, 0), (2_000_000,)])
+@pytest.mark.parametrize("scheme", ["vote", "abstain"])
+def test_formula_and_compiled_exchange_agree(sizes, scheme):
+    zeros = {"vote": "dither", "abstain": "abstain"}[scheme]
+    compiled = _compile(
+        lambda rows: signax.pvote(rows, "data", step=0, zeros=zeros),
+        [jnp.ones((8, size)) for size in sizes],
+    )
     expected = diagnostics.wire_bytes(_shapes(*sizes), 8, scheme=scheme)
     assert diagnostics.collective_bytes(compiled) == expected
 

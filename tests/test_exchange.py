@@ -1,0 +1,131 @@
+"""The transports on words, without arrays around them."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from hypothesis import given
+from hypothesis import strategies as st
+from workers import AXIS, MAPS, on_workers
+
+from signax import _exchange
+from signax._exchange import LANES, LARGE_SHARE
+
+MANY = st.integers(1, 10**9)
+WORKERS = st.integers(1, 4096)
+
+
+@given(words=MANY, num_workers=WORKERS)
+def test_shares_hold_every_word_and_large_ones_are_whole_rows(words, num_workers):
+    share = _exchange.share_words(words, num_workers)
+    least = -(-words // num_workers)
+    if least < LARGE_SHARE:
+        assert share == least
+    else:
+        assert share % LANES == 0
+        assert least <= share < least + LANES
+
+
+@given(words=MANY, num_workers=WORKERS, planes=st.integers(1, 2))
+def test_a_part_holds_its_share_and_no_more_than_it_must(words, num_workers, planes):
+    share = _exchange.share_words(words, num_workers)
+    part = _exchange.part_words(planes * share)
+    assert part % LANES == 0
+    assert 1 + planes * share <= part < 1 + planes * share + LANES
+
+
+@given(words=MANY, num_workers=st.integers(1, 64))
+def test_a_gather_is_chosen_unless_it_sends_many_more_words(words, num_workers):
+    gathered = (num_workers - 1) * words
+    packed = 2 * (num_workers - 1) * words / num_workers
+    chosen = _exchange.choose_transport(words, num_workers)
+    if num_workers <= 2 or gathered - packed <= _exchange.GATHER_WORDS:
+        assert chosen == "gather"
+    elif gathered - packed >= _exchange.GATHER_WORDS + 1:
+        assert chosen == "packed"
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "name"),
+    [(1, "int8"), (127, "int8"), (128, "int16"), (32767, "int16"), (32768, "int32")],
+)
+def test_sums_are_as_wide_as_the_workers_are_many(num_workers, name):
+    assert _exchange.sum_dtype(num_workers) == jnp.dtype(name)
+    assert np.iinfo(name).max >= num_workers
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("share", [1, 63, 64, 65, 127, 128, 129, 256])
+def test_what_was_sealed_is_unsealed(share, planes):
+    rows = np.random.default_rng(share).integers(1, 2**32, (planes, 3, share), dtype=np.uint32)
+    sealed = _exchange.seal(list(jnp.asarray(rows)), jnp.uint32(7))
+    assert sealed.shape == (3, _exchange.part_words(planes * share) // LANES, LANES)
+    found, headers = _exchange.unseal(sealed, planes, share)
+    np.testing.assert_array_equal(found, rows)
+    np.testing.assert_array_equal(headers, [7, 7, 7])
+
+
+@pytest.mark.parametrize("share", [64, 127, 128])
+def test_who_is_out_sends_zeros(share):
+    sealed = _exchange.seal([jnp.ones((2, share), jnp.uint32)], jnp.uint32(0))
+    assert not np.any(sealed)
+
+
+def test_a_header_tells_the_worker_and_the_tie_or_that_it_is_out():
+    headers = {
+        int(_exchange.make_header(jnp.uint32(worker), jnp.uint32(tie), jnp.bool_(True)))
+        for worker in range(5)
+        for tie in (0, 1)
+    }
+    assert headers == set(range(2, 12))
+    assert _exchange.make_header(jnp.uint32(4), jnp.uint32(1), jnp.bool_(False)) == 0
+    assert {header & 1 for header in headers} == {0, 1}
+
+
+def send_by(sender):
+    """One worker's exchange: its planes, its index, what settles ties, whether it takes part."""
+
+    def local(message, worker, tie, takes_part):
+        header = _exchange.make_header(worker, tie, takes_part)
+        return sender(list(message), header, AXIS)
+
+    return local
+
+
+@pytest.mark.parametrize("sender", [_exchange.send_packed, _exchange.send_gathered])
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("kind", MAPS)
+def test_the_majority_of_every_bit_is_decided(kind, planes, sender):
+    num_workers, words = 4, 517
+    rng = np.random.default_rng(planes)
+    bits = rng.random((num_workers, planes, 32 * words)) < 0.5
+    message = jnp.asarray([[references.packed(plane) for plane in row] for row in bits])
+    exchange = on_workers(kind, send_by(sender), num_workers)
+    for out in range(num_workers + 1):
+        takes_part, tie = np.arange(num_workers) >= out, out % 2
+        decided, voters = exchange(
+            message,
+            jnp.arange(num_workers, dtype=jnp.uint32),
+            jnp.full(num_workers, tie, jnp.uint32),
+            jnp.asarray(takes_part),
+        )
+        counts = bits[takes_part].sum(axis=0)
+        assert voters == num_workers - out
+        if planes == 2:
+            expected = [counts[0] > counts[1], counts[1] > counts[0]]
+        elif voters:
+            expected = [2 * counts[0] + tie > voters]
+        else:
+            continue  # nobody looks at these bits
+        for plane, wanted in zip(decided, expected, strict=True):
+            np.testing.assert_array_equal(references.unpacked(plane), wanted)
+
+
+@pytest.mark.parametrize("words", [2 * LARGE_SHARE - 2, 2 * LARGE_SHARE, 2 * LARGE_SHARE + 1])
+def test_transports_agree_around_the_size_from_which_shares_are_rounded(words):
+    message = np.random.default_rng(words).integers(0, 2**32, (2, 1, words), dtype=np.uint32)
+    others = jnp.arange(2, dtype=jnp.uint32), jnp.ones(2, jnp.uint32), jnp.ones(2, jnp.bool_)
+    for sender in (_exchange.send_packed, _exchange.send_gathered):
+        (decided,), voters = on_workers("vmap", send_by(sender), 2)(jnp.asarray(message), *others)
+        assert voters == 2
+        np.testing.assert_array_equal(decided, message[0, 0] | message[1, 0])  # ties are set
