@@ -26,7 +26,7 @@ demo: .venv/examples  ## train on eight simulated workers, averaged and voted, a
 test: lint test-newest test-oldest test-accelerators  ## run everything, at the newest jax and at the oldest
 
 check: lint  ## run two minutes' worth of it, for working
-	.venv/bin/python $(PYTEST) -m "not slow and not demo"
+	.venv/bin/python $(PYTEST) -m "not slow"
 
 lint: .venv/test  ## lint, check the format and the types
 	.venv/bin/ruff check
@@ -37,7 +37,7 @@ test-newest: .venv/test
 	.venv/bin/python $(PYTEST)
 
 test-oldest: .venv-oldest/test
-	.venv-oldest/bin/python $(PYTEST) -m "not demo"
+	.venv-oldest/bin/python $(PYTEST) -m "not slow"
 
 test-accelerators: .venv-accelerators/accelerators  ## compile for TPU pods and GPUs, and read the programs
 	JAX_PLATFORMS=cpu SIGNAX_ACCELERATORS=1 .venv-accelerators/bin/python -m pytest -q \

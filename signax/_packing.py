@@ -20,7 +20,7 @@ from jax import lax
 
 WORD_BITS = 32
 SMALL = 1 << 14  # coordinates: smaller leaves are packed together, which saves compile time
-MOST_WASTE = 1 / 32  # of the words: the padding that a better layout may cost
+MOST_WASTE = 1 / 64  # of the words: the padding that a better layout may cost
 
 _STREAMS = 16
 

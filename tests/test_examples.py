@@ -60,7 +60,7 @@ def test_a_short_run_reports_what_it_did_and_the_vote_sends_little(tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.demo
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_voted_run_is_as_accurate_as_adamw(tmp_path, seed):
     report, _ = train_digits(tmp_path, "--seed", seed)
