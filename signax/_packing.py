@@ -81,11 +81,10 @@ def fold(shape: tuple[int, ...]) -> Fold:
     return next((cut for cut in cuts if cut.words <= most), flat)
 
 
-def fold_for_cpu(shape: tuple[int, ...]) -> Fold:
-    """The same for CPUs, whose memory has no tiles: blocks are contiguous."""
-    cut = fold(shape)
+def fold_flat(shape: tuple[int, ...]) -> Fold:
+    """The same for CPUs, whose memory has no tiles: a flat array is cut."""
     size = math.prod(shape)
-    return cut if cut.axis == 0 else Fold((size,), 0, -(-size // WORD_BITS))
+    return Fold((size,), 0, -(-size // WORD_BITS))
 
 
 def num_words(leaves: Sequence[Any]) -> int:
@@ -180,21 +179,17 @@ def pack_by_streams(
     32 streams would be more than a prefetcher follows. So one word is made of 16 bits and one for
     finiteness, and two of these make one of 32 bits.
     """
-    cut = fold_for_cpu(array.shape)
-    words = fold(array.shape).words
+    cut, words = fold_flat(array.shape), fold(array.shape).words
     array = array.reshape(cut.shape)
     share = _STREAMS // ballots.planes
 
     def block(place):
-        start, stop = (min(n * cut.rows, len(array)) for n in (place, place + 1))
+        start, stop = (min(n * cut.rows, array.size) for n in (place, place + 1))
         values = array[start:stop]
         bits = ballots(values, _odd_block(values.shape, cut.shape, start), coin)
-        bits, finite = [bit.astype(jnp.uint32) for bit in bits], jnp.isfinite(values)
-        if stop - start < cut.rows:
-            padding = [(0, cut.rows - (stop - start))] + [(0, 0)] * (values.ndim - 1)
-            bits = [jnp.pad(bit, padding) for bit in bits]
-            finite = jnp.pad(finite, padding, constant_values=True)
-        return bits, finite
+        padding = (0, cut.rows - values.size)
+        bits = [jnp.pad(bit.astype(jnp.uint32), padding) for bit in bits]
+        return bits, jnp.pad(jnp.isfinite(values), padding, constant_values=True)
 
     def group(first):
         fields = [block(first + shift) for shift in range(share)]
@@ -211,9 +206,7 @@ def pack_by_streams(
 
     def join(plane):
         bits = [(word >> np.uint32(plane * share)) & np.uint32((1 << share) - 1) for word in groups]
-        return reduce(
-            operator.or_, [part << np.uint32(n * share) for n, part in enumerate(bits)]
-        ).reshape(-1)
+        return reduce(operator.or_, [part << np.uint32(n * share) for n, part in enumerate(bits)])
 
     planes = [jnp.pad(join(plane), (0, words - cut.words)) for plane in range(ballots.planes)]
     return planes, jnp.all(reduce(operator.and_, groups) >> np.uint32(_STREAMS) == 1)
@@ -290,7 +283,10 @@ def in_blocks(array: jax.Array) -> jax.Array:
 
 def _unpack_array(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Unpacks u32[words] into bool[shape]."""
-    cut, cpu_cut = fold(shape), fold_for_cpu(shape)
+    cut = fold(shape)
+    # Rows that are cut evenly are cut where the flat array is, and CPUs unpack rows faster.
+    even = cut.axis == 0 and cut.rows * WORD_BITS == cut.shape[0]
+    cpu_cut = cut if even else fold_flat(shape)
 
     def on_cpu(words):
         return _unpack_blocks(words[: cpu_cut.words].reshape(cpu_cut.word_shape), cpu_cut)

@@ -52,17 +52,17 @@ def random_values(shape, seed=0, dtype=np.float64):
 def expected_words(values, rules, packer=_packing.pack_by_streams):
     """The planes of an array, in an accelerator's order if it is one that packs.
 
-    For CPUs what is not cut along its first axis is flat, and there may be words to spare.
+    CPUs cut the flat array, which may leave words to spare.
     """
     bits = references.ballots(values, *rules, COIN)
     shape, axis, rows = CUTS[values.shape]
     word_shape = (*shape[:axis], rows, *shape[axis + 1 :])
-    if packer is _packing.pack_by_streams and axis:
+    if packer is _packing.pack_by_streams:
         flat = [references.packed(plane.ravel()) for plane in bits]
         return [np.pad(plane, (0, math.prod(word_shape) - plane.size)) for plane in flat]
     words = [references.packed(plane.reshape(shape), axis, rows) for plane in bits]
     tiled = len(shape) > 1 and word_shape[-2] % 8 == 0 and word_shape[-1] % 128 == 0
-    if packer is _packing.pack_by_streams or not tiled:
+    if not tiled:
         return words
     return [references.by_tiles(plane, word_shape) for plane in words]
 
