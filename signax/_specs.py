@@ -71,9 +71,7 @@ def specs_like(tree: Any, specs: Any) -> Any:
     """The specs of the leaves of a tree, of which masks leave some out; `None` shards nothing."""
     if specs is None:
         return jax.tree.map(lambda _: PartitionSpec(), tree)
-    return jax.tree.map(
-        lambda node, spec: node if is_masked(node) else spec, tree, specs, is_leaf=is_masked
-    )
+    return jax.tree.map(spec_unless_masked, tree, specs, is_leaf=is_masked)
 
 
 def spec_unless_masked(node: Any, spec: PartitionSpec) -> Any:
