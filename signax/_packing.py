@@ -22,8 +22,6 @@ WORD_BITS = 32
 SMALL = 1 << 14  # coordinates: smaller leaves are packed together, which saves compile time
 MOST_WASTE = 1 / 64  # of the words: the padding that a better layout may cost
 
-_STREAMS = 16
-
 
 class Ballots(Hashable, Protocol):
     """What coordinates vote: one or two planes of bits, from their values."""
@@ -81,12 +79,6 @@ def fold(shape: tuple[int, ...]) -> Fold:
     return next((cut for cut in cuts if cut.words <= most), flat)
 
 
-def fold_flat(shape: tuple[int, ...]) -> Fold:
-    """The same for CPUs, whose memory has no tiles: a flat array is cut."""
-    size = math.prod(shape)
-    return Fold((size,), 0, -(-size // WORD_BITS))
-
-
 def num_words(leaves: Sequence[Any]) -> int:
     """The number of words that hold one bit of every coordinate of some arrays."""
     large, small = _by_size(leaves)
@@ -110,10 +102,10 @@ def pack(
     """
     large, small = _by_size(leaves)
     coin = lax.optimization_barrier(coin)  # else it is computed anew for every coordinate
-    parts = [_pack_array(leaves[n], coin, ballots) for n in large]
+    arrays = [leaves[n] for n in large]
     if small:
-        parts.append(_pack_batch([leaves[n] for n in small], coin, ballots))
-    packed, flags = zip(*parts, strict=True)
+        arrays.append(_batch([leaves[n] for n in small]))
+    packed, flags = zip(*(_pack_array(array, coin, ballots) for array in arrays), strict=True)
     # Else XLA makes a chain of the flags and copies it into whatever uses the result, so that
     # compile time grows with the cube of the number of leaves.
     finite = jnp.all(lax.optimization_barrier(jnp.stack(flags)))
@@ -142,15 +134,10 @@ def unpack(planes: Sequence[jax.Array], leaves: Sequence[Any]) -> list[list[jax.
 
 def odd(shape: tuple[int, ...]) -> jax.Array:
     """Whether the row-major index of each coordinate is odd: bool[shape]."""
-    return _odd_block(shape, shape, 0)
-
-
-def _odd_block(block: tuple[int, ...], shape: tuple[int, ...], start: int) -> jax.Array:
-    """The same for a block of an array that starts at some row: bool[block]."""
-    index, stride = jnp.full(block, start * math.prod(shape[1:]) % 2, jnp.uint32), 1
+    index, stride = jnp.zeros(shape, jnp.uint32), 1
     for dimension in reversed(range(len(shape))):
         if stride % 2:
-            index += lax.broadcasted_iota(jnp.uint32, block, dimension)
+            index += lax.broadcasted_iota(jnp.uint32, shape, dimension)
         stride *= shape[dimension]
     return index % 2 == 1
 
@@ -160,93 +147,80 @@ def _pack_array(
     array: jax.Array, coin: jax.Array, ballots: Ballots
 ) -> tuple[list[jax.Array], jax.Array]:
     """Packs one array into planes of u32[words], and finds whether it is finite: bool[]."""
-    computed = fold(array.shape).rows == 1  # it comes in blocks
-    on_cpu = partial(pack_by_reduction, in_tiles=False) if computed else pack_by_streams
-    elsewhere = partial(pack_by_reduction, through_bytes=not computed)
-    return lax.platform_dependent(
-        array,
-        coin,
-        cpu=partial(on_cpu, ballots=ballots),
-        default=partial(elsewhere, ballots=ballots),
-    )
+    cpu, default = (partial(pack, ballots=ballots) for pack in (pack_neighbours, pack_blocks))
+    return lax.platform_dependent(array, coin, cpu=cpu, default=default)
 
 
-def pack_by_streams(
+def pack_neighbours(
     array: jax.Array, coin: jax.Array, *, ballots: Ballots
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Packs for CPUs, where reading 16 blocks side by side is as fast as reading the array.
-
-    32 streams would be more than a prefetcher follows. So one word is made of 16 bits and one for
-    finiteness, and two of these make one of 32 bits.
-    """
-    cut, words = fold_flat(array.shape), fold(array.shape).words
-    array = array.reshape(cut.shape)
-    share = _STREAMS // ballots.planes
-
-    def block(place):
-        start, stop = (min(n * cut.rows, array.size) for n in (place, place + 1))
-        values = array[start:stop]
-        bits = ballots(values, _odd_block(values.shape, cut.shape, start), coin)
-        padding = (0, cut.rows - values.size)
-        bits = [jnp.pad(bit.astype(jnp.uint32), padding) for bit in bits]
-        return bits, jnp.pad(jnp.isfinite(values), padding, constant_values=True)
-
-    def group(first):
-        fields = [block(first + shift) for shift in range(share)]
-        words = [
-            bit << np.uint32(plane * share + shift)
-            for shift, (bits, _) in enumerate(fields)
-            for plane, bit in enumerate(bits)
-        ]
-        finite = reduce(operator.and_, [finite for _, finite in fields])
-        return reduce(operator.or_, words, finite.astype(jnp.uint32) << np.uint32(_STREAMS))
-
-    # Without the barrier the groups would be one fusion again.
-    groups = lax.optimization_barrier([group(first) for first in range(0, WORD_BITS, share)])
-
-    def join(plane):
-        bits = [(word >> np.uint32(plane * share)) & np.uint32((1 << share) - 1) for word in groups]
-        return reduce(operator.or_, [part << np.uint32(n * share) for n, part in enumerate(bits)])
-
-    planes = [jnp.pad(join(plane), (0, words - cut.words)) for plane in range(ballots.planes)]
-    return planes, jnp.all(reduce(operator.and_, groups) >> np.uint32(_STREAMS) == 1)
+    """Packs for CPUs: bit b of word w is that of coordinate 32 w + b."""
+    flat = array.reshape(-1)
+    rest = flat.size % WORD_BITS
+    rows = flat[: flat.size - rest].reshape(-1, WORD_BITS)
+    parts = [_fields(rows, odd(rows.shape), coin, ballots)]
+    if rest:  # apart, since vectors do not suit a pad
+        fields = _fields(flat[-rest:], odd((rest,)), coin, ballots)
+        parts.append([jnp.pad(field, (0, WORD_BITS - rest))[None] for field in fields])
+    packed = [_join(fields, axis=1) for fields in parts]
+    *planes, bad = (jnp.concatenate(part) for part in zip(*packed, strict=True))
+    spare = fold(array.shape).words - bad.size
+    return [jnp.pad(plane, (0, spare)) for plane in planes], ~jnp.any(bad)
 
 
-def pack_by_reduction(
-    array: jax.Array,
-    coin: jax.Array,
-    *,
-    ballots: Ballots,
-    through_bytes: bool = True,
-    in_tiles: bool = True,
+def pack_blocks(
+    array: jax.Array, coin: jax.Array, *, ballots: Ballots
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Packs by one OR over the 32 blocks, which finds words and finiteness together.
+    """Packs for accelerators: bit b of word w is that of coordinate w of block b.
 
     What a coordinate says is written as a byte before, so that whatever computes the values is
-    fused with that, in any layout. TPUs can do without where values come in blocks; there
-    `through_bytes` is false.
+    fused with that, in any layout. Values that come in blocks can do without.
     """
     cut = fold(array.shape)
     array = array.reshape(cut.shape)
-    fields = [*ballots(array, odd(array.shape), coin), ~jnp.isfinite(array)]  # bool[cut.shape] each
-    if through_bytes:
-        code = sum(field.astype(jnp.uint8) << np.uint8(n) for n, field in enumerate(fields))
+    fields = _fields(array, odd(array.shape), coin, ballots)
+    if cut.rows > 1:
         padding = [(0, 0)] * array.ndim
         padding[cut.axis] = (0, WORD_BITS * cut.rows - cut.shape[cut.axis])
         before, after = cut.shape[: cut.axis], cut.shape[cut.axis + 1 :]
-        code = jnp.pad(code, padding).reshape(*before, WORD_BITS, cut.rows, *after)
-        code = lax.optimization_barrier(code)
-        fields = [(code >> np.uint8(n)) & 1 == 1 for n in range(len(fields))]
+        # The barriers keep XLA from moving the reshape, ahead or behind, which would write more.
+        codes = lax.optimization_barrier(jnp.pad(_encode(fields), padding))
+        codes = codes.reshape(*before, WORD_BITS, cut.rows, *after)
+        fields = _decode(lax.optimization_barrier(codes), len(fields))
+    *planes, bad = _join(fields, cut.axis)
+    return [_by_tiles(plane, cut.word_shape) for plane in planes], ~jnp.any(bad)
+
+
+def _fields(
+    values: jax.Array, odd: jax.Array, coin: jax.Array, ballots: Ballots
+) -> list[jax.Array]:
+    """The bits of the ballots on some values, and whether these are not finite: bool[...] each."""
+    return [*ballots(values, odd, coin), ~jnp.isfinite(values)]
+
+
+def _encode(fields: Sequence[jax.Array]) -> jax.Array:
+    """Bits of a byte: bool[...] each to u8[...]."""
+    return reduce(operator.or_, [bit.astype(jnp.uint8) << n for n, bit in enumerate(fields)])
+
+
+def _decode(codes: jax.Array, fields: int) -> list[jax.Array]:
+    """Undoes `_encode`."""
+    return [(codes >> n) & 1 == 1 for n in range(fields)]
+
+
+def _join(fields: Sequence[jax.Array], axis: int) -> tuple[jax.Array, ...]:
+    """Makes words of the bits along an axis of 32, and one flag of the last field.
+
+    One reduction does both, and with them whatever computes the fields.
+    """
     *bits, bad = fields
-    places = lax.broadcasted_iota(jnp.uint32, bad.shape, cut.axis)
-    *planes, bad = lax.reduce(
+    places = lax.broadcasted_iota(jnp.uint32, bad.shape, axis)
+    return lax.reduce(
         (*(bit.astype(jnp.uint32) << places for bit in bits), bad),
         (*(np.uint32(0) for _ in bits), np.bool_(False)),
         lambda left, right: tuple(map(lax.bitwise_or, left, right)),
-        (cut.axis,),
+        (axis,),
     )
-    flatten = partial(_by_tiles, shape=cut.word_shape) if in_tiles else jnp.ravel
-    return [flatten(plane) for plane in planes], ~jnp.any(bad)
 
 
 def _is_tiled(shape: tuple[int, ...]) -> bool:
@@ -283,35 +257,30 @@ def in_blocks(array: jax.Array) -> jax.Array:
 
 def _unpack_array(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Unpacks u32[words] into bool[shape]."""
+    cpu, default = (partial(unpack, shape=shape) for unpack in (unpack_neighbours, unpack_blocks))
+    return lax.platform_dependent(words, cpu=cpu, default=default)
+
+
+def unpack_neighbours(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Undoes `pack_neighbours`."""
+    size = math.prod(shape)
+    words = words[: -(-size // WORD_BITS), None]
+    bits = (words >> lax.broadcasted_iota(jnp.uint32, (len(words), WORD_BITS), 1)) & 1 == 1
+    return bits.reshape(-1)[:size].reshape(shape)
+
+
+def unpack_blocks(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Undoes `pack_blocks`."""
     cut = fold(shape)
-    # Rows that are cut evenly are cut where the flat array is, and CPUs unpack rows faster.
-    even = cut.axis == 0 and cut.rows * WORD_BITS == cut.shape[0]
-    cpu_cut = cut if even else fold_flat(shape)
-
-    def on_cpu(words):
-        return _unpack_blocks(words[: cpu_cut.words].reshape(cpu_cut.word_shape), cpu_cut)
-
-    def elsewhere(words):
-        return _unpack_blocks(_from_tiles(words, cut.word_shape), cut)
-
-    return lax.platform_dependent(
-        words,
-        cpu=lambda words: on_cpu(words).reshape(shape),
-        default=lambda words: elsewhere(words).reshape(shape),
-    )
-
-
-def _unpack_blocks(words: jax.Array, cut: Fold) -> jax.Array:
-    """Unpacks u32[cut.word_shape] into bool[cut.shape]."""
     before, after = cut.shape[: cut.axis], cut.shape[cut.axis + 1 :]
-    blocks = jnp.expand_dims(words, cut.axis)
-    shape = (*before, WORD_BITS, cut.rows, *after)
-    bits = (blocks >> lax.broadcasted_iota(jnp.uint32, shape, cut.axis)) & 1 == 1  # bool[shape]
+    blocks = jnp.expand_dims(_from_tiles(words, cut.word_shape), cut.axis)
+    in_blocks = (*before, WORD_BITS, cut.rows, *after)
+    bits = (blocks >> lax.broadcasted_iota(jnp.uint32, in_blocks, cut.axis)) & 1 == 1
     if len(cut.shape) == 1 or cut.rows * WORD_BITS != cut.shape[cut.axis]:
         # XLA does not fuse through the reshape then: let it write bytes, not numbers.
         bits = lax.optimization_barrier(bits)
     bits = bits.reshape(*before, WORD_BITS * cut.rows, *after)
-    return lax.slice_in_dim(bits, 0, cut.shape[cut.axis], axis=cut.axis)
+    return lax.slice_in_dim(bits, 0, cut.shape[cut.axis], axis=cut.axis).reshape(shape)
 
 
 def _by_size(leaves: Sequence[Any]) -> tuple[list[int], list[int]]:
@@ -330,24 +299,11 @@ def _batch_shapes(leaves: Sequence[Any], small: Sequence[int]) -> list[tuple[int
     return [(sum(_even(math.prod(leaves[n].shape)) for n in small),)] if small else []
 
 
-def _pack_batch(
-    small: Sequence[jax.Array], coin: jax.Array, ballots: Ballots
-) -> tuple[list[jax.Array], jax.Array]:
-    """Packs small leaves, laid end to end, into planes of u32[words]; whether they are finite.
+def _batch(small: Sequence[jax.Array]) -> jax.Array:
+    """Small leaves end to end, in a dtype that holds the values of all.
 
     Each takes an even number of coordinates: one that is odd in its leaf is odd in the batch.
     """
-
-    def signs(leaf):
-        sign = jnp.where(jnp.isfinite(leaf), jnp.sign(leaf), jnp.nan).astype(jnp.bfloat16)
-        return jnp.pad(sign.reshape(-1), (0, leaf.size % 2))
-
-    batch = jnp.concatenate([signs(leaf) for leaf in small])
-    places = lax.broadcasted_iota(jnp.uint32, (WORD_BITS, 1), 0)
-
-    def words(bits):
-        bits = jnp.pad(bits, (0, -bits.size % WORD_BITS)).reshape(WORD_BITS, -1)
-        return jnp.sum(bits.astype(jnp.uint32) << places, axis=0, dtype=jnp.uint32)
-
-    planes = [words(bits) for bits in ballots(batch, odd(batch.shape), coin)]
-    return planes, jnp.all(jnp.isfinite(batch))
+    dtype = jnp.result_type(*small)
+    flat = [leaf.astype(dtype).reshape(-1) for leaf in small]
+    return jnp.concatenate([jnp.pad(leaf, (0, leaf.size % 2)) for leaf in flat])

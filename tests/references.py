@@ -95,6 +95,12 @@ def packed(bits, axis=0, rows=None):
     return words.ravel()
 
 
+def packed_neighbours(bits):
+    """Words of a flat array: bit b of word w is coordinate 32 w + b."""
+    rows = np.pad(bits, (0, -bits.size % 32)).reshape(-1, 32)
+    return np.array([sum(int(bit) << b for b, bit in enumerate(row)) for row in rows], np.uint32)
+
+
 def unpacked(words):
     """The bits of a flat array whose size is 32 times the number of words."""
     return np.concatenate([np.asarray(words) >> b & 1 == 1 for b in range(32)])

@@ -16,7 +16,7 @@ from signax._ballots import Rules
 
 RULES = [Rules("dither", "dither"), Rules("dither", "plus"), Rules("plus", "dither"),
          Rules("abstain", "dither")]  # fmt: skip
-PACKERS = [_packing.pack_by_streams, _packing.pack_by_reduction]
+PACKERS = [_packing.pack_neighbours, _packing.pack_blocks]
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 COIN = 1
 
@@ -49,17 +49,14 @@ def random_values(shape, seed=0, dtype=np.float64):
     return np.asarray(values, dtype)
 
 
-def expected_words(values, rules, packer=_packing.pack_by_streams):
-    """The planes of an array, in an accelerator's order if it is one that packs.
-
-    CPUs cut the flat array, which may leave words to spare.
-    """
+def expected_words(values, rules, packer):
+    """The planes of an array, in the order of who packs."""
     bits = references.ballots(values, *rules, COIN)
     shape, axis, rows = CUTS[values.shape]
     word_shape = (*shape[:axis], rows, *shape[axis + 1 :])
-    if packer is _packing.pack_by_streams:
-        flat = [references.packed(plane.ravel()) for plane in bits]
-        return [np.pad(plane, (0, math.prod(word_shape) - plane.size)) for plane in flat]
+    if packer is _packing.pack_neighbours:  # the cut may leave words to spare
+        words = [references.packed_neighbours(plane.ravel()) for plane in bits]
+        return [np.pad(plane, (0, math.prod(word_shape) - plane.size)) for plane in words]
     words = [references.packed(plane.reshape(shape), axis, rows) for plane in bits]
     tiled = len(shape) > 1 and word_shape[-2] % 8 == 0 and word_shape[-1] % 128 == 0
     if not tiled:
@@ -67,9 +64,9 @@ def expected_words(values, rules, packer=_packing.pack_by_streams):
     return [references.by_tiles(plane, word_shape) for plane in words]
 
 
-@functools.partial(jax.jit, static_argnames=("packer", "rules", "options"))
-def packed_by(array, packer, rules, options=()):
-    return packer(array, jnp.uint32(COIN), ballots=rules, **dict(options))
+@functools.partial(jax.jit, static_argnames=("packer", "rules"))
+def packed_by(array, packer, rules):
+    return packer(array, jnp.uint32(COIN), ballots=rules)
 
 
 @every_cut
@@ -97,7 +94,7 @@ def test_blocks_cover_an_array_and_waste_little(shape):
     ],
     ids=str,
 )
-def test_bit_b_of_word_w_is_the_ballot_on_coordinate_w_of_block_b(shape, rules, packer):
+def test_words_are_made_of_neighbours_or_of_blocks(shape, rules, packer):
     values = random_values(shape)
     planes, finite = packed_by(jnp.asarray(values, jnp.float32), packer, rules)
     assert finite
@@ -130,41 +127,34 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(shape, packer):
             assert not packed_by(jnp.asarray(spoilt), packer, RULES[0])[1], (axis, place)
 
 
-def as_on_an_accelerator(*args, default, **platforms):
-    del platforms
-    return default(*args)
-
-
-@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize(
+    ("packer", "unpacker"),
+    [
+        (_packing.pack_neighbours, _packing.unpack_neighbours),
+        (_packing.pack_blocks, _packing.unpack_blocks),
+    ],
+)
 @every_cut
-def test_unpacking_returns_what_was_packed(shape, packer, monkeypatch):
+def test_unpacking_returns_what_was_packed(shape, packer, unpacker):
     values = random_values(shape)
     (plane,), _ = packed_by(jnp.asarray(values, jnp.float32), packer, RULES[0])
-    if packer is _packing.pack_by_reduction:
-        monkeypatch.setattr(jax.lax, "platform_dependent", as_on_an_accelerator)
-    bits = jax.jit(lambda words: _packing._unpack_array(words, shape))(plane)
+    bits = jax.jit(lambda words: unpacker(words, shape))(plane)
     (expected,) = references.ballots(values, *RULES[0], COIN)
     np.testing.assert_array_equal(bits, expected)
 
 
-@pytest.mark.parametrize(
-    ("packer", "option"),
-    [(_packing.pack_by_streams, "in_tiles"), (_packing.pack_by_reduction, "through_bytes")],
-)
+@pytest.mark.parametrize("packer", PACKERS)
 @pytest.mark.parametrize("shape", [(256, 128), (512, 40), (64, 16, 17), (4, 128, 384)], ids=str)
-def test_an_array_in_blocks_is_packed_as_if_it_were_whole(shape, packer, option):
+def test_an_array_in_blocks_is_packed_as_if_it_were_whole(shape, packer):
     values = jnp.asarray(random_values(shape), jnp.float32)
     blocks = _packing.in_blocks(values)
     assert blocks.shape[0] == 32
     np.testing.assert_array_equal(np.ravel(blocks), np.ravel(values))
-    by_reduction = functools.partial(
-        packed_by, packer=_packing.pack_by_reduction, options=((option, False),)
-    )
     for rules in (RULES[0], RULES[3]):
-        found, finite = by_reduction(blocks, rules=rules)
+        found, finite = packed_by(blocks, packer, rules)
         assert finite
         np.testing.assert_array_equal(found, packed_by(values, packer, rules)[0])
-    assert not by_reduction(blocks.at[(-1,) * blocks.ndim].set(jnp.nan), rules=RULES[0])[1]
+    assert not packed_by(blocks.at[(-1,) * blocks.ndim].set(jnp.nan), packer, RULES[0])[1]
 
 
 def test_blocks_and_whole_arrays_make_one_message():
@@ -242,7 +232,7 @@ def test_the_largest_and_the_smallest_numbers_vote():
     values = np.array([np.finfo(np.float32).max, -np.finfo(np.float32).tiny], np.float32)
     (plane,), finite = _packing.pack([jnp.asarray(values)], Rules("plus", "plus"), jnp.uint32(0))
     assert finite
-    np.testing.assert_array_equal(plane, references.packed(values > 0))
+    np.testing.assert_array_equal(plane, [1])
 
 
 @given(st.lists(st.integers(0, 70) | st.integers(SMALL - 3, SMALL + 70), min_size=1, max_size=6))
