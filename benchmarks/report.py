@@ -57,7 +57,7 @@ def interleave(
     rounds: int,
     warmup: int = 2,
     *,
-    before: Callable[[], Any] = lambda: None,
+    before: Callable[[], Any] | None = None,
 ) -> dict[str, list[float]]:
     """Times one call of each candidate per round, in seconds until its result is ready.
 
@@ -65,7 +65,9 @@ def interleave(
       candidates: what to time by name, called in this order in every round.
       rounds: how many times of each to return.
       warmup: rounds that run first and are not returned.
-      before: called ahead of every timed call, and waited for: a barrier between workers.
+      before: called ahead of every timed call, and waited for: a barrier between workers. By
+        default it is the same call, untimed, which meets the memory that the last candidate has
+        yet to give back and the caches that it has filled.
 
     Returns:
       For each candidate one time per round.
@@ -73,7 +75,7 @@ def interleave(
     seconds = {name: [] for name in candidates}
     for number in range(warmup + rounds):
         for name, call in candidates.items():
-            jax.block_until_ready(before())
+            jax.block_until_ready((before or call)())
             start = time.perf_counter()
             jax.block_until_ready(call())
             if number >= warmup:

@@ -190,14 +190,15 @@ def decide(parts: jax.Array, planes: int, share: int) -> tuple[Planes, jax.Array
     """Counts what M workers sealed: u32[M, part] to planes of u32[share] and the voters, u32[]."""
     _, found = unseal(parts, planes, share)
     voters = jnp.sum(found > 0, dtype=jnp.uint32)
+    # Among an even number of voters the coin is one more vote, which decides ties and only ties.
+    coin = jnp.where(voters % 2 == 0, _bits.spread(jnp.max(found & 1)), 0)
+    voters, coin = lax.optimization_barrier((voters, coin))  # else they are computed in the loops
     # Whole parts are counted, whose length suits vectors of any processor, headers and all.
     if planes == 2:
         counted = lax.optimization_barrier(jnp.stack(_bits.count(parts)))  # u32[digits, part]
         (plus, minus), _ = unseal(counted, planes, share)
         plus, minus = list(plus), list(minus)
         return [_bits.exceeds(plus, minus), _bits.exceeds(minus, plus)], voters
-    # Among an even number of voters the coin is one more vote, which decides ties and only ties.
-    coin = jnp.where(voters % 2 == 0, _bits.spread(jnp.max(found & 1)), 0)
     counted = _bits.count(parts, jnp.broadcast_to(coin, parts.shape[1:]))
     result = lax.optimization_barrier(_bits.at_least(counted, voters // 2 + 1))  # u32[part]
     ((decided,), _) = unseal(result[None], planes, share)

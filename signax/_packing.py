@@ -159,7 +159,7 @@ def pack_neighbours(
     rest = flat.size % WORD_BITS
     rows = flat[: flat.size - rest].reshape(-1, WORD_BITS)
     parts = [_fields(rows, odd(rows.shape), coin, ballots)]
-    if rest:  # apart, since vectors do not suit a pad
+    if rest:  # apart, since a pad does not suit vectors
         fields = _fields(flat[-rest:], odd((rest,)), coin, ballots)
         parts.append([jnp.pad(field, (0, WORD_BITS - rest))[None] for field in fields])
     packed = [_join(fields, axis=1) for fields in parts]
@@ -266,7 +266,12 @@ def unpack_neighbours(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     size = math.prod(shape)
     words = words[: -(-size // WORD_BITS), None]
     bits = (words >> lax.broadcasted_iota(jnp.uint32, (len(words), WORD_BITS), 1)) & 1 == 1
-    return bits.reshape(-1)[:size].reshape(shape)
+    bits = bits.reshape(-1)
+    if size % WORD_BITS or (len(shape) > 1 and shape[-1] % 4):
+        # Rows or threads would start anywhere in a word, which does not suit vectors: let XLA
+        # write whole words' bytes first.
+        bits = lax.optimization_barrier(bits)
+    return bits[:size].reshape(shape)
 
 
 def unpack_blocks(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
