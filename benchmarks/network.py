@@ -217,12 +217,10 @@ def combine(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One candidate over all workers: a step lasts as long as on the slowest of them."""
     if name != "none" and len({report.get("parameters") for report in reports}) > 1:
         sys.exit(f"error: {name} has left the workers with different parameters")
-    by_worker = [report["seconds"] for report in reports]
-    seconds = [max(times) for times in zip(*by_worker, strict=True)]
+    seconds = [max(times) for times in zip(*(r["seconds"] for r in reports), strict=True)]
     return {
         **summary(seconds),
         "seconds": seconds,
-        "seconds_by_worker": by_worker,
         "hlo_bytes": reports[0].get("hlo_bytes"),  # PyTorch's program has none
         "counted_bytes": round(statistics.mean(report["counted_bytes"] for report in reports)),
     }

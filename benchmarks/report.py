@@ -101,6 +101,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def save(path: str | Path, name: str, settings: Mapping[str, Any], results: Any) -> None:
     """Writes results as JSON, with the machine and the settings that they belong to."""
+    files = ("json", "figure", "sweep")  # where they lie says nothing of the results
+    settings = {key: value for key, value in settings.items() if key not in files}
     report = {"benchmark": name, "machine": machine(), "settings": settings, "results": results}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(report, indent=1) + "\n")

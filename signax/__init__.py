@@ -3,7 +3,7 @@
 from optax import scale_by_sign
 
 from signax import diagnostics
-from signax._collectives import pvote, pvote_scatter
+from signax._collectives import pvote
 from signax._compressors import (
     ScaleByRandomKState,
     ScaleByStochasticSignState,
@@ -14,6 +14,7 @@ from signax._compressors import (
 )
 from signax._data_parallel import DataParallel
 from signax._optimizers import ef_sign_sgd, lion, sign_sgd, signum
+from signax._scatter import pvote_scatter
 from signax._transforms import (
     ErrorFeedbackState,
     ScaleBySignumState,

@@ -253,10 +253,11 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         if specs is not None:
             extra_args["param_specs"] = specs
 
+        # Barriers keep the axis of rows out of what XLA fuses: else a donated state is copied.
         def local(updates, leaves, params, active):
             extra = extra_args if active is None else {**extra_args, "active": active.squeeze(0)}
             state = layout.structure.unflatten(
-                leaf.squeeze(0) if place.per_worker else leaf
+                lax.optimization_barrier(leaf.squeeze(0)) if place.per_worker else leaf
                 for leaf, place in zip(leaves, layout.leaves, strict=True)
             )
             updates = jax.tree.map(lambda row: row.squeeze(0), updates)
@@ -425,7 +426,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
                     f"state{place.path} differs between workers but is to be shared: let "
                     "per_worker return True for it"
                 )
-            rows.append(self._row(leaf) if place.per_worker else leaf)
+            rows.append(self._row(lax.optimization_barrier(leaf)) if place.per_worker else leaf)
         return rows
 
 

@@ -1,10 +1,12 @@
 """Arrays to packed words and back: where the bit of each coordinate lies.
 
-An array is cut along one axis into 32 blocks of equal length, and coordinate w of block b is bit b
-of word w. So 32 neighbours go to 32 neighbouring words: blocks are compared, shifted and OR-ed
-whole, in one pass over the array, which suits CPUs, GPUs and TPUs alike. Packing neighbours into
-one word would cross a TPU's lanes. Unpacking broadcasts the words to the array's shape, to be fused
-with whatever uses the signs.
+CPUs pack neighbours: bit b of word w is coordinate 32 w + b, whatever the shape. That would go
+across the lanes of an accelerator. There an array is cut along one axis into 32 blocks of equal
+length, and bit b of word w is coordinate w of block b: whole blocks are compared, shifted, OR-ed.
+
+Either way packing is one pass over the array, and unpacking broadcasts the words to its shape, to
+be fused with whatever uses the signs. Words never outlive a step, so that nobody reads another
+platform's.
 """
 
 import math
@@ -35,7 +37,7 @@ class Ballots(Hashable, Protocol):
 
 
 class Fold(NamedTuple):
-    """How an array is cut into 32 blocks.
+    """How accelerators cut an array into 32 blocks.
 
     Attributes:
       shape: the array's, or with leading axes merged.

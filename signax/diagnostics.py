@@ -1,5 +1,6 @@
 """When one bit pays: how dense gradients are, and what a step sends."""
 
+import math
 from typing import Any
 
 import jax
@@ -11,7 +12,14 @@ from signax._exchange import choose_transport, part_words, share_words
 from signax._hlo import Collective, collective_bytes, collectives
 from signax._numerics import relative_to_peak, wide_dtype
 
-__all__ = ["Collective", "collective_bytes", "collectives", "density", "wire_bytes"]
+__all__ = [
+    "Collective",
+    "collective_bytes",
+    "collectives",
+    "density",
+    "exchange_seconds",
+    "wire_bytes",
+]
 
 _PLANES = {"vote": 1, "abstain": 2}
 _WORD_BYTES = 4
@@ -105,3 +113,67 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
         return (num_workers - 1) * part_words(planes * words) * _WORD_BYTES
     part = part_words(planes * share_words(words, num_workers))
     return 2 * (num_workers - 1) * part * _WORD_BYTES
+
+
+def exchange_seconds(
+    tree: Any,
+    num_workers: int,
+    *,
+    link_rate: float,
+    scheme: str = "vote",
+    latency: float = 0.0,
+    memory_bandwidth: float = math.inf,
+) -> float:
+    r"""How long an exchange takes by a simple model: one bit pays where it is the shorter.
+
+    .. math:: T = \frac{8 b}{r} + n \ell + \frac{a}{w}
+
+    with b the bytes that a worker sends (:func:`wire_bytes`), r the rate of its link, n the number
+    of collectives (a mean has one, a vote two, or one where it gathers), l the time of a collective
+    that carries next to nothing, a the bytes of the updates, which a vote reads once more to pack
+    them, and w the bandwidth of a worker's memory. Counting and unpacking are left out: words are a
+    32nd of what the update of the parameters reads and writes anyway. So are the sums inside an
+    all-reduce, in favour of the mean, and whatever runs while the exchange does.
+
+    Args:
+      tree: as in :func:`wire_bytes`. A mean of bf16 is that of a tree of bf16.
+      num_workers: M, the number of workers.
+      link_rate: bits per second that a worker can send, as it can receive at the same time.
+      scheme: `"vote"`, `"abstain"` or `"mean"`.
+      latency: seconds of an empty collective among so many workers.
+      memory_bandwidth: bytes per second that a worker can read.
+
+    Returns:
+      Seconds.
+
+    Raises:
+      ValueError: a rate is not above 0, or `latency` below it; or as in :func:`wire_bytes`.
+      TypeError: as in :func:`wire_bytes`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from signax.diagnostics import exchange_seconds
+      >>> params = jax.ShapeDtypeStruct((10_000_000,), jnp.bfloat16)
+      >>> machine = dict(latency=50e-6, memory_bandwidth=1e12)
+      >>> for link_rate in (1e9, 3.6e12):  # an office's network, and NVLink
+      ...     vote = exchange_seconds(params, 8, link_rate=link_rate, **machine)
+      ...     mean = exchange_seconds(params, 8, link_rate=link_rate, scheme="mean", **machine)
+      ...     print(f"{mean / vote:.1f}")
+      15.8
+      1.0
+    """
+    if not (link_rate > 0 and memory_bandwidth > 0 and latency >= 0):
+        raise ValueError(
+            f"link_rate={link_rate!r} and memory_bandwidth={memory_bandwidth!r} must be above 0, "
+            f"latency={latency!r} at least 0: bits, bytes per second, and seconds"
+        )
+    wire = 8 * wire_bytes(tree, num_workers, scheme=scheme) / link_rate
+    leaves = jax.tree.leaves(jax.eval_shape(lambda arrays: arrays, tree))
+    if num_workers == 1 or not sum(leaf.size for leaf in leaves):
+        return 0.0
+    if scheme == "mean":
+        return wire + latency
+    words = _PLANES[scheme] * _packing.num_words(leaves)
+    collectives = 1 if choose_transport(words, num_workers) == "gather" else 2
+    read = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / memory_bandwidth
+    return wire + collectives * latency + read

@@ -2,9 +2,14 @@
 
 A topology describes devices to XLA's compiler for them, which libtpu and JAX's CUDA plugin bring
 along. What a step sends, how much memory it takes and what it reads stands in the program.
+
+    JAX_PLATFORMS=cpu .venv-accelerators/bin/python tests/accelerators.py
+
+prints it for every target, and how long compiling took.
 """
 
 import functools
+import itertools
 import math
 import os
 import re
@@ -212,3 +217,19 @@ def _compile(function: jax.stages.Wrapped, *args: Any) -> Program:
         bytes_accessed=costs.get("bytes accessed", math.nan),
         seconds=seconds,
     )
+
+
+def main() -> None:
+    """Prints a line for each target and tree."""
+    print("target    tree   sent (d/8 bytes)  temporary (4d)  traffic (d bytes)  compiled in")
+    for target, tree in itertools.product(TARGETS, TREES):
+        program, d = vote_program(target, tree), num_parameters(tree)
+        sent = sum(record.bytes_sent * record.count for record in program.collectives)
+        print(
+            f"{target:9} {tree:5} {8 * sent / d:17.3f} {program.temporary_bytes / 4 / d:15.2%} "
+            f"{program.bytes_accessed / d:18.1f} {program.seconds:9.1f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -196,6 +196,55 @@ def test_wire_bytes_refuses_what_it_does_not_know():
             diagnostics.wire_bytes(_shapes(3), num_workers)
 
 
+# --- exchange_seconds ------------------------------------------------------------------------
+
+
+def test_an_exchange_takes_what_its_parts_take():
+    tree, machine = _shapes(10_000_000), {"latency": 1e-3, "memory_bandwidth": 1e10}
+    vote = diagnostics.exchange_seconds(tree, 8, link_rate=1e9, **machine)
+    assert vote == pytest.approx(8 * 2_200_576 / 1e9 + 2 * 1e-3 + 4e7 / 1e10)
+    abstain = diagnostics.exchange_seconds(tree, 8, scheme="abstain", link_rate=1e9, **machine)
+    two_bits = diagnostics.wire_bytes(tree, 8, scheme="abstain")
+    assert abstain == pytest.approx(8 * two_bits / 1e9 + 2 * 1e-3 + 4e7 / 1e10)
+    mean = diagnostics.exchange_seconds(tree, 8, scheme="mean", link_rate=1e9, **machine)
+    assert mean == pytest.approx(8 * 70e6 / 1e9 + 1e-3)
+    gathered = diagnostics.exchange_seconds(tree, 2, link_rate=1e9, **machine)  # in one collective
+    assert gathered == pytest.approx(8 * 1_250_304 / 1e9 + 1e-3 + 4e7 / 1e10, rel=1e-3)
+
+
+def test_bandwidth_and_latency_are_free_unless_given():
+    tree = _shapes(1_000_000, dtype="bfloat16")
+    for scheme in ("vote", "mean"):
+        sent = diagnostics.wire_bytes(tree, 8, scheme=scheme)
+        seconds = diagnostics.exchange_seconds(tree, 8, scheme=scheme, link_rate=2.0)
+        assert seconds == 4.0 * sent
+
+
+@pytest.mark.parametrize(("sizes", "num_workers"), [((100,), 1), ((), 8), ((0,), 8)])
+@pytest.mark.parametrize("scheme", ["vote", "abstain", "mean"])
+def test_nothing_to_exchange_takes_no_time(sizes, num_workers, scheme):
+    seconds = diagnostics.exchange_seconds(
+        _shapes(*sizes), num_workers, scheme=scheme, link_rate=1e9, latency=1.0
+    )
+    assert seconds == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"link_rate": 0.0},
+        {"link_rate": -1.0},
+        {"link_rate": float("nan")},
+        {"latency": -1e-6},
+        {"memory_bandwidth": 0.0},
+    ],
+)
+def test_a_machine_that_cannot_be_is_refused(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        diagnostics.exchange_seconds(_shapes(10), 8, **{"link_rate": 1e9, **wrong})
+
+
 # --- collectives of compiled programs --------------------------------------------------------
 
 _RING = [(i, (i + 1) % 8) for i in range(8)]

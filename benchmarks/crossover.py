@@ -1,0 +1,266 @@
+"""Says where one bit pays: how much faster than a mean a vote is, by link, parameters and workers.
+
+It checks the cost model, `signax.diagnostics.exchange_seconds`, against a sweep of network.py, and
+then asks it about machines that are not here.
+
+    sudo python benchmarks/network.py --sweep
+    python benchmarks/crossover.py
+    python benchmarks/crossover.py --workers 64 --latency 20e-6 --memory-bandwidth 3e12
+
+The sweep's unlimited links give the constants of the machine that ran it, for each number of
+workers: the time of an empty collective, the bandwidth at which a worker reads, and the rate at
+which its processor feeds a link. With these the model predicts the steps over limited links, which
+took no part in that: `p - learning_rate * direction` by the time of `none`, the exchange by the
+model. The first table has what was measured and what was predicted.
+
+The second is the model's alone: the time of a bf16 mean over that of a vote. Below 1 the mean is
+the faster. Both leave out what a mean can hide behind the backward pass.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from report import print_table, save
+
+from signax.diagnostics import exchange_seconds, wire_bytes
+
+here = Path(__file__).parent
+rates = {
+    "100 Mbit/s": 1e8,
+    "1 Gbit/s": 1e9,
+    "10 Gbit/s": 1e10,
+    "100 Gbit/s": 1e11,
+    "400 Gbit/s": 4e11,
+    "3.6 Tbit/s": 3.6e12,  # what an H100 sends over NVLink
+}
+sizes = {"100 k": 10**5, "1 M": 10**6, "10 M": 10**7, "100 M": 10**8, "1 G": 10**9}
+schemes = {"vote": "vote", "f32 mean": "mean"}  # candidates of network.py
+
+
+class Machine(NamedTuple):
+    """The constants of the model, among one number of workers.
+
+    Attributes:
+      latency: seconds of an empty collective.
+      memory_bandwidth: bytes per second.
+      feed_rate: bits per second that a processor sends where the link sets no limit.
+    """
+
+    latency: float
+    memory_bandwidth: float
+    feed_rate: float
+
+
+def main() -> None:
+    """Fits, predicts, and prints, saves and draws both tables."""
+    args = parse_arguments()
+    sweep = json.loads(Path(args.sweep).read_text())["results"]
+    machines, predictions = predict(sweep)
+    print_predictions(predictions)
+    by_model = speedups(args.workers, args.latency, args.memory_bandwidth)
+    print(
+        f"\nTime of a bf16 mean over that of a vote, {args.workers} workers, by the model"
+        f"\n(latency {args.latency * 1e6:g} us, memory {args.memory_bandwidth / 1e12:g} TB/s)"
+    )
+    print_table(
+        ("", *sizes),
+        [
+            (rate, *(f"{ratio:.1f}" for ratio in row))
+            for rate, row in zip(rates, by_model, strict=True)
+        ],
+    )
+    results = {
+        "machines": {workers: machine._asdict() for workers, machine in machines.items()},
+        "predictions": predictions,
+        "rates": rates,
+        "sizes": sizes,
+        "bf16 mean over vote": by_model,
+    }
+    save(args.json, "crossover", vars(args), results)
+    draw(args, predictions)
+    print(f"\nResults are in {args.json}, the figure is {args.figure}.")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads and checks the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, results = parser.add_argument, here / "results"
+    add("--sweep", metavar="FILE", default=str(results / "network-sweep.json"))
+    add("--workers", type=int, default=8, help="of the model's table (default 8)")
+    add("--latency", type=float, default=50e-6, help="seconds, of the same (default 50e-6)")
+    add("--memory-bandwidth", type=float, default=1e12, help="bytes/s, of the same (default 1e12)")
+    add("--json", metavar="FILE", default=str(results / "crossover.json"))
+    add("--figure", metavar="FILE", default=str(results / "crossover.png"))
+    args = parser.parse_args()
+    if not Path(args.sweep).exists():
+        parser.error(f"--sweep {args.sweep} is not there: python benchmarks/network.py --sweep")
+    if args.workers < 2 or args.latency < 0 or args.memory_bandwidth <= 0:
+        parser.error("--workers must be at least 2, --latency 0, --memory-bandwidth above 0")
+    return args
+
+
+def array(parameters: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    """The updates that are exchanged."""
+    return jax.ShapeDtypeStruct((parameters,), dtype)
+
+
+def median(setting: dict[str, Any], candidate: str) -> float:
+    """The measured seconds of a step."""
+    return setting["candidates"][candidate]["median"]
+
+
+def predict(sweep: Sequence[dict[str, Any]]) -> tuple[dict[int, Machine], list[dict[str, Any]]]:
+    """Fits the model to unlimited links, and predicts the steps over all others."""
+    numbers = sorted({setting["workers"] for setting in sweep})
+    machines = {
+        workers: fit(workers, [setting for setting in sweep if setting["workers"] == workers])
+        for workers in numbers
+    }
+    predictions = []
+    for setting in sweep:
+        rate, workers = setting["rate_bits_per_second"], setting["workers"]
+        if rate is None:
+            continue
+        latency, bandwidth, feed_rate = machines[workers]
+        for candidate, scheme in schemes.items():
+            exchange = exchange_seconds(
+                array(setting["parameters"]),
+                workers,
+                scheme=scheme,
+                link_rate=min(rate, feed_rate),
+                latency=latency,
+                memory_bandwidth=bandwidth,
+            )
+            predictions.append(
+                {
+                    "workers": workers,
+                    "rate": setting["rate"],
+                    "rate_bits_per_second": rate,
+                    "parameters": setting["parameters"],
+                    "candidate": candidate,
+                    "measured": median(setting, candidate),
+                    "predicted": median(setting, "none") + exchange,
+                }
+            )
+    return machines, predictions
+
+
+def fit(workers: int, sweep: Sequence[dict[str, Any]]) -> Machine:
+    """The constants that make the model right for the smallest vote and the largest vote and mean.
+
+    Both over unlimited links, and beyond the time of a step that sends nothing.
+    """
+    unlimited = [setting for setting in sweep if setting["rate_bits_per_second"] is None]
+    small, *_, large = sorted(unlimited, key=lambda setting: setting["parameters"])
+
+    def beyond_none(setting, candidate):
+        return max(median(setting, candidate) - median(setting, "none"), 1e-9)
+
+    collectives = exchange_seconds(
+        array(small["parameters"]), workers, link_rate=math.inf, latency=1
+    )
+    latency = beyond_none(small, "vote") / collectives
+    sent = wire_bytes(array(large["parameters"]), workers, scheme="mean")
+    feed_rate = 8 * sent / max(beyond_none(large, "f32 mean") - latency, 1e-9)
+    vote = exchange_seconds(
+        array(large["parameters"]), workers, link_rate=feed_rate, latency=latency
+    )
+    bandwidth = 4 * large["parameters"] / max(beyond_none(large, "vote") - vote, 1e-9)
+    return Machine(latency, bandwidth, feed_rate)
+
+
+def print_predictions(predictions: Sequence[dict[str, Any]]) -> None:
+    """Prints what was measured beside what the model says."""
+    rows = []
+    settings = {(p["workers"], p["rate"], p["parameters"]): {} for p in predictions}
+    for p in predictions:
+        settings[p["workers"], p["rate"], p["parameters"]][p["candidate"]] = p
+    for (workers, rate, parameters), by_candidate in settings.items():
+        row = [f"{workers} workers, {rate}, {parameters:,}"]
+        for candidate in schemes:
+            seconds = by_candidate[candidate]
+            row += [f"{seconds[key] * 1e3:,.1f}" for key in ("measured", "predicted")]
+        for key in ("measured", "predicted"):
+            row.append(f"{by_candidate['f32 mean'][key] / by_candidate['vote'][key]:.1f}")
+        rows.append(row)
+    columns = (f"{what}{unit}" for what in ("vote", "mean", "ratio") for unit in ("", ", model"))
+    print("Milliseconds of a step with a vote, with an f32 mean, and their ratio")
+    print_table(("", *columns), rows)
+    errors = [abs(math.log(p["predicted"] / p["measured"])) for p in predictions]
+    typical, worst = (math.exp(error) for error in (statistics.median(errors), max(errors)))
+    print(f"The model is off by a factor of {typical:.2f} in the median, {worst:.2f} at worst.")
+
+
+def speedups(workers: int, latency: float, memory_bandwidth: float) -> list[list[float]]:
+    """The time of a bf16 mean over that of a vote: a row for each rate, a column for each size."""
+    machine = {"latency": latency, "memory_bandwidth": memory_bandwidth}
+    return [
+        [speedup(size, workers, link_rate=rate, **machine) for size in sizes.values()]
+        for rate in rates.values()
+    ]
+
+
+def speedup(parameters: int, workers: int, **machine: float) -> float:
+    """The time of a bf16 mean over that of a vote on f32."""
+    mean = exchange_seconds(array(parameters, jnp.bfloat16), workers, scheme="mean", **machine)
+    return mean / exchange_seconds(array(parameters), workers, **machine)
+
+
+def draw(args: argparse.Namespace, predictions: Sequence[dict[str, Any]]) -> None:
+    """Saves the figure: the sweep and its predictions, and the model's map."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    measured, by_model = figure.subplots(1, 2)
+    workers = sorted({p["workers"] for p in predictions})[-1]
+    shown = [p for p in predictions if p["workers"] == workers]
+    for number, parameters in enumerate(sorted({p["parameters"] for p in shown})):
+        mine = [p for p in shown if p["parameters"] == parameters]
+        votes, means = ([p for p in mine if p["candidate"] == name] for name in schemes)
+        bits = [p["rate_bits_per_second"] for p in votes]
+        for key, style in (("measured", "o"), ("predicted", "--")):
+            ratios = [mean[key] / vote[key] for mean, vote in zip(means, votes, strict=True)]
+            label = f"{parameters:,} parameters" if key == "measured" else None
+            measured.plot(bits, ratios, style, color=f"C{number}", label=label)
+    measured.axhline(1, color="black", linewidth=0.8)
+    measured.set(
+        xscale="log",
+        yscale="log",
+        xlabel="rate of each link (bit/s)",
+        ylabel="f32 mean step / voted step (times)",
+        title=f"{workers} processes: measured (dots), model (dashes)",
+    )
+    measured.legend()
+
+    x, y = np.logspace(8, 13, 60), np.logspace(4, 10, 60)
+    machine = {"latency": args.latency, "memory_bandwidth": args.memory_bandwidth}
+    ratios = [[speedup(round(d), args.workers, link_rate=r, **machine) for r in x] for d in y]
+    doublings, levels = np.log2(ratios), [-1, -0.5, -0.1, 0.1, 0.5, 1, 2, 3, 4]
+    colors = {"cmap": "RdBu", "norm": TwoSlopeNorm(0, -2, 4)}  # white where both take as long
+    filled = by_model.contourf(x, y, doublings, levels, **colors, extend="both")
+    bar = figure.colorbar(filled, label="bf16 mean / vote (times)", ticks=levels)
+    bar.set_ticklabels([f"{2.0**level:.2g}" for level in levels])
+    by_model.set(
+        xscale="log",
+        yscale="log",
+        xlabel="rate of each link (bit/s)",
+        ylabel="parameters",
+        title=f"{args.workers} workers, {args.latency * 1e6:g} us, "
+        f"{args.memory_bandwidth / 1e12:g} TB/s: model",
+    )
+    Path(args.figure).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.figure, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
