@@ -22,6 +22,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,17 +206,24 @@ def print_predictions(predictions: Sequence[dict[str, Any]]) -> None:
 
 def speedups(workers: int, latency: float, memory_bandwidth: float) -> list[list[float]]:
     """The time of a bf16 mean over that of a vote: a row for each rate, a column for each size."""
-    machine = {"latency": latency, "memory_bandwidth": memory_bandwidth}
     return [
-        [speedup(size, workers, link_rate=rate, **machine) for size in sizes.values()]
+        [speedup(size, workers, rate, latency, memory_bandwidth) for size in sizes.values()]
         for rate in rates.values()
     ]
 
 
-def speedup(parameters: int, workers: int, **machine: float) -> float:
+def speedup(
+    parameters: int, workers: int, link_rate: float, latency: float, memory_bandwidth: float
+) -> float:
     """The time of a bf16 mean over that of a vote on f32."""
-    mean = exchange_seconds(array(parameters, jnp.bfloat16), workers, scheme="mean", **machine)
-    return mean / exchange_seconds(array(parameters), workers, **machine)
+    seconds = partial(
+        exchange_seconds,
+        num_workers=workers,
+        link_rate=link_rate,
+        latency=latency,
+        memory_bandwidth=memory_bandwidth,
+    )
+    return seconds(array(parameters, jnp.bfloat16), scheme="mean") / seconds(array(parameters))
 
 
 def draw(args: argparse.Namespace, predictions: Sequence[dict[str, Any]]) -> None:
@@ -243,8 +251,8 @@ def draw(args: argparse.Namespace, predictions: Sequence[dict[str, Any]]) -> Non
     measured.legend()
 
     x, y = np.logspace(8, 13, 60), np.logspace(4, 10, 60)
-    machine = {"latency": args.latency, "memory_bandwidth": args.memory_bandwidth}
-    ratios = [[speedup(round(d), args.workers, link_rate=r, **machine) for r in x] for d in y]
+    machine = args.latency, args.memory_bandwidth
+    ratios = [[speedup(round(d), args.workers, rate, *machine) for rate in x] for d in y]
     doublings, levels = np.log2(ratios), [-1, -0.5, -0.1, 0.1, 0.5, 1, 2, 3, 4]
     colors = {"cmap": "RdBu", "norm": TwoSlopeNorm(0, -2, 4)}  # white where both take as long
     filled = by_model.contourf(x, y, doublings, levels, **colors, extend="both")

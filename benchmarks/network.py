@@ -63,7 +63,8 @@ worker_environment = {
 def main() -> None:
     """Runs one setting or the grid, and prints, saves and draws what comes out."""
     args = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces are deleted
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that namespaces are deleted
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     results = []
     for setting in settings(args):
         try:

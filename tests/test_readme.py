@@ -1,5 +1,7 @@
 """README's Python runs as it stands, and its figures follow from the library."""
 
+import functools
+import json
 import pathlib
 import re
 import subprocess
@@ -11,7 +13,9 @@ import numpy as np
 
 from signax import diagnostics
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def test_the_code_blocks_run_one_after_the_other():
@@ -31,15 +35,51 @@ def test_the_example_is_about_twenty_lines_long():
     assert len(lines) <= 20
 
 
-def test_the_table_of_bytes_is_what_the_formula_gives():
-    params = jax.ShapeDtypeStruct((10_000_000,), jnp.float32)
-    half = jax.ShapeDtypeStruct((10_000_000,), jnp.bfloat16)
-    for row, sent in [
-        ("f32 mean (ring all-reduce)", diagnostics.wire_bytes(params, 8, scheme="mean")),
-        ("bf16 mean", diagnostics.wire_bytes(half, 8, scheme="mean")),
-        ("majority vote", diagnostics.wire_bytes(params, 8)),
-    ]:
-        assert f"| {row} | {sent / 1e6:.1f} MB |" in README
+def row_of(*cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def number(value, bold_below=0.0):
+    """Two digits or more, and no more than three."""
+    text = f"{value:,.1f}" if value < 9.95 else f"{value:,.0f}"
+    return f"**{text}**" if value < bold_below else text
+
+
+def test_the_measured_table_is_what_the_sweep_gave():
+    sweep = json.loads((RESULTS / "network-sweep.json").read_text())["results"]
+    names = {"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s", "10gbit": "10 Gbit/s"}
+    sizes = {100_000: "100 k", 1_000_000: "1 M", 10_000_000: "10 M"}
+    rows = []
+    for setting in sweep:
+        candidates = ("f32 mean", "int8 psum", "vote")
+        seconds = [setting["candidates"][name]["median"] for name in candidates]
+        head = str(setting["workers"]), names.get(setting["rate"], "none (memory)")
+        milliseconds = [number(1e3 * value) for value in seconds]
+        ratio = number(seconds[0] / seconds[-1], bold_below=0.95)
+        rows.append(row_of(*head, sizes[setting["parameters"]], *milliseconds, ratio))
+    printed = re.findall(r"^\| \d+ \|.*\|$", README, re.MULTILINE)
+    assert len(printed) == 8
+    assert set(printed) <= set(rows)
+
+
+def test_the_modelled_table_is_what_the_model_gives():
+    table = README[README.index("each worker's link") :]
+    printed = re.findall(r"^\| (\S+) ([GT])bit/s.*\|$", table, re.MULTILINE)
+    assert len(printed) == 5
+    for rate, unit in printed:
+        ratios = []
+        for parameters in (10**5, 10**6, 10**7, 10**8, 10**9):
+            seconds = functools.partial(
+                diagnostics.exchange_seconds,
+                num_workers=8,
+                link_rate=float(rate) * {"G": 1e9, "T": 1e12}[unit],
+                latency=50e-6,
+                memory_bandwidth=1e12,
+            )
+            mean = seconds(jax.ShapeDtypeStruct((parameters,), jnp.bfloat16), scheme="mean")
+            ratios.append(mean / seconds(jax.ShapeDtypeStruct((parameters,), jnp.float32)))
+        cells = " | ".join(number(ratio, bold_below=0.95) for ratio in ratios)
+        assert f"| {cells} |" in table
 
 
 def test_three_quarters_of_bf16_weights_do_not_move_at_a_step_of_1e_4():
