@@ -13,7 +13,8 @@ from signax._compressors import (
     scale_by_top_k,
 )
 from signax._data_parallel import DataParallel
-from signax._optimizers import ef_sign_sgd, lion, sign_sgd, signum
+from signax._means import pmean_signs
+from signax._optimizers import ef_sign_sgd, lion, sign_sgd, signum, ssdm
 from signax._scatter import pvote_scatter
 from signax._transforms import (
     ErrorFeedbackState,
@@ -22,7 +23,13 @@ from signax._transforms import (
     hold_if_nonfinite,
     scale_by_signum,
 )
-from signax._voting import MajorityVoteState, average_updates, majority_vote
+from signax._voting import (
+    MajorityVoteState,
+    MeanSignsState,
+    average_updates,
+    majority_vote,
+    mean_signs,
+)
 
 __version__ = "0.1.0"
 
@@ -30,6 +37,7 @@ __all__ = [
     "DataParallel",
     "ErrorFeedbackState",
     "MajorityVoteState",
+    "MeanSignsState",
     "ScaleByRandomKState",
     "ScaleBySignumState",
     "ScaleByStochasticSignState",
@@ -40,6 +48,8 @@ __all__ = [
     "hold_if_nonfinite",
     "lion",
     "majority_vote",
+    "mean_signs",
+    "pmean_signs",
     "pvote",
     "pvote_scatter",
     "scale_by_random_k",
@@ -50,4 +60,5 @@ __all__ = [
     "scale_by_top_k",
     "sign_sgd",
     "signum",
+    "ssdm",
 ]

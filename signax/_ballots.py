@@ -70,6 +70,23 @@ class Rules(NamedTuple):
         one = lax.optimization_barrier((voters > 0).astype(dtype))
         return jnp.where(plus ^ odd if self.relative else plus, one, -one)
 
+    def total(self, digits: Sequence[jax.Array], voters: jax.Array) -> jax.Array:
+        """The sum of the voters' ballots from the digits of their counts: bool[...] to i32[...].
+
+        With two planes those of one come behind those of the other. Ballots must not have travelled
+        relative to their coordinates.
+        """
+        length = len(digits) // self.planes
+
+        def count(digits):
+            weighted = [digit.astype(jnp.int32) << place for place, digit in enumerate(digits)]
+            return sum(weighted, start=jnp.int32(0))
+
+        plus = count(digits[:length])
+        if self.zeros == "abstain":
+            return plus - count(digits[length:])
+        return 2 * plus - voters.astype(jnp.int32)
+
 
 class Coins(NamedTuple):
     """Parities that are added to a coordinate's index j: an even sum is +1, an odd one -1."""

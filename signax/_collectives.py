@@ -16,11 +16,13 @@ from signax._checks import check_axis_name, check_floating, check_mode
 from signax._exchange import (
     TRANSPORTS,
     Transport,
+    decide,
     make_header,
     send,
     send_in_parts,
     send_summed,
     sum_dtype,
+    tally,
 )
 from signax._numerics import wide_dtype
 from signax._specs import axis_names, explicit_axes, varies
@@ -105,6 +107,7 @@ class VoteOptions(NamedTuple):
     rules: Rules
     transport: Transport
     split_over: Hashable | None
+    mean: bool = False  # of the ballots, not their majority
 
 
 def check_vote_options(options: VoteOptions) -> None:
@@ -267,29 +270,58 @@ def _settle(
     place: jax.Array,
     options: VoteOptions,
 ) -> list[jax.Array]:
-    """What the workers decide: +-1 or 0 like each leaf, whose values are not used.
+    """What the workers decide like each leaf, whose values are not used: signs, or their means.
 
     Of the devices of `split_over`, this is the one at `place`, i32[1].
     """
-    axis_name, rules, transport, split_over = options
-    if transport == "int8":
-        sums, voters, tie = send_summed(message, header, axis_name)
-        if rules.planes == 2:
-            bits = [[total > 0, total < 0] for total in sums]
-        else:
-            bits = [[(total > 0) | ((total == 0) & (tie == 1))] for total in sums]
+    if options.transport == "int8":
+        outcomes, voters = _settle_sums(message, header, options)
     else:
-        if split_over is None:
-            decided, voters = send(message, header, axis_name, transport)
-        else:
-            decided, voters = send_in_parts(
-                message, header, axis_name, split_over, place[0], transport
-            )
-        bits = _packing.unpack(decided, leaves)
-    return [
-        rules.signs(planes, _packing.odd(leaf.shape), voters, leaf.dtype)
-        for planes, leaf in zip(bits, leaves, strict=True)
-    ]
+        outcomes, voters = _settle_words(leaves, message, header, place, options)
+    if options.mean:
+        finish = partial(_mean_ballot, voters=voters)
+    else:
+        finish = partial(_signs, voters=voters, rules=options.rules)
+    return [finish(outcome, leaf) for outcome, leaf in zip(outcomes, leaves, strict=True)]
+
+
+def _settle_sums(
+    ballots: Sequence[jax.Array], header: jax.Array, options: VoteOptions
+) -> tuple[list[Any], jax.Array]:
+    """For each leaf the sum of the ballots, or the bits of what is decided; and the voters."""
+    totals, voters, tie = send_summed(ballots, header, options.axis_name)
+    if options.mean:
+        return totals, voters
+    if options.rules.planes == 2:
+        return [[total > 0, total < 0] for total in totals], voters
+    return [[(total > 0) | ((total == 0) & (tie == 1))] for total in totals], voters
+
+
+def _settle_words(
+    leaves: Sequence[jax.Array],
+    message: Sequence[jax.Array],
+    header: jax.Array,
+    place: jax.Array,
+    options: VoteOptions,
+) -> tuple[list[Any], jax.Array]:
+    """The same from packed words."""
+    axis_name, rules, transport, split_over, mean = options
+    exchange = send if split_over is None else partial(send_in_parts, split_over, place[0])
+    planes, voters = exchange(message, header, axis_name, transport, tally if mean else decide)
+    bits = _packing.unpack(planes, leaves)
+    return [rules.total(digits, voters) for digits in bits] if mean else bits, voters
+
+
+def _mean_ballot(total: jax.Array, leaf: jax.Array, voters: jax.Array) -> jax.Array:
+    """The mean of the voters' ballots, with one rounding to the leaf's dtype."""
+    wide = wide_dtype(leaf.dtype)
+    return (total.astype(wide) / jnp.maximum(voters, 1).astype(wide)).astype(leaf.dtype)
+
+
+def _signs(
+    bits: Sequence[jax.Array], leaf: jax.Array, voters: jax.Array, rules: Rules
+) -> jax.Array:
+    return rules.signs(bits, _packing.odd(leaf.shape), voters, leaf.dtype)
 
 
 def _split_axes(

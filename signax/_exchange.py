@@ -18,7 +18,7 @@ Worker k counts part k for everybody, a sharded parameter server. The same, as i
 and M / 2 times the bytes. `"int8"` sums ballots as small integers in an all-reduce.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
 
 import jax
@@ -31,6 +31,8 @@ from signax._specs import axis_names, varies
 
 Transport = Literal["auto", "packed", "gather", "int8"]
 Planes = Sequence[jax.Array]  # u32[words] each: one for +1, or two, for +1 and for -1
+# What whoever counts makes of M workers' parts, u32[M, part], of so many planes of u32[share].
+Settle = Callable[[jax.Array, int, int], tuple[Planes, jax.Array]]
 
 TRANSPORTS = ("auto", "packed", "gather", "int8")
 LANES = 128  # words: parts of this multiple become a true all-gather on TPU, and need no new layout
@@ -49,17 +51,18 @@ def part_words(payload: int) -> int:
     return -(-(payload + 1) // LANES) * LANES
 
 
-def choose_transport(words: int, num_workers: int) -> Literal["packed", "gather"]:
+def choose_transport(words: int, num_workers: int, digits: int = 1) -> Literal["packed", "gather"]:
     """What is faster for a message of so many words: fewer bytes, or fewer collectives.
 
-    For two workers the bytes are the same.
+    Of every word that is sent up, `digits` come down. For two workers and one digit the bytes are
+    the same.
     """
-    more = (num_workers - 1) * words * (num_workers - 2) // num_workers
+    more = (num_workers - 1) * words * (num_workers - 1 - digits) // num_workers
     return "gather" if more <= GATHER_WORDS else "packed"
 
 
 def send_packed(
-    message: Planes, header: jax.Array, axis_name: Hashable
+    message: Planes, header: jax.Array, axis_name: Hashable, settle: Settle
 ) -> tuple[Planes, jax.Array]:
     """Cuts the message into parts, of which each worker counts one.
 
@@ -67,38 +70,39 @@ def send_packed(
       message: this worker's ballots.
       header: u32[], as `make_header` gives it.
       axis_name: the axis of the workers.
+      settle: `decide` or `tally`.
 
     Returns:
-      What was decided, of the message's shape, and the number of voters, u32[]: the same on every
-      worker.
+      The planes that `settle` gives, and the number of voters, u32[]: the same on every worker.
     """
     num_workers = lax.axis_size(axis_name)
     (words,) = message[0].shape
     share = share_words(words, num_workers)
     rows = [_pad(plane, num_workers * share).reshape(num_workers, share) for plane in message]
     ballot_box = swap(seal(rows, header), axis_name)  # u32[M, part]
-    decided, voters = decide(ballot_box, len(message), share)
+    decided, voters = settle(ballot_box, len(message), share)
     parts = gather(seal([plane[None] for plane in decided], voters)[0], axis_name)  # u32[M, part]
     # Read here the voters are the same on every worker, by type too; above they are not.
-    decided, found = unseal(parts, len(message), share)
+    decided, found = unseal(parts, len(decided), share)
     return [plane.reshape(-1)[:words] for plane in decided], found[0]
 
 
 def send_gathered(
-    message: Planes, header: jax.Array, axis_name: Hashable
+    message: Planes, header: jax.Array, axis_name: Hashable, settle: Settle
 ) -> tuple[Planes, jax.Array]:
     """Hands the whole message to everybody: arguments and results as in `send_packed`."""
     sealed = seal([plane[None] for plane in message], header)[0]  # u32[part]
-    return decide(gather(sealed, axis_name), len(message), message[0].size)
+    return settle(gather(sealed, axis_name), len(message), message[0].size)
 
 
 def send_in_parts(
+    split_over: Hashable,
+    place: jax.Array,
     message: Planes,
     header: jax.Array,
     axis_name: Hashable,
-    split_over: Hashable,
-    place: jax.Array,
     transport: Transport,
+    settle: Settle,
 ) -> tuple[Planes, jax.Array]:
     """Shares the exchange among devices that hold the same message, then gathers its result.
 
@@ -111,9 +115,9 @@ def send_in_parts(
         lax.dynamic_slice_in_dim(_pad(plane, devices * share), place * share, share)
         for plane in message
     ]
-    decided, voters = send(part, header, axis_name, transport)
+    decided, voters = send(part, header, axis_name, transport, settle)
     parts = gather(seal([plane[None] for plane in decided], voters)[0], split_over)
-    decided, found = unseal(parts, len(message), share)
+    decided, found = unseal(parts, len(decided), share)
     return [plane.reshape(-1)[:words] for plane in decided], found[0]
 
 
@@ -122,14 +126,19 @@ def _pad(plane: jax.Array, words: int) -> jax.Array:
 
 
 def send(
-    message: Planes, header: jax.Array, axis_name: Hashable, transport: Transport
+    message: Planes,
+    header: jax.Array,
+    axis_name: Hashable,
+    transport: Transport,
+    settle: Settle,
 ) -> tuple[Planes, jax.Array]:
     """Sends a packed message by `"packed"`, `"gather"`, or whichever of them is faster."""
     if transport == "auto":
-        words = len(message) * message[0].size
-        transport = choose_transport(words, lax.axis_size(axis_name))
+        words, num_workers = len(message) * message[0].size, lax.axis_size(axis_name)
+        digits = num_workers.bit_length() if settle is tally else 1
+        transport = choose_transport(words, num_workers, digits)
     sender = send_gathered if transport == "gather" else send_packed
-    return sender(message, header, axis_name)
+    return sender(message, header, axis_name, settle)
 
 
 def send_summed(
@@ -203,6 +212,14 @@ def decide(parts: jax.Array, planes: int, share: int) -> tuple[Planes, jax.Array
     result = lax.optimization_barrier(_bits.at_least(counted, voters // 2 + 1))  # u32[part]
     ((decided,), _) = unseal(result[None], planes, share)
     return [decided[0]], voters
+
+
+def tally(parts: jax.Array, planes: int, share: int) -> tuple[Planes, jax.Array]:
+    """Counts like `decide`, and gives the counts: the digits of each plane's, the lowest first."""
+    _, found = unseal(parts, planes, share)
+    counted = lax.optimization_barrier(jnp.stack(_bits.count(parts)))  # u32[digits, part]
+    counts, _ = unseal(counted, planes, share)
+    return [digit for count in counts for digit in count], jnp.sum(found > 0, dtype=jnp.uint32)
 
 
 def swap(parts: jax.Array, axis_name: Hashable) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -10,10 +10,10 @@ import optax
 from signax._ballots import Rules, Ties, Zeros
 from signax._checks import check_accumulator_dtype, check_number
 from signax._collectives import VoteOptions
-from signax._compressors import Block, scale_by_scaled_sign
+from signax._compressors import Block, scale_by_scaled_sign, scale_by_stochastic_sign
 from signax._exchange import Transport
-from signax._transforms import checked, error_feedback, scale_by_signum
-from signax._voting import voted
+from signax._transforms import checked, error_feedback, hold_if_nonfinite, scale_by_signum
+from signax._voting import mean_signs, voted
 
 Mask = Any | Callable[[optax.Params], Any] | None
 
@@ -239,6 +239,85 @@ def lion(
     options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over)
     direction = _voted(signs, options)
     return _descend(direction, learning_rate, weight_decay, mask)
+
+
+def ssdm(
+    learning_rate: optax.ScalarOrSchedule,
+    key: jax.Array,
+    b1: float = 0.9,
+    *,
+    norm: Literal["l2", "linf"] | float = "l2",
+    accumulator_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    axis_name: Hashable | None = None,
+    zeros: Zeros = "dither",
+    transport: Transport = "auto",
+    split_over: Hashable | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Stochastic sign descent with momentum (SSDM), over the workers of an axis by mean of signs.
+
+    .. math:: m_i \leftarrow \beta m_i + (1 - \beta) g_i, \quad
+      x \leftarrow x - \alpha \left( \frac{1}{|S|} \sum_{i \in S} s_i + \lambda x \right), \quad
+      E[s_i] = \frac{m_i}{\lVert m_i \rVert}
+
+    with random signs :math:`s_i` of each worker's own momentum, so that the mean of the signs is
+    right on average. The norm is that of a leaf. A worker whose gradient is not finite is out and
+    keeps its momentum. The revised analysis of the paper holds for workers whose gradients are
+    unbiased for the same objective.
+
+    Args:
+      learning_rate: the step size :math:`\alpha`, a number or a schedule.
+      key: a random key, the same on every worker.
+      b1: the decay :math:`\beta` of the momentum, in [0, 1). The paper takes
+        :math:`1 - K^{-1/2}`, and :math:`K^{-3/4}` for the step size, over K steps.
+      norm: see :func:`signax.scale_by_stochastic_sign`.
+      accumulator_dtype: the dtype of the momentum; by default that of the parameters.
+      weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate, added
+        after the mean.
+      mask: which leaves decay: a tree of booleans, or a function of the parameters that gives one.
+      axis_name: the mapped axis along which the workers lie; `None` for one worker.
+      zeros: see :func:`signax.mean_signs`. Only a leaf of zeros has a zero for a sign.
+      transport: see :func:`signax.mean_signs`.
+      split_over: see :func:`signax.mean_signs`.
+
+    Returns:
+      The optimiser.
+
+    Raises:
+      ValueError: an option is out of range, or an option of the mean is given without an axis.
+      TypeError: `key` is not a random key.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, signax
+      >>> tx = signax.ssdm(0.5, jax.random.key(0), b1=0.0, norm="linf", axis_name="workers")
+      >>> params = jnp.array([1.0, -2.0])
+      >>> gradients = jnp.array([[2.0, -2.0], [1.0, 1.0]])  # of the norm: certain signs
+      >>> update = lambda g: tx.update(g, tx.init(params))[0]
+      >>> updates = jax.vmap(update, axis_name="workers")(gradients)
+      >>> print(optax.apply_updates(params, updates[0]))
+      [ 0.5 -2. ]
+
+    References:
+      Safaryan and Richtarik, `Stochastic Sign Descent Methods: New Algorithms and Better Theory
+      <https://arxiv.org/abs/1905.12938>`_, 2021
+    """
+    check_number("b1", b1, low=0, high=1)
+    check_accumulator_dtype(accumulator_dtype)
+    ema = optax.ema(b1, debias=False, accumulator_dtype=accumulator_dtype)
+    signs = optax.chain(
+        checked(ema, memory="ema"),
+        scale_by_stochastic_sign(key, norm=norm, axis_name=axis_name),
+    )
+    if axis_name is not None:
+        mean = mean_signs(axis_name, zeros=zeros, transport=transport, split_over=split_over)
+        signs = optax.chain(hold_if_nonfinite(signs), mean)
+    elif (zeros, transport, split_over) != ("dither", "auto", None):
+        raise ValueError(
+            f"zeros={zeros!r}, transport={transport!r} and split_over={split_over!r} are options "
+            "of the mean, which axis_name=None leaves out: pass axis_name, or drop them"
+        )
+    return _descend(signs, learning_rate, weight_decay, mask)
 
 
 def ef_sign_sgd(

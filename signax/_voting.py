@@ -18,6 +18,7 @@ from signax._collectives import (
     vote,
 )
 from signax._exchange import Transport
+from signax._means import mean_options
 from signax._packing import in_blocks
 from signax._specs import spec_axes, specs_like
 from signax._transforms import hold, is_like_tree, mark_nonfinite
@@ -156,6 +157,73 @@ def _in_blocks(updates: Any, state: Any, param_specs: Any) -> tuple[Any, Any]:
 
     state = jax.tree.map(lambda n: tree_blocks(n) if is_like(n) else n, state, is_leaf=is_like)
     return tree_blocks(updates), state
+
+
+class MeanSignsState(NamedTuple):
+    """State of `mean_signs`.
+
+    Attributes:
+      count: int32[], the steps taken, the same on every worker; it drives the dither.
+    """
+
+    count: jax.typing.ArrayLike
+
+
+def mean_signs(
+    axis_name: Hashable,
+    *,
+    zeros: Zeros = "dither",
+    transport: Transport = "auto",
+    split_over: Hashable | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces updates by the exact mean of the workers' signs: one bit up, the count down.
+
+    .. math:: u = \frac{1}{|S|} \sum_{i \in S} \operatorname{sign}(u_i)
+
+    with S as in :func:`signax.majority_vote`. See :func:`signax.pmean_signs` for what is sent and
+    for the options.
+
+    Args:
+      axis_name: the mapped axis along which the workers lie.
+      zeros: what a zero ballot is: `"dither"`, `"abstain"` (two bits up) or `"plus"`.
+      transport: how ballots travel: `"packed"`, `"gather"`, `"int8"` or `"auto"`.
+      split_over: as in :func:`signax.majority_vote`.
+
+    Returns:
+      A transformation whose updates are means between -1 and 1 in each leaf's dtype, and 0
+      everywhere if nobody takes part.
+
+    Raises:
+      TypeError: `axis_name` names no axis; at the update, a leaf is not floating-point.
+      ValueError: a mode is unknown; at the update, a leaf does not vary over the axis.
+      NameError: at the update, the axis is not bound.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, signax
+      >>> tx = signax.mean_signs("workers")
+      >>> gradients = jnp.array([[1.0, -3.0], [2.0, -1.0], [-9.0, 5.0], [1.0, jnp.nan]])
+      >>> update = lambda g: tx.update(g, tx.init(None))[0]
+      >>> print(jax.vmap(update, axis_name="workers")(gradients)[0].round(2))  # the last one is out
+      [ 0.33 -0.33]
+
+    References:
+      Safaryan and Richtarik, `Stochastic Sign Descent Methods: New Algorithms and Better Theory
+      <https://arxiv.org/abs/1905.12938>`_, 2021
+    """
+    options = mean_options(axis_name, zeros, transport, split_over)
+
+    def init_fn(params):
+        del params
+        return MeanSignsState(count=jnp.zeros([], jnp.int32))
+
+    def update_fn(updates, state, params=None, *, active=None, param_specs=None, **extra_args):
+        del params, extra_args
+        updates, _ = vote(
+            updates, options, step=state.count, active=active, param_specs=param_specs
+        )
+        return updates, MeanSignsState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def average_updates(axis_name: Hashable) -> optax.GradientTransformationExtraArgs:

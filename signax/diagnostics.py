@@ -21,7 +21,7 @@ __all__ = [
     "wire_bytes",
 ]
 
-_PLANES = {"vote": 1, "abstain": 2}
+_PLANES = {"vote": 1, "abstain": 2, "mean_signs": 1}
 _WORD_BYTES = 4
 
 
@@ -74,15 +74,16 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
     A vote sends M - 1 parts of P words in its all_to_all and forwards M - 1 of them in its
     all_gather, 2 (M-1) 4 P bytes. P is an M-th of the packed bits and a header word, rounded up to
     128 words (from 16,384 words on the bits are, too). A small vote, or of two workers, sends whole
-    messages in one all_gather instead, (M-1) 4 P bytes with all the bits in P. A ring all-reduce of
+    messages in one all_gather instead, (M-1) 4 P bytes with all the bits in P. A mean of signs has
+    ceil(log2(M + 1)) times as many words in the parts of its all_gather. A ring all-reduce of
     B bytes sends 2 (M-1)/M B. A compiler may choose otherwise (on CPU the mean of bf16 travels as
     f32): :func:`collective_bytes` reads what a program does.
 
     Args:
       tree: pytree of floating-point arrays or `jax.ShapeDtypeStruct`, one worker's updates.
       num_workers: M, the number of workers.
-      scheme: `"vote"` (one bit each way), `"abstain"` (two bits each way) or `"mean"` (the
-        full-precision mean, each leaf in its own dtype).
+      scheme: `"vote"` (one bit each way), `"abstain"` (two bits each way), `"mean_signs"` (one bit
+        up, the count down) or `"mean"` (the full-precision mean, each leaf in its own dtype).
 
     Returns:
       Bytes per worker and step, rounded up; 0 for a single worker.
@@ -98,7 +99,7 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
       >>> diagnostics.wire_bytes(params, 8), diagnostics.wire_bytes(params, 8, scheme="mean")
       (2200576, 70000000)
     """
-    check_mode("scheme", scheme, ("vote", "abstain", "mean"))
+    check_mode("scheme", scheme, (*_PLANES, "mean"))
     if num_workers < 1:
         raise ValueError(f"num_workers={num_workers!r} must be at least 1")
     check_floating(tree, "tree")
@@ -106,13 +107,19 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
     if scheme == "mean":
         total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         return -(-2 * (num_workers - 1) * total // num_workers)
-    planes, words = _PLANES[scheme], _packing.num_words(leaves)
+    words = _packing.num_words(leaves)
     if not words:
         return 0
-    if choose_transport(planes * words, num_workers) == "gather":
+    planes, digits = _PLANES[scheme], _digits(scheme, num_workers)
+    if choose_transport(planes * words, num_workers, digits) == "gather":
         return (num_workers - 1) * part_words(planes * words) * _WORD_BYTES
-    part = part_words(planes * share_words(words, num_workers))
-    return 2 * (num_workers - 1) * part * _WORD_BYTES
+    share = planes * share_words(words, num_workers)
+    return (num_workers - 1) * (part_words(share) + part_words(digits * share)) * _WORD_BYTES
+
+
+def _digits(scheme: str, num_workers: int) -> int:
+    """The words that come down for each that goes up."""
+    return num_workers.bit_length() if scheme == "mean_signs" else 1
 
 
 def exchange_seconds(
@@ -139,7 +146,7 @@ def exchange_seconds(
       tree: as in :func:`wire_bytes`. A mean of bf16 is that of a tree of bf16.
       num_workers: M, the number of workers.
       link_rate: bits per second that a worker can send, as it can receive at the same time.
-      scheme: `"vote"`, `"abstain"` or `"mean"`.
+      scheme: as in :func:`wire_bytes`.
       latency: seconds of an empty collective among so many workers.
       memory_bandwidth: bytes per second that a worker can read.
 
@@ -174,6 +181,6 @@ def exchange_seconds(
     if scheme == "mean":
         return wire + latency
     words = _PLANES[scheme] * _packing.num_words(leaves)
-    collectives = 1 if choose_transport(words, num_workers) == "gather" else 2
+    gathers = choose_transport(words, num_workers, _digits(scheme, num_workers)) == "gather"
     read = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / memory_bandwidth
-    return wire + collectives * latency + read
+    return wire + (1 if gathers else 2) * latency + read

@@ -19,34 +19,46 @@ def hash_bits(number):
     return number & 1, number >> 16 & 1
 
 
-def vote(values, step=0, zeros="dither", ties="dither", active=None):
-    """The decision on each of d coordinates, from [M, d] values of M workers.
+def cast(values, step, zeros, active):
+    """The ballots of those who take part, [voters, d], from [M, d] values of M workers.
 
-    An even parity is +1. Nobody takes part who is not active or has a value that is not finite.
+    Nobody takes part who is not active or has a value that is not finite.
     """
     values = np.asarray(values, np.float64)
     num_workers, size = values.shape
     takes_part = np.isfinite(values).all(axis=1)
     if active is not None:
         takes_part &= np.asarray(active)
-    if not takes_part.any():
-        return np.zeros(size)
-
-    h1, h2 = hash_bits(step // 2)
-    j = np.arange(size)
+    h1, _ = hash_bits(step // 2)
     ballots = np.sign(np.where(takes_part[:, None], values, 0))
     for i in np.flatnonzero(takes_part):
         place = (i + step // 2) % num_workers
-        parity = (place + j + step + h1) % 2
+        parity = (place + np.arange(size) + step + h1) % 2
         if zeros == "dither":
             ballots[i] = np.where(ballots[i] == 0, np.where(parity == 0, 1, -1), ballots[i])
         elif zeros == "plus":
             ballots[i] = np.where(ballots[i] == 0, 1, ballots[i])
-    result = np.sign(ballots[takes_part].sum(axis=0))
-    if zeros == "abstain":
+    return ballots[takes_part]
+
+
+def vote(values, step=0, zeros="dither", ties="dither", active=None):
+    """The decision on each of d coordinates, from [M, d] values of M workers.
+
+    An even parity is +1.
+    """
+    ballots = cast(values, step, zeros, active)
+    result = np.sign(ballots.sum(axis=0))
+    if zeros == "abstain" or not len(ballots):
         return result
-    coin = 1 if ties == "plus" else np.where((j + step + h2) % 2 == 0, 1, -1)
+    _, h2 = hash_bits(step // 2)
+    coin = 1 if ties == "plus" else np.where((np.arange(result.size) + step + h2) % 2 == 0, 1, -1)
     return np.where(result == 0, coin, result)
+
+
+def mean_of_signs(values, step=0, zeros="dither", active=None):
+    """The mean ballot of those who take part, from [M, d] values; 0 if nobody does."""
+    ballots = cast(values, step, zeros, active)
+    return ballots.mean(axis=0) if len(ballots) else np.zeros(ballots.shape[1])
 
 
 def mean(values, active=None):
@@ -198,6 +210,15 @@ def ef_sign_sgd(params, gradients, learning_rate):
 
 
 # Stochastic signs: Safaryan and Richtarik 2021 (arXiv 1905.12938).
+
+
+def momenta(gradients, b1):
+    """m <- b1 m + (1 - b1) g after each step, from [T, ...] gradients."""
+    momentum, steps = np.zeros_like(gradients[0]), []
+    for gradient in gradients:
+        momentum = b1 * momentum + (1 - b1) * gradient
+        steps.append(momentum)
+    return np.array(steps)
 
 
 def stochastic_sign_mean(values, norm="l2"):

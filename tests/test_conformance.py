@@ -90,6 +90,7 @@ REGISTRY = {
     "majority_vote abstain": Case(
         signax.majority_vote, others={**VOTE, "zeros": "abstain"}, voted=True
     ),
+    "mean_signs": Case(signax.mean_signs, others=VOTE, voted=True),
     "average_updates": Case(signax.average_updates, others=VOTE, voted=True),
     "sign_sgd": Case(signax.sign_sgd, RATE),
     "sign_sgd voted": Case(signax.sign_sgd, RATE, VOTE, voted=True),
@@ -104,11 +105,18 @@ REGISTRY = {
     "lion": Case(signax.lion, {**RATE, "b1": 0.8, "weight_decay": 0.1}, needs_params=True),
     "lion wide": Case(signax.lion, RATE, {"accumulator_dtype": jnp.float32, "weight_decay": 0.0}),
     "lion voted": Case(signax.lion, RATE, {**VOTE, "weight_decay": 0.0}, voted=True),
+    "ssdm": Case(
+        signax.ssdm,
+        {**RATE, "b1": 0.8, "weight_decay": 0.1},
+        {"key": KEY},
+        needs_params=True,
+    ),
+    "ssdm over workers": Case(signax.ssdm, RATE, {"key": KEY, **VOTE}, voted=True),
     "ef_sign_sgd": Case(signax.ef_sign_sgd, {**RATE, "weight_decay": 0.1}, needs_params=True),
 }
 # What is exported and is no transformation of one worker's updates. DataParallel is one of global
 # arrays, which its own tests cover.
-OTHERS = {"DataParallel", "diagnostics", "pvote", "pvote_scatter"}
+OTHERS = {"DataParallel", "diagnostics", "pmean_signs", "pvote", "pvote_scatter"}
 
 # Optax's own, re-exported: it takes any dtype, and Optax documents it.
 OPTAXS = {"scale_by_sign"}

@@ -87,7 +87,7 @@ def send_by(sender):
 
     def local(message, worker, tie, takes_part):
         header = _exchange.make_header(worker, tie, takes_part)
-        return sender(list(message), header, AXIS)
+        return sender(list(message), header, AXIS, _exchange.decide)
 
     return local
 
