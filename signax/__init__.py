@@ -3,6 +3,13 @@
 from optax import scale_by_sign
 
 from signax import diagnostics
+from signax._averaging import (
+    MeanScaledSignsState,
+    MeanSignsState,
+    average_updates,
+    mean_scaled_signs,
+    mean_signs,
+)
 from signax._collectives import pvote
 from signax._compressors import (
     ScaleByRandomKState,
@@ -15,6 +22,7 @@ from signax._compressors import (
 from signax._data_parallel import DataParallel
 from signax._means import pmean_signs
 from signax._optimizers import ef_sign_sgd, lion, sign_sgd, signum, ssdm
+from signax._scaled_signs import ScaledSignsMemory, pmean_scaled_signs, scaled_signs_memory
 from signax._scatter import pvote_scatter
 from signax._transforms import (
     ErrorFeedbackState,
@@ -23,13 +31,7 @@ from signax._transforms import (
     hold_if_nonfinite,
     scale_by_signum,
 )
-from signax._voting import (
-    MajorityVoteState,
-    MeanSignsState,
-    average_updates,
-    majority_vote,
-    mean_signs,
-)
+from signax._voting import MajorityVoteState, majority_vote
 
 __version__ = "0.1.0"
 
@@ -37,10 +39,12 @@ __all__ = [
     "DataParallel",
     "ErrorFeedbackState",
     "MajorityVoteState",
+    "MeanScaledSignsState",
     "MeanSignsState",
     "ScaleByRandomKState",
     "ScaleBySignumState",
     "ScaleByStochasticSignState",
+    "ScaledSignsMemory",
     "average_updates",
     "diagnostics",
     "ef_sign_sgd",
@@ -48,7 +52,9 @@ __all__ = [
     "hold_if_nonfinite",
     "lion",
     "majority_vote",
+    "mean_scaled_signs",
     "mean_signs",
+    "pmean_scaled_signs",
     "pmean_signs",
     "pvote",
     "pvote_scatter",
@@ -58,6 +64,7 @@ __all__ = [
     "scale_by_signum",
     "scale_by_stochastic_sign",
     "scale_by_top_k",
+    "scaled_signs_memory",
     "sign_sgd",
     "signum",
     "ssdm",

@@ -13,8 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from signax._checks import check_axis_name, check_key, check_transformation
 from signax._gradients import check_batch, local_value_and_grad
-from signax._layout import Layout, PerWorker, check_state, find_layout
+from signax._layout import Layout, PerWorker, check_state, find_layout, rows_in
+from signax._resize import resize_state
 from signax._specs import (
+    auto_axes,
     axis_names,
     entry_axes,
     explicit_axes,
@@ -37,7 +39,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
     State that differs between workers, such as momentum and error memory, gets a leading axis with
     one row per worker, sharded over the mesh axis; the rest is replicated. Which is which is found
     by tracing `tx`. So M workers keep M momenta between them, one each, and a checkpoint of the
-    whole state holds all M.
+    whole state holds all M. `abstract_state` says what to restore such a checkpoint into, and
+    `resize` makes a state of another number of workers.
 
     Of the update's extra arguments `active`, bool[M], says which workers take part; the others go
     to `tx` whole. As it is traced without them, `tx` must not insist on any.
@@ -144,8 +147,79 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         layout = self._layout(params, self._specs(params))
         return layout.structure.unflatten(leaf.sharding for leaf in layout.leaves)
 
+    def abstract_state(self, params: optax.Params, num_workers: int | None = None) -> Any:
+        """The shapes, dtypes and shardings of the state of `params`, to restore a checkpoint into.
+
+        Args:
+          params: the parameters, or their `jax.ShapeDtypeStruct`s.
+          num_workers: how many workers the state was saved by; by default as many as the mesh has.
+            `resize` makes a state of this mesh's of one of other numbers.
+
+        Returns:
+          A tree like the state, of `jax.ShapeDtypeStruct`s.
+        """
+        wanted = self._check_num_workers(num_workers)
+        layout = self._layout(params, self._specs(params), wanted)
+
+        def abstract(leaf):
+            shape = (wanted, *leaf.shape) if leaf.per_worker else leaf.shape
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+        return layout.structure.unflatten(abstract(leaf) for leaf in layout.leaves)
+
+    def resize(self, state: Any, params: optax.Params, num_workers: int | None = None) -> Any:
+        """Makes a state of any number of workers into one of another number, outside of `jax.jit`.
+
+        Rows are dealt out in order: of twice as many workers each two start as copies of one, and
+        of half as many each as the mean of two, so that the mean of momenta and of error memories
+        over the workers stays the same. The servers' memory of
+        :func:`signax.mean_scaled_signs` is cut anew, keys get the new worker's index folded in,
+        and integers are taken over from the worker who was there.
+
+        Args:
+          state: of these parameters, with rows for any number of workers.
+          params: the parameters, or their `jax.ShapeDtypeStruct`s.
+          num_workers: the number wanted, by default this mesh's. With 1 a checkpoint is small and
+            loses what workers differ in.
+
+        Returns:
+          The state, on this mesh; with the default number laid out as `update` takes it.
+
+        Raises:
+          ValueError: the state is not one of these parameters, or `num_workers` is not positive.
+
+        Examples:
+          >>> import jax, jax.numpy as jnp, optax, signax
+          >>> mesh = jax.make_mesh((1,), ("data",))
+          >>> tx = signax.DataParallel(signax.signum(0.1, axis_name="data"), mesh)
+          >>> params = jnp.zeros(3)
+          >>> state = tx.resize(tx.init(params), params, 4)  # for a mesh of four
+          >>> print(optax.tree.get(state, "momentum").shape)
+          (4, 3)
+        """
+        wanted = self._check_num_workers(num_workers)
+        specs = self._specs(params)
+        had = rows_in(state, self._layout(params, specs), self.num_workers)
+        before, after = self._layout(params, specs, had), self._layout(params, specs, wanted)
+        check_state(state, before, had)
+        leaves = jax.device_put(jax.tree.leaves(state), _auto_shardings(before, self.mesh))
+        if had != wanted:
+            flags = before.structure.unflatten(leaf.per_worker for leaf in before.leaves)
+
+            def resized(leaves):
+                state = before.structure.unflatten(leaves)
+                return jax.tree.leaves(resize_state(state, flags, wanted))
+
+            leaves = jax.jit(resized, out_shardings=_auto_shardings(after, self.mesh))(leaves)
+        return after.structure.unflatten(jax.device_put(leaves, [x.sharding for x in after.leaves]))
+
     def value_and_grad(
-        self, loss_fn: Callable, *, has_aux: bool = False, accumulate: int = 1
+        self,
+        loss_fn: Callable,
+        *,
+        has_aux: bool = False,
+        accumulate: int = 1,
+        local: optax.GradientTransformation | None = None,
     ) -> Callable:
         """Like `jax.value_and_grad`, with the gradient of each worker's share of the batch.
 
@@ -155,6 +229,11 @@ class DataParallel(optax.GradientTransformationExtraArgs):
           has_aux: whether `loss_fn` returns such a pair.
           accumulate: how many micro-batches each worker's share is cut into; gradients and losses
             are averaged over them, in at least f32, before anything is sent.
+          local: an optimiser of one worker, such as `signax.sign_sgd(1e-3)`, with which each worker
+            follows its micro-batches' gradients one after the other, on a copy of the parameters
+            of its own and from a new state. In place of a gradient comes the difference,
+            parameters before minus after, for `tx` to vote on: `accumulate` local steps, and then
+            one bit per coordinate for all of them.
 
         Returns:
           A function of `(params, batch, *replicated, key=None)`. The leaves of `batch` are cut
@@ -167,8 +246,10 @@ class DataParallel(optax.GradientTransformationExtraArgs):
 
         Raises:
           ValueError: `accumulate` is not positive; at the call, the batch cannot be cut evenly.
-          TypeError: at the call, `key` is not a random key.
+          TypeError: `local` is not a transformation; at the call, `key` is not a random key.
         """
+        if local is not None:
+            check_transformation("local", local)
         if not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(
                 f"accumulate={accumulate!r} must be a positive number of micro-batches"
@@ -178,11 +259,11 @@ class DataParallel(optax.GradientTransformationExtraArgs):
             value = loss_fn(*args, **kwargs)
             return value if has_aux else (value, None)
 
-        def local(params, batch, replicated, key):
+        def of_worker(params, batch, replicated, key):
             if key is not None:
                 key = jax.random.fold_in(key, lax.axis_index(self.axis_name))
             loss, aux, grads = local_value_and_grad(
-                loss_and_aux, params, batch, replicated, key, accumulate
+                loss_and_aux, params, batch, replicated, key, accumulate, local
             )
             return self._mean_of_finite(loss), *jax.tree.map(_add_axis, (aux, grads))
 
@@ -190,7 +271,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         # a loss could not start a scan from a constant. Nor would gradients be the worker's own.
         whole, split = PartitionSpec(), PartitionSpec(self.axis_name)
         specs = (whole, split, whole, whole), (whole, split, split)
-        mapped = self._shard_map(local, *specs, check_vma=False)
+        mapped = self._shard_map(of_worker, *specs, check_vma=False)
 
         def value_and_grad_fn(params, batch, *replicated, key=None):
             check_batch(batch, self.num_workers, accumulate)
@@ -205,7 +286,12 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         return value_and_grad_fn
 
     def train_step(
-        self, loss_fn: Callable, *, has_aux: bool = False, accumulate: int = 1
+        self,
+        loss_fn: Callable,
+        *,
+        has_aux: bool = False,
+        accumulate: int = 1,
+        local: optax.GradientTransformation | None = None,
     ) -> jax.stages.Wrapped:
         """A compiled step of training, which takes over the memory of its parameters and state.
 
@@ -213,6 +299,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
           loss_fn: see `value_and_grad`.
           has_aux: see `value_and_grad`.
           accumulate: see `value_and_grad`.
+          local: see `value_and_grad`.
 
         Returns:
           A jitted function of `(params, state, batch, *replicated, key=None)` to `(params, state,
@@ -220,7 +307,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
           program, as that of any jitted function. Parameters that do not lie on the mesh yet are
           moved there by the first call, and the second compiles once more for it.
         """
-        gradient = self.value_and_grad(loss_fn, has_aux=has_aux, accumulate=accumulate)
+        gradient = self.value_and_grad(loss_fn, has_aux=has_aux, accumulate=accumulate, local=local)
 
         def step(params, state, batch, *replicated, key=None):
             value, grads = gradient(params, batch, *replicated, key=key)
@@ -315,8 +402,16 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         row, whole = PartitionSpec(self.axis_name), PartitionSpec()
         return [row if leaf.per_worker else whole for leaf in layout.leaves]
 
-    def _layout(self, params: Any, specs: Any) -> Layout:
+    def _check_num_workers(self, num_workers: int | None) -> int:
+        if num_workers is None:
+            return self.num_workers
+        if num_workers < 1:
+            raise ValueError(f"num_workers={num_workers!r} must be at least 1")
+        return num_workers
+
+    def _layout(self, params: Any, specs: Any, num_workers: int | None = None) -> Layout:
         """The layout of the state of `params`, found once for their structure and shapes."""
+        num_workers = self.num_workers if num_workers is None else num_workers
         params = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params
         )
@@ -324,10 +419,17 @@ class DataParallel(optax.GradientTransformationExtraArgs):
             jax.tree.structure(params),
             tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)),
             tuple(jax.tree.leaves(specs)),
+            num_workers,
         )
         if key not in self._layouts:
             self._layouts[key] = find_layout(
-                self.tx, params, specs, self.mesh, self.axis_name, self._per_worker
+                self.tx,
+                params,
+                specs,
+                self.mesh,
+                self.axis_name,
+                num_workers,
+                self._per_worker,
             )
         return self._layouts[key]
 
@@ -428,6 +530,11 @@ class DataParallel(optax.GradientTransformationExtraArgs):
                 )
             rows.append(self._row(lax.optimization_barrier(leaf)) if place.per_worker else leaf)
         return rows
+
+
+def _auto_shardings(layout: Layout, mesh: Mesh) -> list[NamedSharding]:
+    """A layout's shardings over axes of type Auto, where any array may be cut anew."""
+    return [NamedSharding(auto_axes(mesh), leaf.sharding.spec) for leaf in layout.leaves]
 
 
 def _add_axis(array: Any) -> jax.Array:

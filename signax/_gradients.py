@@ -1,10 +1,11 @@
-"""The gradient of one worker's share of a batch, whole or in micro-batches."""
+"""The gradient of one worker's share of a batch: whole, in micro-batches, or followed by them."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from signax._numerics import wide_dtype
@@ -23,33 +24,68 @@ def check_batch(batch: Any, num_workers: int, accumulate: int) -> None:
 
 
 def local_value_and_grad(
-    loss_fn: Callable, params: Any, batch: Any, replicated: tuple, key: Any, pieces: int
+    loss_fn: Callable,
+    params: Any,
+    batch: Any,
+    replicated: tuple,
+    key: Any,
+    pieces: int,
+    local: optax.GradientTransformation | None = None,
 ) -> tuple[jax.Array, Any, Any]:
     """The loss, aux and gradient of `loss_fn`, which returns a pair of loss and aux.
 
-    With several pieces losses and gradients are averaged over them, aux is stacked.
+    With several pieces losses and gradients are averaged over them, aux is stacked. With `local`
+    each piece's gradient is followed instead, and what comes out is how far that went.
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def of_piece(piece, piece_key):
-        keyword = {} if piece_key is None else {"key": piece_key}
+    def of_piece(params, piece, number):
+        keyword = {}
+        if key is not None:
+            keyword["key"] = key if number is None else jax.random.fold_in(key, number)
         (loss, aux), grads = gradient(params, piece, *replicated, **keyword)
+        return grads, (loss, aux)
+
+    if pieces == 1 and local is None:
+        grads, (loss, aux) = of_piece(params, batch, None)
         return loss, aux, grads
-
-    if pieces == 1:
-        return of_piece(batch, key)
-
-    def add(total, piece_and_number):
-        piece, number = piece_and_number
-        loss, aux, grads = of_piece(piece, None if key is None else jax.random.fold_in(key, number))
-        total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
-        return total, (loss, aux)
 
     def cut(leaf):
         return leaf.reshape(pieces, leaf.shape[0] // pieces, *leaf.shape[1:])
 
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p.dtype)), params)
     stacked = jax.tree.map(cut, batch), jnp.arange(pieces)
-    total, (losses, aux) = lax.scan(add, zeros, stacked)
-    grads = jax.tree.map(lambda t, p: (t / pieces).astype(p.dtype), total, params)
+    if local is None:
+        grads, (losses, aux) = _average(of_piece, params, stacked)
+    else:
+        grads, (losses, aux) = _follow(of_piece, params, stacked, local)
+    if pieces == 1:
+        aux = jax.tree.map(lambda leaf: leaf[0], aux)
     return jnp.mean(losses), aux, grads
+
+
+def _average(of_piece: Callable, params: Any, stacked: Any) -> tuple[Any, Any]:
+    """The mean gradient over micro-batches, in at least f32 until the end."""
+
+    def add(total, piece_and_number):
+        grads, seen = of_piece(params, *piece_and_number)
+        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), seen
+
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p.dtype)), params)
+    total, seen = lax.scan(add, zeros, stacked)
+    pieces = len(stacked[1])
+    return jax.tree.map(lambda t, p: (t / pieces).astype(p.dtype), total, params), seen
+
+
+def _follow(
+    of_piece: Callable, params: Any, stacked: Any, local: optax.GradientTransformation
+) -> tuple[Any, Any]:
+    """Takes a step for each micro-batch on a copy of the parameters; where from minus where to."""
+
+    def step(carry, piece_and_number):
+        own, state = carry
+        grads, seen = of_piece(own, *piece_and_number)
+        updates, state = local.update(grads, state, own)
+        return (optax.apply_updates(own, updates), state), seen
+
+    (own, _), seen = lax.scan(step, (params, local.init(params)), stacked)
+    return jax.tree.map(lambda p, q: p - q, params, own), seen

@@ -1,5 +1,6 @@
 """How the state of a transformation lies on a mesh: which leaves each worker has of its own."""
 
+import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -20,12 +21,14 @@ class Leaf(NamedTuple):
     Attributes:
       path: its place in the state, for messages.
       shape: its shape on one worker.
+      dtype: its dtype.
       per_worker: whether every worker has its own, one row of the global array each.
       sharding: the global array's sharding.
     """
 
     path: str
     shape: tuple[int, ...]
+    dtype: Any
     per_worker: bool
     sharding: NamedSharding
 
@@ -43,30 +46,44 @@ def find_layout(
     param_specs: Any,
     mesh: Mesh,
     axis_name: Hashable,
+    num_workers: int,
     override: PerWorker | None,
 ) -> Layout:
-    """The layout of the state of `tx` for parameters of the given shapes and specs."""
-    state, found = _find_per_worker(tx, params, axis_name, mesh)
+    """The layout of the state of `tx` for parameters of the given shapes and specs.
+
+    Rows of another number of workers than the mesh has are sharded where they can be shared out.
+    """
+    sizes = dict(mesh.shape)
+    first, *others = axis_names(axis_name)
+    on_mesh = math.prod(sizes[axis] for axis in axis_names(axis_name))
+    if num_workers != on_mesh:
+        sizes |= {first: num_workers, **dict.fromkeys(others, 1)}
+    rows = axis_name if num_workers % on_mesh == 0 else None
+    state, found = _find_per_worker(tx, params, axis_name, sizes)
     shapes, structure = jax.tree.flatten_with_path(state)
     leaves = []
     for (path, leaf), per_worker, spec in zip(
-        shapes, found, _state_specs(tx, state, param_specs), strict=True
+        shapes, found, _state_specs(tx, state, params, param_specs), strict=True
     ):
         name = jax.tree_util.keystr(path)
         wanted = override(name, leaf) if override is not None else None
         if wanted if wanted is not None else per_worker:
-            sharding = NamedSharding(mesh, PartitionSpec(axis_name, *spec))
-            leaves.append(Leaf(name, leaf.shape, True, sharding))
+            sharding = NamedSharding(mesh, PartitionSpec(rows, *spec))
+            leaves.append(Leaf(name, leaf.shape, leaf.dtype, True, sharding))
         else:
-            leaves.append(Leaf(name, leaf.shape, False, NamedSharding(mesh, spec)))
+            sharding = NamedSharding(mesh, spec)
+            leaves.append(Leaf(name, leaf.shape, leaf.dtype, False, sharding))
     return Layout(structure, leaves)
 
 
 def _find_per_worker(
-    tx: optax.GradientTransformationExtraArgs, params: Any, axis_name: Hashable, mesh: Mesh
+    tx: optax.GradientTransformationExtraArgs,
+    params: Any,
+    axis_name: Hashable,
+    sizes: dict[Hashable, int],
 ) -> tuple[Any, list[bool]]:
     """The shapes of one worker's state, and which of its leaves differ between the workers."""
-    axes = list(mesh.shape.items())
+    axes = list(sizes.items())
     init, state = jax.make_jaxpr(tx.init, axis_env=axes, return_shape=True)(params)
     try:
         update = jax.make_jaxpr(tx.update, axis_env=axes)(params, state, params)
@@ -92,15 +109,21 @@ def _find_per_worker(
     return state, per_worker
 
 
-def _state_specs(tx: Any, state: Any, param_specs: Any) -> list[PartitionSpec]:
-    """How each state leaf is sharded over further axes: like its parameter, if it has one."""
+def _state_specs(tx: Any, state: Any, params: Any, param_specs: Any) -> list[PartitionSpec]:
+    """How each state leaf is sharded over further axes: like a parameter of the same shape."""
     whole = PartitionSpec()
     if param_specs is None:
         return [whole for _ in jax.tree.leaves(state)]
+
+    def spec_of(node, param, spec):
+        alike = is_masked(node) or node.shape == param.shape
+        return spec_unless_masked(node, spec if alike else whole)
+
     specs = optax.tree.map_params(
         tx,
-        spec_unless_masked,
+        spec_of,
         state,
+        params,
         param_specs,
         transform_non_params=lambda node: spec_unless_masked(node, whole),
         is_leaf=is_masked,
@@ -108,25 +131,44 @@ def _state_specs(tx: Any, state: Any, param_specs: Any) -> list[PartitionSpec]:
     return jax.tree.leaves(specs)
 
 
+def rows_in(state: Any, layout: Layout, num_workers: int) -> int:
+    """The number of workers that a state has rows for; `num_workers` if it has none."""
+    _check_structure(state, layout)
+    for leaf, place in zip(jax.tree.leaves(state), layout.leaves, strict=True):
+        if place.per_worker:
+            shape = jnp.shape(leaf)
+            if not shape or shape[1:] != place.shape:
+                raise _wrong_shape(place, shape, (num_workers, *place.shape))
+            return shape[0]
+    return num_workers
+
+
 def check_state(state: Any, layout: Layout, num_workers: int) -> None:
     """Refuses a state of other parameters, or of another number of workers."""
+    rows = rows_in(state, layout, num_workers)
+    if rows != num_workers:
+        path = next(place.path for place in layout.leaves if place.per_worker)
+        raise ValueError(
+            f"state{path} has rows for {rows} workers, but there are {num_workers}: "
+            f"DataParallel.resize(state, params) makes a state of {num_workers}"
+        )
+    for leaf, place in zip(jax.tree.leaves(state), layout.leaves, strict=True):
+        expected = (num_workers, *place.shape) if place.per_worker else place.shape
+        if jnp.shape(leaf) != expected:
+            raise _wrong_shape(place, jnp.shape(leaf), expected)
+
+
+def _check_structure(state: Any, layout: Layout) -> None:
     structure = jax.tree.structure(state)
     if structure != layout.structure:
         raise ValueError(
             f"state and params do not belong together: state is {structure}, but that of these "
             f"params is {layout.structure}; make it with init on the same parameters"
         )
-    for leaf, place in zip(jax.tree.leaves(state), layout.leaves, strict=True):
-        shape = jnp.shape(leaf)
-        expected = (num_workers, *place.shape) if place.per_worker else place.shape
-        if shape == expected:
-            continue
-        if place.per_worker and shape and shape[1:] == place.shape:
-            raise ValueError(
-                f"state{place.path} has rows for {shape[0]} workers, but the mesh has "
-                f"{num_workers}: use a mesh of {shape[0]} workers, or start from a new init"
-            )
-        raise ValueError(
-            f"state{place.path} has shape {shape}, but should have {expected}: make the state with "
-            "DataParallel.init, on the same parameters"
-        )
+
+
+def _wrong_shape(place: Leaf, shape: Any, expected: Any) -> ValueError:
+    return ValueError(
+        f"state{place.path} has shape {shape}, but should have {expected}: make the state with "
+        "DataParallel.init, on the same parameters"
+    )

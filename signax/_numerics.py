@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 
 def common_dtype(dtype: Any, other: Any) -> Any:
@@ -31,3 +33,25 @@ def relative_to_peak(values: jax.Array) -> jax.Array:
     peak = jnp.max(jnp.abs(values))
     divisor = jnp.where(jnp.isfinite(peak), peak, jnp.nan)
     return values / jnp.where(peak == 0, jnp.ones_like(peak), divisor)
+
+
+def words_of(count: int, dtype: Any) -> int:
+    """How many words hold so many numbers."""
+    return -(-count * np.dtype(dtype).itemsize // 4)
+
+
+def to_words(numbers: jax.Array) -> jax.Array:
+    """The bits of numbers of 2, 4 or 8 bytes each, as they are: f[n, count] to u32[n, words]."""
+    if numbers.dtype.itemsize == 2:
+        numbers = jnp.pad(numbers, ((0, 0), (0, numbers.shape[1] % 2)))
+        numbers = numbers.reshape(len(numbers), -1, 2)
+    words = lax.bitcast_convert_type(numbers, jnp.uint32)
+    return words.reshape(len(words), -1)
+
+
+def from_words(words: jax.Array, count: int, dtype: Any) -> jax.Array:
+    """Undoes `to_words`."""
+    if np.dtype(dtype).itemsize == 8:
+        words = words.reshape(len(words), -1, 2)
+    numbers = lax.bitcast_convert_type(words, dtype)
+    return numbers.reshape(len(numbers), -1)[:, :count]

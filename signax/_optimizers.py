@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import optax
 
+from signax._averaging import mean_scaled_signs, mean_signs
 from signax._ballots import Rules, Ties, Zeros
 from signax._checks import check_accumulator_dtype, check_number
 from signax._collectives import VoteOptions
 from signax._compressors import Block, scale_by_scaled_sign, scale_by_stochastic_sign
 from signax._exchange import Transport
+from signax._scaled_signs import Feedback
 from signax._transforms import checked, error_feedback, hold_if_nonfinite, scale_by_signum
-from signax._voting import mean_signs, voted
+from signax._voting import own_updates, voted
 
 Mask = Any | Callable[[optax.Params], Any] | None
 
@@ -311,7 +313,7 @@ def ssdm(
     )
     if axis_name is not None:
         mean = mean_signs(axis_name, zeros=zeros, transport=transport, split_over=split_over)
-        signs = optax.chain(hold_if_nonfinite(signs), mean)
+        signs = optax.chain(own_updates(axis_name), hold_if_nonfinite(signs), mean)
     elif (zeros, transport, split_over) != ("dither", "auto", None):
         raise ValueError(
             f"zeros={zeros!r}, transport={transport!r} and split_over={split_over!r} are options "
@@ -322,17 +324,27 @@ def ssdm(
 
 def ef_sign_sgd(
     learning_rate: optax.ScalarOrSchedule,
+    momentum: float | None = None,
     *,
+    nesterov: bool = False,
     block: Block = "leaf",
     decay: float = 1.0,
     accumulator_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
+    axis_name: Hashable | None = None,
+    feedback: Feedback = "both",
+    num_workers: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""signSGD with error feedback, for one worker.
+    r"""signSGD with error feedback, over the workers of an axis with feedback in both directions.
 
-    .. math:: p = g + e, \quad u = \frac{\lVert p \rVert_1}{d} \operatorname{sign}(p), \quad
+    .. math:: m \leftarrow g + \mu m, \quad p = m + e, \quad
+      u = \frac{\lVert p \rVert_1}{d} \operatorname{sign}(p), \quad
       e \leftarrow p - u, \quad x \leftarrow x - \alpha (u + \lambda x)
+
+    for one worker. Over workers each compresses its own p, and servers compress the mean of what
+    was sent with memories of their own, see :func:`signax.mean_scaled_signs`; a worker whose
+    gradient is not finite is left out and keeps its momentum and memory.
 
     It converges like gradient descent where the sign alone does not, so learning rates are those of
     gradient descent, not of signSGD. The paper keeps the memory in units of the learning rate; here
@@ -341,18 +353,24 @@ def ef_sign_sgd(
 
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule.
-      block: what shares one scale, see :func:`signax.scale_by_scaled_sign`.
+      momentum: the decay :math:`\mu` of the momentum, as in `optax.sgd`; `None` keeps none.
+      nesterov: whether p is made of :math:`g + \mu m` in place of m.
+      block: what shares one scale, see :func:`signax.scale_by_scaled_sign`; over workers `"leaf"`
+        or a number, see :func:`signax.mean_scaled_signs`.
       decay: see :func:`signax.error_feedback`.
-      accumulator_dtype: the dtype of the memory; by default that of the parameters.
+      accumulator_dtype: the dtype of momentum and memories; by default that of the parameters.
       weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate; it does not
         enter the memory.
       mask: which leaves decay: a tree of booleans, or a function of the parameters that gives one.
+      axis_name: the mapped axis along which the workers lie; `None` for one worker.
+      feedback: see :func:`signax.mean_scaled_signs`.
+      num_workers: see :func:`signax.mean_scaled_signs`.
 
     Returns:
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range.
+      ValueError: an option is out of range, or an option of the mean is given without an axis.
 
     Examples:
       >>> import jax.numpy as jnp, optax, signax
@@ -364,9 +382,36 @@ def ef_sign_sgd(
 
     References:
       Karimireddy et al., `Error Feedback Fixes SignSGD and other Gradient Compression Schemes
-      <https://arxiv.org/abs/1901.09847>`_, 2019
+      <https://arxiv.org/abs/1901.09847>`_, 2019; Zheng, Huang and Kwok, `Communication-Efficient
+      Distributed Blockwise Momentum SGD with Error-Feedback
+      <https://arxiv.org/abs/1905.10936>`_, 2019
     """
-    direction = error_feedback(
-        scale_by_scaled_sign(block=block), decay=decay, accumulator_dtype=accumulator_dtype
-    )
-    return _descend(direction, learning_rate, weight_decay, mask)
+    check_accumulator_dtype(accumulator_dtype)
+    if axis_name is not None:
+        compress = mean_scaled_signs(
+            axis_name,
+            feedback=feedback,
+            block=cast(Any, block),  # which refuses what only one worker can have
+            decay=decay,
+            accumulator_dtype=accumulator_dtype,
+            num_workers=num_workers,
+        )
+    elif (feedback, num_workers) != ("both", None):
+        raise ValueError(
+            f"feedback={feedback!r} and num_workers={num_workers!r} are options of the mean over "
+            "workers, which axis_name=None leaves out: pass axis_name, or drop them"
+        )
+    else:
+        compress = error_feedback(
+            scale_by_scaled_sign(block=block), decay=decay, accumulator_dtype=accumulator_dtype
+        )
+    if momentum is not None:
+        check_number("momentum", momentum, low=0, high=1)
+        trace = checked(optax.trace(momentum, nesterov, accumulator_dtype), memory="trace")
+        if axis_name is None:
+            compress = optax.chain(trace, compress)
+        else:
+            compress = optax.chain(own_updates(axis_name), hold_if_nonfinite(trace), compress)
+    elif nesterov:
+        raise ValueError("nesterov=True needs a momentum: pass one, such as momentum=0.9")
+    return _descend(compress, learning_rate, weight_decay, mask)

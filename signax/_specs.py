@@ -54,6 +54,11 @@ def explicit_axes(mesh: Mesh | AbstractMesh) -> frozenset[Hashable]:
     return frozenset(axis for axis, kind in kinds if kind == AxisType.Explicit)
 
 
+def auto_axes(mesh: Mesh) -> Mesh:
+    """The same mesh with axes of type Auto."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+
+
 def reshard(array: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
     """Lays an array out over a mesh's Explicit axes as `spec` says; Auto axes take any array."""
     explicit = explicit_axes(mesh)

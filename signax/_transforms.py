@@ -134,16 +134,19 @@ class ErrorFeedbackState(NamedTuple):
     Attributes:
       error: the memory e, what was not emitted so far.
       inner_state: the compressor's state.
+      count: int32[], the steps taken.
     """
 
     error: optax.Updates
     inner_state: optax.OptState
+    count: jax.typing.ArrayLike
 
 
 def error_feedback(
     compressor: optax.GradientTransformation,
     *,
     decay: float = 1.0,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds to each update what compression has left out so far.
@@ -156,12 +159,23 @@ def error_feedback(
 
     What does not compress must stay outside. A learning rate inside makes the memory grow without
     bound, since most of every update is taken for an error; weight decay inside is cancelled by the
-    memory; a vote inside subtracts what others have sent. The memory is in the units of the
-    updates, so that a learning-rate schedule after it changes nothing about it.
+    memory; a vote inside subtracts what others have sent.
+
+    The memory is in the units of the gradient, so that a schedule of learning rates after it
+    changes nothing about it. Where the rate :math:`\gamma_t` is already in the updates that come
+    in, as in the paper, give it as `learning_rate`; then
+
+    .. math:: p_t = \gamma_t g_t + \lambda \gamma_t e_t, \quad
+      e_{t+1} = \frac{p_t - u_t}{\gamma_t}
+
+    so that what is left over from larger steps does not outweigh the smaller ones that follow. A
+    step of rate 0 leaves the memory as it is.
 
     Args:
       compressor: the transformation C.
       decay: the share :math:`\lambda` of the memory that is added, in [0, 1].
+      learning_rate: the rate by which the updates that come in are already multiplied, a number or
+        a schedule of the steps of this transformation. A constant changes nothing.
       accumulator_dtype: the dtype of e and p; by default that of the parameters. Use f32 with bf16
         gradients.
 
@@ -189,28 +203,65 @@ def error_feedback(
     """
     check_transformation("compressor", compressor)
     check_number("decay", decay, low=0, high=1, ends="[]")
+    check_rate(learning_rate)
     check_accumulator_dtype(accumulator_dtype)
     compressor = optax.with_extra_args_support(compressor)
 
     def init_fn(params):
         check_floating(params, "params")
         error = optax.tree.zeros_like(params, dtype=accumulator_dtype)
-        return ErrorFeedbackState(error=error, inner_state=compressor.init(error))
+        count = jnp.zeros([], jnp.int32)
+        return ErrorFeedbackState(error=error, inner_state=compressor.init(error), count=count)
 
     def update_fn(updates, state, params=None, **extra_args):
         check_floating(updates)
         check_alike("updates", updates, "state.error", state.error)
+        rate = current_rate(learning_rate, state.count)
+        memory = in_units_of(rate, state.error)
         corrected = jax.tree.map(
-            lambda g, e: (g.astype(e.dtype) + decay * e).astype(e.dtype), updates, state.error
+            lambda g, e: (g.astype(e.dtype) + decay * e).astype(e.dtype), updates, memory
         )
         compressed, inner_state = compressor.update(
             corrected, state.inner_state, params, **extra_args
         )
         emitted = jax.tree.map(lambda g, u: u.astype(g.dtype), updates, compressed)
-        error = jax.tree.map(lambda p, u: p - u.astype(p.dtype), corrected, emitted)
-        return emitted, ErrorFeedbackState(error=error, inner_state=inner_state)
+        left = jax.tree.map(lambda p, u: p - u.astype(p.dtype), corrected, emitted)
+        error = in_gradient_units(rate, left, memory, state.error)
+        count = optax.safe_increment(state.count)
+        return emitted, ErrorFeedbackState(error=error, inner_state=inner_state, count=count)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_rate(learning_rate: Any) -> None:
+    """Refuses what is neither a number nor a schedule, nor `None`."""
+    if learning_rate is not None and not callable(learning_rate):
+        check_number("learning_rate", learning_rate, low=-math.inf)
+
+
+def current_rate(learning_rate: optax.ScalarOrSchedule | None, count: Any) -> Any:
+    """The rate at a step, or `None` where memories need none."""
+    return learning_rate(count) if callable(learning_rate) else learning_rate
+
+
+def in_units_of(rate: Any, memory: Any) -> Any:
+    """A memory in units of the gradient, times the rate that updates are multiplied by."""
+    if rate is None:
+        return memory
+    return jax.tree.map(lambda e: e * jnp.asarray(rate, e.dtype), memory)
+
+
+def in_gradient_units(rate: Any, left: Any, scaled: Any, memory: Any) -> Any:
+    """What is left after a step, over its rate; the memory as it was where the step kept it."""
+    if rate is None:
+        return left
+
+    def divide(new, before, old):
+        divisor = jnp.asarray(rate, new.dtype)
+        kept = (divisor == 0) | (new == before)
+        return jnp.where(kept, old, new / jnp.where(divisor == 0, jnp.ones_like(divisor), divisor))
+
+    return jax.tree.map(divide, left, scaled, memory)
 
 
 def hold_if_nonfinite(

@@ -1,4 +1,4 @@
-"""The collectives as gradient transformations: updates of one worker in, everybody's update out."""
+"""The vote as a gradient transformation: updates of one worker in, everybody's update out."""
 
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -8,17 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from signax._ballots import Rules, Ties, Zeros, all_finite, take_part
-from signax._checks import check_axis_name
-from signax._collectives import (
-    VoteOptions,
-    check_votable,
-    check_vote_options,
-    mean_active,
-    vote,
-)
+from signax._ballots import Rules, Ties, Zeros
+from signax._collectives import VoteOptions, check_votable, check_vote_options, vote
 from signax._exchange import Transport
-from signax._means import mean_options
 from signax._packing import in_blocks
 from signax._specs import spec_axes, specs_like
 from signax._transforms import hold, is_like_tree, mark_nonfinite
@@ -116,6 +108,7 @@ def voted(
 
     def update_fn(updates, state, params=None, *, active=None, param_specs=None, **extra_args):
         del params, extra_args
+        check_votable(updates, options.axis_name)  # behind a momentum types would not tell
         old_state, vote_state = state
         _, new_state = signs.update(updates, old_state)
         # The same once more for packing: a momentum that is used twice would be kept in between.
@@ -133,6 +126,20 @@ def voted(
         return decided, (hold(finite, old_state, new_state), MajorityVoteState(count=count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def own_updates(axis_name: Hashable) -> optax.GradientTransformation:
+    """Refuses updates that types know to be equal on all workers, as the vote does.
+
+    For what remembers before a vote, behind which each worker's updates differ in any case.
+    """
+
+    def update_fn(updates, state, params=None):
+        del params
+        check_votable(updates, axis_name)
+        return updates, state
+
+    return optax.GradientTransformation(optax.init_empty_state, update_fn)
 
 
 def _in_blocks(updates: Any, state: Any, param_specs: Any) -> tuple[Any, Any]:
@@ -157,108 +164,3 @@ def _in_blocks(updates: Any, state: Any, param_specs: Any) -> tuple[Any, Any]:
 
     state = jax.tree.map(lambda n: tree_blocks(n) if is_like(n) else n, state, is_leaf=is_like)
     return tree_blocks(updates), state
-
-
-class MeanSignsState(NamedTuple):
-    """State of `mean_signs`.
-
-    Attributes:
-      count: int32[], the steps taken, the same on every worker; it drives the dither.
-    """
-
-    count: jax.typing.ArrayLike
-
-
-def mean_signs(
-    axis_name: Hashable,
-    *,
-    zeros: Zeros = "dither",
-    transport: Transport = "auto",
-    split_over: Hashable | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces updates by the exact mean of the workers' signs: one bit up, the count down.
-
-    .. math:: u = \frac{1}{|S|} \sum_{i \in S} \operatorname{sign}(u_i)
-
-    with S as in :func:`signax.majority_vote`. See :func:`signax.pmean_signs` for what is sent and
-    for the options.
-
-    Args:
-      axis_name: the mapped axis along which the workers lie.
-      zeros: what a zero ballot is: `"dither"`, `"abstain"` (two bits up) or `"plus"`.
-      transport: how ballots travel: `"packed"`, `"gather"`, `"int8"` or `"auto"`.
-      split_over: as in :func:`signax.majority_vote`.
-
-    Returns:
-      A transformation whose updates are means between -1 and 1 in each leaf's dtype, and 0
-      everywhere if nobody takes part.
-
-    Raises:
-      TypeError: `axis_name` names no axis; at the update, a leaf is not floating-point.
-      ValueError: a mode is unknown; at the update, a leaf does not vary over the axis.
-      NameError: at the update, the axis is not bound.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, optax, signax
-      >>> tx = signax.mean_signs("workers")
-      >>> gradients = jnp.array([[1.0, -3.0], [-2.0, -1.0], [1.0, jnp.nan]])  # the last one is out
-      >>> update = lambda g: tx.update(g, tx.init(None))[0]
-      >>> print(jax.vmap(update, axis_name="workers")(gradients)[0])
-      [ 0. -1.]
-
-    References:
-      Safaryan and Richtarik, `Stochastic Sign Descent Methods: New Algorithms and Better Theory
-      <https://arxiv.org/abs/1905.12938>`_, 2021
-    """
-    options = mean_options(axis_name, zeros, transport, split_over)
-
-    def init_fn(params):
-        del params
-        return MeanSignsState(count=jnp.zeros([], jnp.int32))
-
-    def update_fn(updates, state, params=None, *, active=None, param_specs=None, **extra_args):
-        del params, extra_args
-        updates, _ = vote(
-            updates, options, step=state.count, active=active, param_specs=param_specs
-        )
-        return updates, MeanSignsState(count=optax.safe_increment(state.count))
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def average_updates(axis_name: Hashable) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces updates by their full-precision mean over the workers that take part.
-
-    .. math:: u = \frac{1}{|S|} \sum_{i \in S} u_i
-
-    with S as in :func:`signax.majority_vote`. For leaves on which a vote is a poor step (norms,
-    biases, embeddings with sparse gradients), through `optax.partition`, and for comparison.
-
-    Args:
-      axis_name: the mapped axis along which the workers lie.
-
-    Returns:
-      A stateless transformation. The mean is accumulated in at least f32 and rounded to each
-      leaf's dtype; it is 0 if nobody takes part. It costs one all-reduce of f32 (or f64) numbers.
-
-    Raises:
-      TypeError: `axis_name` names no single axis; at the update, a leaf is not floating-point.
-      ValueError: at the update, a leaf does not vary over the axis.
-      NameError: at the update, the axis is not bound.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, signax
-      >>> tx = signax.average_updates("workers")
-      >>> gradients = jnp.array([[1.0, 2.0], [3.0, 2.0], [jnp.nan, 0.0]])  # the last one is out
-      >>> update = lambda g: tx.update(g, tx.init(None))[0]
-      >>> print(jax.vmap(update, axis_name="workers")(gradients)[0])
-      [2. 2.]
-    """
-    check_axis_name(axis_name)
-
-    def update_fn(updates, state, params=None, *, active=None, **extra_args):
-        del params, extra_args
-        check_votable(updates, axis_name)
-        return mean_active(updates, axis_name, take_part(all_finite(updates), active)), state
-
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)

@@ -1,6 +1,7 @@
 """When one bit pays: how dense gradients are, and what a step sends."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ from signax import _packing
 from signax._checks import check_floating, check_mode
 from signax._exchange import choose_transport, part_words, share_words
 from signax._hlo import Collective, collective_bytes, collectives
-from signax._numerics import relative_to_peak, wide_dtype
+from signax._numerics import relative_to_peak, wide_dtype, words_of
+from signax._parts import part_shape
 
 __all__ = [
     "Collective",
@@ -22,6 +24,7 @@ __all__ = [
 ]
 
 _PLANES = {"vote": 1, "abstain": 2, "mean_signs": 1}
+_SCHEMES = (*_PLANES, "scaled_signs", "mean")
 _WORD_BYTES = 4
 
 
@@ -75,7 +78,8 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
     all_gather, 2 (M-1) 4 P bytes. P is an M-th of the packed bits and a header word, rounded up to
     128 words (from 16,384 words on the bits are, too). A small vote, or of two workers, sends whole
     messages in one all_gather instead, (M-1) 4 P bytes with all the bits in P. A mean of signs has
-    ceil(log2(M + 1)) times as many words in the parts of its all_gather. A ring all-reduce of
+    ceil(log2(M + 1)) times as many words in the parts of its all_gather. A mean of scaled signs
+    sends like a vote, each leaf cut into M parts, and one scale with each. A ring all-reduce of
     B bytes sends 2 (M-1)/M B. A compiler may choose otherwise (on CPU the mean of bf16 travels as
     f32): :func:`collective_bytes` reads what a program does.
 
@@ -83,7 +87,8 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
       tree: pytree of floating-point arrays or `jax.ShapeDtypeStruct`, one worker's updates.
       num_workers: M, the number of workers.
       scheme: `"vote"` (one bit each way), `"abstain"` (two bits each way), `"mean_signs"` (one bit
-        up, the count down) or `"mean"` (the full-precision mean, each leaf in its own dtype).
+        up, the count down), `"scaled_signs"` (one bit and a scale per leaf each way, feedback in
+        both directions) or `"mean"` (the full-precision mean, each leaf in its own dtype).
 
     Returns:
       Bytes per worker and step, rounded up; 0 for a single worker.
@@ -99,7 +104,7 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
       >>> diagnostics.wire_bytes(params, 8), diagnostics.wire_bytes(params, 8, scheme="mean")
       (2200576, 70000000)
     """
-    check_mode("scheme", scheme, (*_PLANES, "mean"))
+    check_mode("scheme", scheme, _SCHEMES)
     if num_workers < 1:
         raise ValueError(f"num_workers={num_workers!r} must be at least 1")
     check_floating(tree, "tree")
@@ -107,19 +112,25 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
     if scheme == "mean":
         total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         return -(-2 * (num_workers - 1) * total // num_workers)
-    words = _packing.num_words(leaves)
-    if not words:
-        return 0
-    planes, digits = _PLANES[scheme], _digits(scheme, num_workers)
-    if choose_transport(planes * words, num_workers, digits) == "gather":
-        return (num_workers - 1) * part_words(planes * words) * _WORD_BYTES
-    share = planes * share_words(words, num_workers)
-    return (num_workers - 1) * (part_words(share) + part_words(digits * share)) * _WORD_BYTES
+    sent, _ = _exchanged(leaves, num_workers, scheme)
+    return sent * _WORD_BYTES
 
 
-def _digits(scheme: str, num_workers: int) -> int:
-    """The words that come down for each that goes up."""
-    return num_workers.bit_length() if scheme == "mean_signs" else 1
+def _exchanged(leaves: Sequence[Any], num_workers: int, scheme: str) -> tuple[int, int]:
+    """The words that a worker sends in an exchange of packed bits, and in how many collectives."""
+    if not sum(leaf.size for leaf in leaves):
+        return 0, 0
+    if scheme == "scaled_signs":
+        shapes = [part_shape(leaf.shape, num_workers) for leaf in leaves if leaf.size]
+        scales = sum(words_of(1, wide_dtype(leaf.dtype)) for leaf in leaves if leaf.size)
+        bits = _packing.num_words([jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes])
+        return 2 * (num_workers - 1) * part_words(bits + scales), 2
+    words = _PLANES[scheme] * _packing.num_words(leaves)
+    digits = num_workers.bit_length() if scheme == "mean_signs" else 1
+    if choose_transport(words, num_workers, digits) == "gather":
+        return (num_workers - 1) * part_words(words), 1
+    share = _PLANES[scheme] * share_words(words // _PLANES[scheme], num_workers)
+    return (num_workers - 1) * (part_words(share) + part_words(digits * share)), 2
 
 
 def exchange_seconds(
@@ -180,7 +191,6 @@ def exchange_seconds(
         return 0.0
     if scheme == "mean":
         return wire + latency
-    words = _PLANES[scheme] * _packing.num_words(leaves)
-    gathers = choose_transport(words, num_workers, _digits(scheme, num_workers)) == "gather"
+    _, number = _exchanged(leaves, num_workers, scheme)
     read = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / memory_bandwidth
-    return wire + (1 if gathers else 2) * latency + read
+    return wire + number * latency + read

@@ -145,13 +145,22 @@ def num_parameters(tree: str) -> int:
 @functools.cache
 def vote_program(target: str, tree: str) -> Program:
     """A step of voted signum, from gradients that are there already to new parameters."""
-    mesh = mesh_of(target)
-    tx = _voted_signum(mesh)
+    return _update_program(_voted_signum(mesh_of(target)), tree)
+
+
+@functools.cache
+def feedback_program(target: str, tree: str) -> Program:
+    """The same of signSGD with momentum and error feedback in both directions."""
+    optimizer = signax.ef_sign_sgd(1e-3, 0.9, axis_name="data")
+    return _update_program(signax.DataParallel(optimizer, mesh_of(target)), tree)
+
+
+def _update_program(tx: signax.DataParallel, tree: str) -> Program:
     params, grads = {}, {}
     for name, shape in TREES[tree].items():
-        params[name] = _array(shape, mesh)
-        grads[name] = _array((tx.num_workers, *shape), mesh, tx.axis_name)
-    return _compile(_step(tx), params, _state(tx, params), grads)
+        params[name] = _array(shape, tx.mesh)
+        grads[name] = _array((tx.num_workers, *shape), tx.mesh, tx.axis_name)
+    return _compile(_step(tx), params, tx.abstract_state(params), grads)
 
 
 @functools.cache
@@ -175,7 +184,7 @@ def train_program(target: str, width: int) -> Program:
     def loss_fn(params, batch):
         return jax.numpy.mean((jax.nn.relu(batch @ params["up"]) @ params["down"] - batch) ** 2)
 
-    return _compile(tx.train_step(loss_fn), params, _state(tx, params), batch)
+    return _compile(tx.train_step(loss_fn), params, tx.abstract_state(params), batch)
 
 
 def _voted_signum(mesh: Mesh) -> signax.DataParallel:
@@ -187,13 +196,6 @@ def _voted_signum(mesh: Mesh) -> signax.DataParallel:
 def _array(shape: tuple[int, ...], mesh: Mesh, *spec: Any) -> jax.ShapeDtypeStruct:
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
     return jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)
-
-
-def _state(tx: signax.DataParallel, params: Any) -> Any:
-    def place(leaf, sharding):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(place, jax.eval_shape(tx.init, params), tx.state_shardings(params))
 
 
 def _step(tx: optax.GradientTransformation) -> jax.stages.Wrapped:

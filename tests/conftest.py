@@ -1,11 +1,11 @@
-"""Nine simulated devices for every test: one more than the workers of the mesh, for odd counts."""
+"""Sixteen simulated devices for every test: twice the workers of the mesh."""
 
 import hypothesis
 import jax
 import pytest
 from jax.sharding import AxisType
 
-jax.config.update("jax_num_cpu_devices", 9)
+jax.config.update("jax_num_cpu_devices", 16)
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")

@@ -209,6 +209,74 @@ def ef_sign_sgd(params, gradients, learning_rate):
     return np.array(steps)
 
 
+# Both directions: Zheng, Huang and Kwok 2019 (arXiv 1905.10936), over M workers that serve parts.
+
+
+def parts(size, num_workers):
+    """The bounds of the M runs of a leaf's coordinates, even in length but for the leaf's end."""
+    run = 2 * int(np.ceil(size / (2 * num_workers)))
+    return [(min(k * run, size), min((k + 1) * run, size)) for k in range(num_workers)]
+
+
+def blocks(size, num_workers, block):
+    """The bounds of blocks of so many coordinates at most within the parts; `None`: whole parts."""
+    bounds = []
+    for start, stop in parts(size, num_workers):
+        length = block or max(1, stop - start)
+        bounds += [(first, min(first + length, stop)) for first in range(start, stop, length)]
+    return bounds
+
+
+def signed_blocks(values, bounds, parity):
+    """mean |p| over each block times the sign of each coordinate, of zeros by an even parity."""
+    signs = np.where(values == 0, np.where(parity % 2 == 0, 1, -1), np.sign(values))
+    sent = np.zeros_like(values)
+    for start, stop in bounds:
+        if start == stop:
+            continue
+        sent[start:stop] = np.abs(values[start:stop]).mean() * signs[start:stop]
+    return sent
+
+
+def mean_of_scaled_signs(leaves, feedback="both", block=None, decay=1.0, active=None):
+    """Updates [T, d] and memories after each step, from T steps of values: a list of [M, d] leaves.
+
+    Returns:
+      For each step and leaf a triple: the update [d], the workers' memories [M, d], the servers'
+      [d].
+    """
+    num_steps, num_workers = len(leaves), len(leaves[0][0])
+    memory = [np.zeros_like(leaf, np.float64) for leaf in leaves[0]]
+    server = [np.zeros(leaf.shape[1]) for leaf in leaves[0]]
+    history = []
+    for t in range(num_steps):
+        h1, _ = hash_bits(t // 2)
+        places = (np.arange(num_workers) + t // 2) % num_workers
+        takes_part = np.all([np.isfinite(leaf).all(axis=1) for leaf in leaves[t]], axis=0)
+        if active is not None:
+            takes_part &= active[t]
+        step = []
+        for n, leaf in enumerate(leaves[t]):
+            size = leaf.shape[1]
+            up = blocks(size, num_workers, block) if block else [(0, size)]
+            mean = np.zeros(size)
+            for i in np.flatnonzero(takes_part):
+                corrected = leaf[i] + (decay * memory[n][i] if feedback != "none" else 0)
+                sent = signed_blocks(corrected, up, places[i] + np.arange(size) + t + h1)
+                memory[n][i] = corrected - sent
+                mean += sent / takes_part.sum()
+            if feedback == "both" and takes_part.any():
+                corrected = mean + decay * server[n]
+                down = blocks(size, num_workers, block)
+                lengths = [stop - start for start, stop in parts(size, num_workers)]
+                parity = np.repeat(places, lengths) + np.arange(size) + t + h1
+                mean = signed_blocks(corrected, down, parity)
+                server[n] = corrected - mean
+            step.append((mean, memory[n].copy(), server[n].copy()))
+        history.append(step)
+    return history
+
+
 # Stochastic signs: Safaryan and Richtarik 2021 (arXiv 1905.12938).
 
 

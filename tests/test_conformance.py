@@ -78,6 +78,11 @@ REGISTRY = {
     "error_feedback": Case(
         signax.error_feedback, {"decay": 0.9}, {"compressor": signax.scale_by_scaled_sign()}
     ),
+    "error_feedback after a rate": Case(
+        signax.error_feedback,
+        {"learning_rate": 0.1},
+        {"compressor": signax.scale_by_scaled_sign()},
+    ),
     "error_feedback wide": Case(
         signax.error_feedback,
         others={
@@ -91,6 +96,15 @@ REGISTRY = {
         signax.majority_vote, others={**VOTE, "zeros": "abstain"}, voted=True
     ),
     "mean_signs": Case(signax.mean_signs, others=VOTE, voted=True),
+    "mean_scaled_signs": Case(
+        signax.mean_scaled_signs, others={**VOTE, "num_workers": 2}, voted=True
+    ),
+    "mean_scaled_signs worker": Case(
+        signax.mean_scaled_signs,
+        {"decay": 0.9, "learning_rate": 0.1},
+        {**VOTE, "feedback": "worker", "block": 4, "accumulator_dtype": jnp.float32},
+        voted=True,
+    ),
     "average_updates": Case(signax.average_updates, others=VOTE, voted=True),
     "sign_sgd": Case(signax.sign_sgd, RATE),
     "sign_sgd voted": Case(signax.sign_sgd, RATE, VOTE, voted=True),
@@ -113,10 +127,19 @@ REGISTRY = {
     ),
     "ssdm over workers": Case(signax.ssdm, RATE, {"key": KEY, **VOTE}, voted=True),
     "ef_sign_sgd": Case(signax.ef_sign_sgd, {**RATE, "weight_decay": 0.1}, needs_params=True),
+    "ef_sign_sgd over workers": Case(
+        signax.ef_sign_sgd,
+        {**RATE, "momentum": 0.9},
+        {"nesterov": True, **VOTE, "num_workers": 2},
+        voted=True,
+    ),
 }
 # What is exported and is no transformation of one worker's updates. DataParallel is one of global
 # arrays, which its own tests cover.
-OTHERS = {"DataParallel", "diagnostics", "pmean_signs", "pvote", "pvote_scatter"}
+OTHERS = {
+    "DataParallel", "diagnostics", "pmean_scaled_signs", "pmean_signs", "pvote", "pvote_scatter",
+    "scaled_signs_memory",
+}  # fmt: skip
 
 # Optax's own, re-exported: it takes any dtype, and Optax documents it.
 OPTAXS = {"scale_by_sign"}
@@ -191,7 +214,7 @@ def test_every_export_is_in_the_registry_or_known_to_be_something_else():
     tested = {case.factory for case in REGISTRY.values()}
     for name in signax.__all__:
         export = getattr(signax, name)
-        known = name in OTHERS or (name.endswith("State") and is_state(export))
+        known = name in OTHERS or is_state(export)
         assert known != (export in tested), name
 
 
@@ -462,9 +485,10 @@ def test_a_chain_may_hold_it(name):
 # --- the written law -------------------------------------------------------------------------
 
 EXPORTS = [name for name in signax.__all__ if not inspect.ismodule(getattr(signax, name))]
-FACTORIES = [name for name in EXPORTS if not name.endswith("State") and name not in OPTAXS]
+STATES = [name for name in EXPORTS if is_state(getattr(signax, name)) and name not in OTHERS]
+FACTORIES = [name for name in EXPORTS if name not in (*STATES, *OPTAXS)]
 # Hyperparameters that come second and third in Optax's signatures too.
-POSITIONAL = {"b1", "b2"}
+POSITIONAL = {"b1", "b2", "momentum"}
 
 
 @pytest.mark.parametrize("name", EXPORTS)
@@ -473,7 +497,7 @@ def test_every_export_is_documented(name):
     first, *rest = text.split("\n")
     assert first.endswith("."), first
     assert rest[:1] in ([], [""])
-    if name.endswith("State"):
+    if name in STATES:
         assert "Attributes:" in text
         for field in getattr(signax, name)._fields:
             assert f"\n  {field}: " in text

@@ -178,6 +178,57 @@ def test_accumulated_gradients_are_the_mean_over_micro_batches(accumulate, mesh)
     assert loss == pytest.approx(np.mean([loss for loss, _ in pieces]), rel=1e-6)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_local_steps_give_how_far_each_worker_went(steps, mesh):
+    batch, rate = make_batch(), 1 / 16
+    tx = signax.DataParallel(SIGNUM, mesh)
+    gradient = tx.value_and_grad(squared_error, accumulate=steps, local=signax.sign_sgd(rate))
+    loss, grads = jax.jit(gradient)(PARAMS, batch)
+    losses, went = [], []
+    for share in shares(batch):
+        params = jax.tree.map(np.asarray, PARAMS)
+        for piece in shares(share, steps):
+            value, slope = jax.value_and_grad(squared_error)(params, piece)
+            losses.append(value)
+            params = jax.tree.map(lambda p, g: p - rate * np.sign(g), params, slope)
+        went.append(jax.tree.map(lambda p, q: p - q, PARAMS, params))
+    assert_trees_close(grads, jax.tree.map(lambda *leaves: np.stack(leaves), *went))
+    assert loss == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_local_steps_keep_aux_key_and_state_of_their_optimiser(mesh):
+    seen = []
+
+    def loss_fn(params, batch, *, key):
+        drawn = jax.random.uniform(key)
+        return squared_error(params, batch), drawn
+
+    local = optax.sgd(optax.piecewise_constant_schedule(0.0, {1: 0.0}))  # counts its steps
+    tx = signax.DataParallel(SIGNUM, mesh)
+    for optimizer in (None, local):
+        gradient = tx.value_and_grad(loss_fn, has_aux=True, accumulate=4, local=optimizer)
+        (_, aux), grads = gradient(PARAMS, make_batch(), key=jax.random.key(1))
+        seen.append(aux)
+    np.testing.assert_array_equal(*seen)
+    assert np.unique(seen[0]).size == 4 * WORKERS
+    assert_trees_equal(grads, jax.tree.map(jnp.zeros_like, grads))  # the rate is 0
+    single = tx.value_and_grad(loss_fn, has_aux=True, local=local)
+    (_, aux), _ = single(PARAMS, make_batch(), key=jax.random.key(1))
+    assert aux.shape == (WORKERS,)
+
+
+def test_local_steps_send_as_much_as_one_vote(mesh):
+    tx, batch = signax.DataParallel(SIGNUM, mesh), make_batch(64)
+    state = tx.init(PARAMS)
+    sent = []
+    for options in ({}, {"accumulate": 8, "local": signax.sign_sgd(0.1)}):
+        step = tx.train_step(squared_error, **options)
+        sent.append(diagnostics.collective_bytes(step.lower(PARAMS, state, batch).compile()))
+    assert sent[0] == sent[1] > 0
+    with pytest.raises(TypeError, match="local="):
+        tx.value_and_grad(squared_error, local=signax.sign_sgd)
+
+
 def test_bf16_gradients_accumulate_in_f32(mesh):
     """In bf16 256 + 1 is 256: eight small micro-batches after a large one would count nothing."""
     batch = jnp.tile(jnp.array([256.0] + [1.0] * 8, jnp.bfloat16), WORKERS)
@@ -575,7 +626,7 @@ def test_what_names_no_axis_is_refused(axis_name, mesh):
 
 def test_state_of_another_number_of_workers_is_refused(mesh):
     state = signax.DataParallel(SIGNUM, make_mesh((4,))).init(PARAMS)
-    with pytest.raises(ValueError, match="rows for 4 workers, but the mesh has 8") as error:
+    with pytest.raises(ValueError, match="rows for 4 workers, but there are 8") as error:
         signax.DataParallel(SIGNUM, mesh).update(rows_of(), state, PARAMS)
     assert "momentum['b']" in str(error.value)
 

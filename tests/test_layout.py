@@ -135,7 +135,12 @@ CASES = {
     ),
     "error_feedback": (
         optax.chain(signax.error_feedback(signax.scale_by_scaled_sign()), VOTE),
-        under("[0]", {".error['w']", ".error['b']"}), {"[1].count"},
+        under("[0]", {".error['w']", ".error['b']"}), {"[0].count", "[1].count"},
+    ),
+    "error feedback of workers and servers": (
+        signax.mean_scaled_signs("data"),
+        under(".memory.worker", {"['w']", "['b']"}) | under(".memory.server", {"['w']", "['b']"}),
+        {".count"},
     ),
     "no state but the vote's": (signax.sign_sgd(0.1, axis_name="data"), set(), {"[0][1].count"}),
     "loop inside": (

@@ -1,5 +1,6 @@
 """The optimisers against Optax's, against the papers, and against themselves over workers."""
 
+import functools
 import math
 
 import jax
@@ -387,3 +388,37 @@ def test_a_mask_that_is_taken_for_a_schedule_is_refused():
     tx = optax.inject_hyperparams(signax.signum)(0.1, weight_decay=0.5, mask=matrices)
     with pytest.raises(TypeError, match="'mask' in the static_args"):
         tx.init({"w": jnp.ones((2, 2))})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(signax.sign_sgd, 0.1),
+        functools.partial(signax.signum, 0.1),
+        functools.partial(signax.lion, 0.1, weight_decay=0.0),
+        functools.partial(signax.ssdm, 0.1, jax.random.key(0)),
+        functools.partial(signax.ef_sign_sgd, 0.1),
+        functools.partial(signax.ef_sign_sgd, 0.1, 0.9),
+    ],
+    ids=["sign_sgd", "signum", "lion", "ssdm", "ef_sign_sgd", "ef_sign_sgd with momentum"],
+)
+def test_gradients_that_types_know_to_be_summed_are_refused_behind_a_momentum_too(make, mesh):
+    tx = make(axis_name="data")
+
+    def step(params):
+        state = tx.init(params)  # the worker's own, whatever types say
+        state = jax.tree.map(
+            lambda leaf: (
+                jax.lax.pcast(leaf, "data", to="varying")
+                if jnp.issubdtype(leaf.dtype, jnp.floating)
+                else leaf
+            ),
+            state,
+        )
+        grads = jax.grad(lambda p: jnp.sum(p**2))(params)
+        return tx.update(grads, state, params)[0]
+
+    whole = jax.sharding.PartitionSpec()
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=whole, out_specs=whole)
+    with pytest.raises(ValueError, match="does not vary over axis 'data'"):
+        jax.eval_shape(mapped, jnp.ones(3))

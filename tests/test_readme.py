@@ -18,12 +18,13 @@ README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_the_code_blocks_run_one_after_the_other():
+def test_the_code_blocks_run_one_after_the_other(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     # In a process of its own, since the first block says how many devices there are.
     program = "\n".join(blocks) + "\nprint(float(loss))\ntx.init({'w': jnp.ones((3, 2))})\n"
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     assert float(found.stdout) < 1e-4
 

@@ -192,6 +192,58 @@ def test_a_schedule_outside_changes_nothing_about_the_memory():
     np.testing.assert_allclose(stepped, -rates[:, None] * emitted, rtol=1e-6)
 
 
+def warm_up_then_drop(count):
+    """A rate that starts from 0, stays, and drops to a tenth."""
+    return jnp.where(count < 4, 0.125 * count, jnp.where(count < 25, 0.5, 0.05))
+
+
+def test_a_memory_behind_the_learning_rate_is_rescaled_with_it():
+    """Where the rate is not 0, both orders of rate and error feedback are one algorithm."""
+    compressor = signax.scale_by_scaled_sign()
+    rate = optax.scale_by_schedule(warm_up_then_drop)
+    behind = signax.error_feedback(compressor, learning_rate=warm_up_then_drop)
+    with jax.enable_x64(True):
+        gradients = jnp.asarray(normal((50, 10)))
+        found, (_, states) = run(optax.chain(rate, behind), gradients)
+        # A step of rate 0 hands on nothing of its gradient, so that memory begins with the second.
+        emitted, expected = run(signax.error_feedback(compressor), gradients[1:])
+        rates = np.array([warm_up_then_drop(t) for t in range(50)])
+    np.testing.assert_array_equal(found[0], 0)
+    np.testing.assert_array_equal(states.error[0], 0)
+    np.testing.assert_allclose(found[1:], rates[1:, None] * np.asarray(emitted), rtol=1e-9)
+    np.testing.assert_allclose(states.error[1:], expected.error, rtol=1e-9, atol=1e-12)
+
+
+def test_a_memory_that_is_not_rescaled_outweighs_the_gradient_after_a_drop():
+    # The paper's own order under a schedule, which the option is for.
+    compressor, gradients = signax.scale_by_scaled_sign(), jnp.asarray(normal((30, 10)))
+    rate = optax.scale_by_schedule(warm_up_then_drop)
+    steps, _ = run(optax.chain(rate, signax.error_feedback(compressor)), gradients)
+    behind = signax.error_feedback(compressor, learning_rate=warm_up_then_drop)
+    rescaled, _ = run(optax.chain(rate, behind), gradients)
+    assert np.abs(steps[25]).mean() > 5 * np.abs(rescaled[25]).mean()
+
+
+def test_a_step_of_rate_zero_in_between_keeps_the_memory():
+    tx = signax.error_feedback(
+        signax.scale_by_scaled_sign(), learning_rate=lambda count: jnp.where(count == 2, 0.0, 0.5)
+    )
+    rates = jnp.array([[0.5], [0.5], [0.0], [0.5]])
+    emitted, states = run(tx, rates * jnp.asarray(normal((4, 6)), jnp.float32))
+    np.testing.assert_array_equal(emitted[2], 0)
+    np.testing.assert_array_equal(states.error[2], states.error[1])
+    assert np.any(states.error[1] != 0)
+
+
+def test_a_constant_rate_changes_nothing_but_the_unit_of_the_memory():
+    gradients = jnp.asarray(normal((20, 10)), jnp.float32)
+    compressor = signax.scale_by_scaled_sign()
+    emitted, states = run(signax.error_feedback(compressor), gradients)
+    told, (error, *_) = run(signax.error_feedback(compressor, learning_rate=0.25), gradients)
+    np.testing.assert_allclose(told, emitted, rtol=1e-5)
+    np.testing.assert_allclose(error, 4 * states.error, rtol=1e-4, atol=1e-5)
+
+
 def squares(rows):
     return np.sum(np.asarray(rows, np.float64) ** 2, axis=1)
 

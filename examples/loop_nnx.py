@@ -1,0 +1,153 @@
+"""Trains with Flax NNX: BatchNorm, dropout and clipping where some leaves are voted on, some not.
+
+An unmodified `nnx.Optimizer` takes `signax.DataParallel` as its transformation. What comes before
+the vote is each worker's own, and this loop shows how to deal with each case: dropout masks come
+from a key per worker, running statistics come back as one row per worker and are averaged, and the
+gradient is clipped by the norm of the worker's own. Kernels are voted on, one bit per parameter;
+biases and norm scales, which are few and noisy, are averaged for Adam. Only kernels decay.
+
+    python examples/loop_nnx.py
+    python examples/loop_nnx.py --workers 4 --steps 100
+"""
+
+import argparse
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+import signax
+
+test_images = 400
+batch_size = 128  # of all workers together
+step_size, weight_decay = 2e-3, 5e-2
+averaged_step = 5.0  # Adam's step on what is averaged, as a multiple of a vote's
+largest_norm = 1.0
+dropout_rate = 0.2
+
+
+class Network(nnx.Module):
+    """A convolution and two dense layers, with BatchNorm and dropout."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(1, 32, kernel_size=(3, 3), use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(32, momentum=0.9, rngs=rngs)
+        self.dense1 = nnx.Linear(4 * 4 * 32, 64, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout_rate)  # draws from what the call hands it
+        self.dense2 = nnx.Linear(64, 10, rngs=rngs)
+
+    def __call__(self, images, rngs: nnx.Rngs | None = None):
+        x = nnx.relu(self.norm(self.conv(images)))
+        x = nnx.max_pool(x, window_shape=(2, 2), strides=(2, 2))
+        x = nnx.relu(self.dense1(x.reshape(len(x), -1)))
+        return self.dense2(self.dropout(x, rngs=rngs))
+
+
+def is_kernel(params):
+    return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+
+
+def group(params):
+    return jax.tree.map(lambda kernel: "vote" if kernel else "mean", is_kernel(params))
+
+
+def make_optimizer(steps):
+    # Each worker forgets a gradient that is not finite, and stays out of the vote on that step.
+    momentum = signax.hold_if_nonfinite(signax.scale_by_signum())
+    vote = optax.chain(momentum, signax.majority_vote("data"))
+    adam = optax.chain(optax.scale_by_adam(), optax.scale(averaged_step))
+    mean = optax.chain(signax.average_updates("data"), adam)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, step_size, steps // 20, steps)
+    return optax.chain(
+        # A sign forgets scale: clipping weighs this step's gradient within the momentum.
+        optax.clip_by_global_norm(largest_norm),
+        optax.partition({"vote": vote, "mean": mean}, group),
+        # From here on everything is the same on all workers.
+        optax.add_decayed_weights(weight_decay, mask=is_kernel),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def load_data():
+    digits: Any = load_digits()  # scikit-learn's types leave open what it is
+    images = (digits.images[..., None] / 16).astype(np.float32)
+    labels = digits.target.astype(np.int32)
+    return train_test_split(images, labels, test_size=test_images, stratify=labels, random_state=0)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workers", type=int, default=8, help="simulated workers (default 8)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps (default 200)")
+    args = parser.parse_args()
+    if min(args.workers, args.steps) < 1:
+        parser.error("--workers and --steps must be at least 1")
+    if batch_size % args.workers:
+        parser.error(f"--workers {args.workers} does not divide the batch of {batch_size} images")
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", args.workers)
+    mesh = jax.make_mesh((args.workers,), ("data",))
+    tx = signax.DataParallel(make_optimizer(args.steps), mesh)
+
+    # All on all workers from the start, the count of steps too. Otherwise the first step moves it
+    # there, and the second compiles anew for arrays that lie elsewhere.
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    model = Network(nnx.Rngs(0))
+    nnx.update(model, jax.device_put(nnx.state(model), everywhere))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.step[...] = jax.device_put(optimizer.step[...], everywhere)
+
+    @nnx.jit
+    def step(model, optimizer, batch, key):
+        graph, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
+
+        def loss_fn(params, batch, statistics, key):
+            images, labels = batch
+            # BatchNorm writes its statistics, which only a copy made in here may have done to it.
+            network = nnx.merge(graph, params, statistics, copy=True)
+            logits = network(images, rngs=nnx.Rngs(dropout=key))
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), nnx.state(network, nnx.BatchStat)
+
+        gradient = tx.value_and_grad(loss_fn, has_aux=True)
+        (loss, statistics), grads = gradient(params, batch, statistics, key=key)
+        optimizer.update(model, grads)
+        nnx.update(model, jax.tree.map(lambda rows: rows.mean(axis=0), statistics))
+        return loss
+
+    @nnx.jit
+    def accuracy(model, images, labels):
+        return jnp.mean(model(images).argmax(axis=-1) == labels)
+
+    train_images, held_out_images, train_labels, held_out_labels = load_data()
+    rng, key = np.random.default_rng(0), jax.random.key(0)
+    losses = []
+    model.train()
+    progress = tqdm(range(args.steps), unit="step")
+    for number in progress:
+        chosen = rng.integers(len(train_images), size=batch_size)
+        batch = train_images[chosen], train_labels[chosen]
+        loss = step(model, optimizer, batch, jax.random.fold_in(key, number))
+        losses.append(float(loss))  # waits for the step
+        progress.set_postfix(loss=losses[-1], refresh=False)
+
+    model.eval()
+    # One copy is enough to evaluate, since all workers hold the same.
+    nnx.update(model, jax.device_get(nnx.state(model)))
+    correct = accuracy(model, held_out_images, held_out_labels)
+    print(f"Loss: {losses[0]:.4f} in the first step, {losses[-1]:.4f} in the last.")
+    print(f"Test accuracy: {correct:.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""Trains a small network by majority vote in several processes, as on a TPU pod or GPU cluster.
+
+On this machine, four processes of one simulated device each, and one process of four, which
+ends with the same parameters bit for bit:
+
+    python examples/multihost.py --processes 4
+    python examples/multihost.py --devices 4
+
+With checkpoints, stopped on the way and continued in new processes:
+
+    python examples/multihost.py --processes 4 --checkpoint /tmp/digits --stop-at 100
+    python examples/multihost.py --processes 4 --checkpoint /tmp/digits
+
+On a TPU pod, under Slurm or under Open MPI, on every host, where jax.distributed.initialize()
+finds the others by itself (on a machine that belongs to no cluster, the same line is one process
+that trains on all of its devices):
+
+    python examples/multihost.py --checkpoint /a/folder/that/all/hosts/share
+
+On hosts that JAX knows nothing of, on each of them with its own --process-id from 0:
+
+    python examples/multihost.py --coordinator 10.0.0.1:1234 --processes 2 --process-id 0
+
+A checkpoint holds the parameters, the momentum of every worker and all else that the next step
+depends on, so that a run that was stopped ends where an uninterrupted one does, bit for bit. A
+cluster that takes a machine away says so by SIGTERM: all processes then save the same step and end.
+
+The data are scikit-learn's 1,797 handwritten digits of 8x8 pixels, which ship in its package.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+import signax
+
+step_size, decay = 1e-3, 5e-2
+test_images = 400
+
+
+class Network(nn.Module):
+    """Two hidden layers with dropout, 26,122 parameters."""
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = images
+        for _ in range(2):
+            x = nn.relu(nn.Dense(128)(x))
+            x = nn.Dropout(0.1, deterministic=not train)(x)
+        return nn.Dense(10)(x)
+
+
+def load_data():
+    digits: Any = load_digits()  # scikit-learn's types leave open what it is
+    images, labels = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
+    return train_test_split(images, labels, test_size=test_images, stratify=labels, random_state=0)
+
+
+def load_batch(images, labels, number, sharding, args):
+    """Step `number`'s batch, of which this process loads its own share only."""
+    # From the step alone, not from a stream: a run that continues needs no place in one.
+    rng = np.random.default_rng((args.seed, number))
+    chosen = rng.integers(len(images), size=args.batch_size)
+    own = np.split(chosen, jax.process_count())[jax.process_index()]
+    share = {"image": images[own], "label": labels[own]}
+    return jax.make_array_from_process_local_data(sharding, share)
+
+
+class Checkpoints:
+    """Parameters and optimiser state by step, with the settings that they belong to."""
+
+    def __init__(self, args):
+        folder = args.checkpoint if "://" in args.checkpoint else os.path.abspath(args.checkpoint)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        self.manager = ocp.CheckpointManager(folder, options=options)
+        self.settings = {name: getattr(args, name) for name in ("steps", "batch_size", "seed")}
+        self.settings["workers"] = jax.device_count()  # there is a momentum for each
+
+    def restore(self, number, laid_out):
+        """Parameters and state, every process reading what its devices hold."""
+        settings = ocp.args.Composite(settings=ocp.args.JsonRestore())
+        training = ocp.args.Composite(training=ocp.args.StandardRestore(laid_out))
+        saved: Any = self.manager.restore(number, args=settings)
+        for name, value in self.settings.items():
+            if saved.settings[name] != value:
+                sys.exit(
+                    f"error: {self.manager.directory} holds a run with {name} = "
+                    f"{saved.settings[name]}, this one has {value}: they would not continue exactly"
+                )
+        restored: Any = self.manager.restore(number, args=training)
+        return restored.training
+
+    def save(self, number, params, state):
+        """Copies everything, and writes it in the background."""
+        items = ocp.args.Composite(
+            training=ocp.args.StandardSave((params, state)),
+            settings=ocp.args.JsonSave(self.settings),
+        )
+        self.manager.save(number, args=items, force=True)
+
+
+def train(args):
+    """One process of the run."""
+    first = jax.process_index() == 0
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    train_images, held_out_images, train_labels, held_out_labels = load_data()
+    network: Any = Network()  # Flax's types leave open what comes out
+
+    def loss_fn(params, batch, key):
+        logits = network.apply(params, batch["image"], train=True, rngs={"dropout": key})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+    # Over --steps, wherever the run may be stopped and continued.
+    schedule = optax.warmup_cosine_decay_schedule(0.0, step_size, args.steps // 20, args.steps)
+    optimizer = signax.signum(schedule, axis_name="data", weight_decay=decay)
+    tx = signax.DataParallel(optimizer, mesh)
+
+    def init(key):
+        params = network.init(key, train_images[:1], train=False)
+        return params, tx.init(params)
+
+    key = jax.random.key(args.seed)
+    abstract_params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        jax.eval_shape(init, key)[0],
+    )
+    laid_out = abstract_params, tx.abstract_state(abstract_params)
+    checkpoints = Checkpoints(args) if args.checkpoint else None
+    number = checkpoints.manager.latest_step() if checkpoints else None
+    if checkpoints and number is not None:
+        params, state = checkpoints.restore(number, laid_out)
+    else:
+        number = 0
+        # Compiled, so that it comes into being on all devices of all processes.
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, laid_out)
+        params, state = jax.jit(init, out_shardings=shardings)(key)
+
+    stop = args.stop_at or args.steps
+    step = tx.train_step(loss_fn)
+    progress = tqdm(
+        range(number + 1, stop + 1),
+        initial=number,
+        total=args.steps,
+        unit="step",
+        disable=not first,
+    )
+    for number in progress:
+        batch = load_batch(train_images, train_labels, number, split, args)
+        dropout_key = jax.random.fold_in(key, number)
+        params, state, loss = step(params, state, batch, key=dropout_key)
+        if number % 10 == 0:
+            progress.set_postfix(loss=float(loss))
+        preempted = multihost_utils.reached_preemption_sync_point(number)
+        if checkpoints and (preempted or number == stop or number % args.checkpoint_every == 0):
+            checkpoints.save(number, params, state)
+        if preempted:
+            break
+    progress.close()
+    if checkpoints:
+        checkpoints.manager.close()  # waits for what is still being written
+
+    if first:
+        params = jax.device_get(params)
+        predicted = network.apply(params, held_out_images, train=False).argmax(axis=-1)
+        print(
+            f"step {number} of {args.steps}, {jax.device_count()} workers in "
+            f"{jax.process_count()} process(es): {np.mean(predicted == held_out_labels):.2%} of "
+            f"the held-out digits are recognised"
+        )
+        if args.params:
+            named = {
+                jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)
+            }
+            with open(args.params, "wb") as file:
+                np.savez(file, **named)
+
+
+def join(args):
+    """Makes this process one of the run's."""
+    if args.devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.devices)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if args.coordinator:
+        jax.distributed.initialize(args.coordinator, args.processes, args.process_id)
+    elif not args.devices:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            if "coordinator_address" not in str(error):
+                raise
+            # No cluster that JAX knows: this process is all there is.
+
+
+def launch(args):
+    """Starts all processes on this machine, waits for them, and returns the exit code."""
+    stopped = []  # by Ctrl-C; no exception, which might come between a start and its record
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stopped.append(number))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, __file__, *sys.argv[1:], "--devices", str(args.devices or 1)]
+    command += ["--coordinator", coordinator, "--process-id"]
+    # Else the coordinator would listen to the whole network.
+    env = os.environ | {"JAX_COORDINATOR_BIND_ADDRESS": coordinator}
+    processes, logs = [], []
+    with contextlib.ExitStack() as stack:
+        for index in range(args.processes):
+            # The first one's output is the run's; that of others is shown if they fail.
+            log = stack.enter_context(tempfile.TemporaryFile("w+")) if index else None
+            # In sessions of their own: Ctrl-C is for us to see, and we end them.
+            pipes = {"stdout": log, "stderr": log, "start_new_session": True}
+            process = subprocess.Popen([*command, str(index)], env=env, **pipes)
+            stack.callback(process.wait)
+            stack.callback(process.kill)  # SIGTERM would be taken for a preemption
+            processes.append(process)
+            logs.append(log)
+        print("processes:", *(process.pid for process in processes), flush=True)
+        codes = wait(processes, stopped)
+        for index, (code, log) in enumerate(zip(codes, logs, strict=True)):
+            if code:
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+                print(f"error: process {index} {how}", file=sys.stderr)
+            if code and log:
+                log.seek(0)
+                print(log.read()[-4000:], end="", file=sys.stderr)
+    return 128 + stopped[0] if stopped else int(any(codes))
+
+
+def wait(processes, stopped):
+    """The processes' exit codes when all have ended, one has failed, or the user has had enough."""
+    while True:
+        codes = [process.poll() for process in processes]
+        if stopped or any(codes) or None not in codes:  # the others would wait for one that failed
+            return codes
+        time.sleep(0.05)
+
+
+def parse_arguments(parser):
+    add = parser.add_argument
+    add("--processes", type=int, metavar="N", help="processes, started here unless --process-id")
+    add("--process-id", type=int, metavar="I", help="which of them this one is, from 0")
+    add("--coordinator", metavar="HOST:PORT", help="a free port of process 0's host")
+    add("--devices", type=int, metavar="N", help="simulated CPU devices of each process")
+    add("--steps", type=int, default=400, help="of the whole run (default 400)")
+    add("--stop-at", type=int, metavar="STEP", help="end after this step, to be continued")
+    add("--batch-size", type=int, default=128, help="images per step, all workers' (default 128)")
+    add("--seed", type=int, default=0, help="of weights, batches and dropout (default 0)")
+    add("--checkpoint", metavar="DIR", help="save to DIR, and continue from what it holds")
+    add("--checkpoint-every", type=int, default=50, metavar="STEPS", help="(default 50)")
+    add("--params", metavar="FILE", help="write the final parameters to FILE, as .npz")
+    args = parser.parse_args()
+
+    for name in ("processes", "devices", "steps", "stop_at", "batch_size", "checkpoint_every"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed} must not be negative")
+    if args.stop_at is not None and args.stop_at > args.steps:
+        parser.error(f"--stop-at {args.stop_at} is after the last of --steps {args.steps}")
+    by_hand = args.coordinator, args.process_id
+    if any(option is not None for option in by_hand) and None in (*by_hand, args.processes):
+        parser.error("--coordinator, --process-id and --processes belong together")
+    if args.process_id is not None and not 0 <= args.process_id < args.processes:
+        parser.error(f"--process-id {args.process_id} is none of --processes {args.processes}")
+    return args
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    args = parse_arguments(parser)
+    launches = args.processes is not None and args.process_id is None
+    if not launches:
+        join(args)
+    workers = (args.processes or 1) * (args.devices or 1) if launches else jax.device_count()
+    if args.batch_size % workers:
+        parser.error(f"--batch-size {args.batch_size} is no multiple of {workers} workers")
+    sys.exit(launch(args) if launches else train(args))
+
+
+if __name__ == "__main__":
+    main()

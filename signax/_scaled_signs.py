@@ -1,0 +1,443 @@
+"""Means of scaled signs: one bit and a scale per block, with memories of what was left out.
+
+With two workers, of which each serves one part of every leaf (letters are parts):
+
+    p = g + e        signs, scales      mean             signs, scales    update
+    [a1 b1]          [a1 a2]            A = mean a       [A B]            +-scale
+    [a2 b2]    ->    [b1 b2]      ->    B = mean b  ->   [A B]      ->
+
+Both times what compression leaves out is kept, by the worker of its own p and by the server of its
+part's mean, and added to what is compressed at the next step.
+"""
+
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from signax import _packing
+from signax._ballots import Rules, take_part
+from signax._blocks import find_blocks, locally
+from signax._checks import check_alike, check_axis_name, check_floating, check_mode, check_number
+from signax._collectives import Worker, check_votable, find_worker
+from signax._exchange import gather, make_header, seal, swap, unseal
+from signax._numerics import from_words, to_words, wide_dtype, words_of
+from signax._parts import (
+    block_means,
+    block_sizes,
+    cut,
+    is_real,
+    join,
+    num_blocks,
+    part_shape,
+    spread,
+)
+from signax._resize import resize_rows
+
+Feedback = Literal["both", "worker", "none"]
+
+FEEDBACKS = ("both", "worker", "none")
+
+_RULES = Rules("dither", "plus")  # what a zero's bit is
+
+
+class ScaledSignsMemory(NamedTuple):
+    """What compression has left out so far, in the units of the values.
+
+    Attributes:
+      worker: this worker's own, a tree like the values; `None` without error feedback.
+      server: what this worker keeps as the server of its part of each leaf, a tree like the values
+        of such parts; `None` if means come down in full precision. A part is the k-th of M equal
+        runs of a leaf's coordinates in row-major order, on every platform.
+    """
+
+    worker: Any
+    server: Any
+
+    def resized(self, num_workers: int) -> "ScaledSignsMemory":
+        """The memory of another number of workers, from rows of all: the servers' is cut anew."""
+        worker = jax.tree.map(lambda rows: resize_rows(rows, num_workers), self.worker)
+        if self.server is None:
+            return self._replace(worker=worker)
+
+        def cut_anew(own, parts):
+            if not parts.size:  # nothing that workers could differ in, and so without rows
+                return parts
+            return cut(join(parts, own.shape[1:]), num_workers)
+
+        return ScaledSignsMemory(worker, jax.tree.map(cut_anew, self.worker, self.server))
+
+
+def check_block(block: Any) -> None:
+    """Refuses what names no block."""
+    if block != "leaf" and not (isinstance(block, int) and block is not True and block > 0):
+        raise ValueError(
+            f"block={block!r} is unknown: use 'leaf' or a positive number of coordinates"
+        )
+
+
+def scaled_signs_memory(
+    tree: Any, num_workers: int, *, feedback: Feedback = "both", dtype: Any = None
+) -> ScaledSignsMemory:
+    """The empty memory of one worker for `pmean_scaled_signs`.
+
+    Args:
+      tree: the values, or anything of their shapes and dtypes.
+      num_workers: M, the number of workers.
+      feedback: `"both"`, memories of the workers and of the servers; `"worker"`, of the workers
+        only; `"none"`.
+      dtype: of the memories; by default each leaf's own.
+
+    Returns:
+      Zeros, the same for every worker.
+
+    Raises:
+      ValueError: `feedback` is unknown or `num_workers` below 1.
+      TypeError: a leaf is not real floating-point.
+
+    Examples:
+      >>> import jax.numpy as jnp, signax
+      >>> memory = signax.scaled_signs_memory(jnp.zeros((3, 5)), 4)
+      >>> print(memory.worker.shape, memory.server.shape)  # 15 coordinates, 4 to each
+      (3, 5) (4,)
+    """
+    check_mode("feedback", feedback, FEEDBACKS)
+    check_floating(tree, "tree")
+    if num_workers < 1:
+        raise ValueError(f"num_workers={num_workers!r} must be at least 1")
+
+    def zeros(leaf, shape):
+        return jnp.zeros(shape, jnp.result_type(leaf) if dtype is None else dtype)
+
+    worker = server = None
+    if feedback != "none":
+        worker = jax.tree.map(lambda leaf: zeros(leaf, jnp.shape(leaf)), tree)
+    if feedback == "both":
+        server = jax.tree.map(
+            lambda leaf: zeros(leaf, part_shape(jnp.shape(leaf), num_workers)), tree
+        )
+    return ScaledSignsMemory(worker, server)
+
+
+def pmean_scaled_signs(
+    tree: Any,
+    axis_name: Hashable,
+    memory: ScaledSignsMemory,
+    *,
+    step: jax.Array | int,
+    block: Literal["leaf"] | int = "leaf",
+    decay: float = 1.0,
+    active: jax.Array | bool | None = None,
+) -> tuple[Any, ScaledSignsMemory]:
+    r"""Averages scaled signs, with error feedback: one bit per coordinate and a scale per block.
+
+    .. math:: p_i = g_i + \lambda e_i, \quad e_i \leftarrow p_i - C(p_i), \quad
+      P = \frac{1}{|S|} \sum_{i \in S} C(p_i) + \lambda E, \quad E \leftarrow P - C(P), \quad
+      C(p) = \frac{\lVert p \rVert_1}{d} \operatorname{sign}(p)
+
+    over the workers S that take part, and gives :math:`C(P)`. Worker k is the server of the k-th
+    part of every leaf, and keeps that part of E. Without E (`memory.server` is `None`) it gives P
+    in full precision, and without e it compresses the values as they are. A zero is sent as + or -
+    the scale, such that it cancels over workers and steps, and memories subtract just what was
+    sent.
+
+    It runs where :func:`signax.pvote` does, in one `all_to_all` and one `all_gather`, and the
+    result is the same on every worker.
+
+    Args:
+      tree: this worker's values, as in :func:`signax.pvote`.
+      axis_name: the mapped axis along which the workers lie, or a tuple of axes.
+      memory: what this call returned at the step before, at first
+        :func:`signax.scaled_signs_memory`.
+      step: int32[], counts steps from 0 and is the same on every worker. It drives the dither.
+      block: what shares one scale. `"leaf"`: on its way up a whole leaf, on its way down the part
+        of it that one worker serves. Or so many coordinates at most of such a part, both ways.
+      decay: the share :math:`\lambda` of the memories that is added, in [0, 1].
+      active: bool[], whether this worker takes part; by default it does. One whose values are not
+        finite does not. Who does not keeps its own memory as it is.
+
+    Returns:
+      A tree like `tree`, which is 0 if nobody takes part, and the new memory.
+
+    Raises:
+      NameError: `axis_name` is not bound.
+      TypeError: a leaf is not real floating-point, or an argument is of the wrong kind.
+      ValueError: an argument is out of range, the memory is that of another tree or of another
+        number of workers, or a leaf does not vary over the axis.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, signax
+      >>> gradients = jnp.array([[1.0, -3.0, 2.0, 2.0], [2.0, -1.0, 0.5, 0.5]])
+      >>> memory = signax.scaled_signs_memory(gradients[0], 2)
+      >>> mean = lambda g: signax.pmean_scaled_signs(g, "workers", memory, step=0)
+      >>> updates, memory = jax.vmap(mean, axis_name="workers")(gradients)
+      >>> print(updates[0])
+      [ 1.5 -1.5  1.5  1.5]
+      >>> print(memory.worker)
+      [[-1.  -1.   0.   0. ]
+       [ 1.   0.  -0.5 -0.5]]
+
+    References:
+      Karimireddy et al., `Error Feedback Fixes SignSGD and other Gradient Compression Schemes
+      <https://arxiv.org/abs/1901.09847>`_, 2019; Zheng, Huang and Kwok, `Communication-Efficient
+      Distributed Blockwise Momentum SGD with Error-Feedback
+      <https://arxiv.org/abs/1905.10936>`_, 2019
+    """
+    check_axis_name(axis_name)
+    check_block(block)
+    check_number("decay", decay, low=0, high=1, ends="[]")
+    return mean_scaled(tree, axis_name, memory, step=step, block=block, decay=decay, active=active)
+
+
+class Scaling(NamedTuple):
+    """What parts and their scales depend on.
+
+    Attributes:
+      axis_name: the axis of the workers.
+      num_workers: M, their number.
+      block: how many coordinates of a part share a scale at most; `None` for the whole leaf.
+    """
+
+    axis_name: Hashable
+    num_workers: int
+    block: int | None
+
+
+def mean_scaled(
+    tree: Any,
+    axis_name: Hashable,
+    memory: ScaledSignsMemory,
+    *,
+    step: jax.Array | int,
+    block: Literal["leaf"] | int,
+    decay: Any,
+    active: jax.Array | bool | None,
+    param_specs: Any = None,
+) -> tuple[Any, ScaledSignsMemory]:
+    """`pmean_scaled_signs` with checked options, and with leaves sharded over further axes."""
+    worker = find_worker(axis_name, _RULES, step)
+    check_votable(tree, axis_name)
+    scaling = Scaling(axis_name, lax.axis_size(axis_name), None if block == "leaf" else block)
+    _check_memory(tree, memory, scaling.num_workers)
+    values = tree
+    if memory.worker is not None:
+        values = jax.tree.map(partial(_correct, decay=decay), tree, memory.worker)
+    groups = find_blocks(tree, param_specs)
+    if memory.server is not None and any(group.axes for group in groups):
+        raise ValueError(
+            "feedback='both' does not take leaves that are sharded within a worker, as "
+            f"param_specs={param_specs!r} has it: use feedback='worker'"
+        )
+    like, structure = jax.tree.flatten(tree)
+    leaves = jax.tree.leaves(values)
+
+    # In two passes over the groups: a worker is out if any leaf is not finite.
+    whole = PartitionSpec()
+    messages, left, finite = [], list(leaves), jnp.bool_(True)
+    for group in groups:
+        flat, rows = PartitionSpec(group.axes or None), PartitionSpec(None, group.axes or None)
+        cast = partial(_cast, scaling=scaling)
+        cast = locally(cast, group.axes, (group.specs, whole), (rows, group.specs, flat))
+        message, errors, flags = cast([leaves[n] for n in group.positions], worker.coin)
+        messages.append(message)
+        _put(left, group.positions, errors)
+        finite &= jnp.all(flags)
+    takes_part = take_part(finite, active)
+    header = make_header(worker.index, worker.tie, takes_part)
+
+    means = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like]
+    server = None if memory.server is None else jax.tree.leaves(memory.server)
+    for group, message in zip(groups, messages, strict=True):
+        own = [leaves[n] for n in group.positions]
+        if server is None:
+            rows = PartitionSpec(None, group.axes or None)
+            settle = partial(_settle_in_full, scaling=scaling)
+            settle = locally(settle, group.axes, (group.specs, rows, whole), group.specs)
+            settled = settle(own, message, header)
+        else:
+            kept = [server[n] for n in group.positions]
+            dtypes = [like[n].dtype for n in group.positions]
+            settled, errors = _settle(own, message, header, kept, dtypes, worker, decay, scaling)
+            _put(server, group.positions, errors)
+        _put(means, group.positions, settled)
+
+    means = [mean.astype(leaf.dtype) for mean, leaf in zip(means, like, strict=True)]
+    if memory.worker is not None:
+        kept = jax.tree.leaves(memory.worker)
+        left = [jnp.where(takes_part, new, old) for new, old in zip(left, kept, strict=True)]
+        memory = memory._replace(worker=structure.unflatten(left))
+    if server is not None:
+        memory = memory._replace(server=structure.unflatten(server))
+    return structure.unflatten(means), memory
+
+
+def _put(array: list, positions: Sequence[int], values: Sequence) -> None:
+    for position, value in zip(positions, values, strict=True):
+        array[position] = value
+
+
+def _check_memory(tree: Any, memory: ScaledSignsMemory, num_workers: int) -> None:
+    if memory.worker is not None:
+        check_alike("updates", tree, "memory.worker", memory.worker)
+    if memory.server is None:
+        return
+    parts = jax.eval_shape(lambda: scaled_signs_memory(tree, num_workers).server)
+    structure, expected = jax.tree.structure(memory.server), jax.tree.structure(parts)
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(memory.server)]
+    wanted = [leaf.shape for leaf in jax.tree.leaves(parts)]
+    if structure != expected or shapes != wanted:
+        raise ValueError(
+            f"memory.server has leaves of shapes {shapes}, but those of these values for "
+            f"{num_workers} workers are {wanted}: it must come from scaled_signs_memory on the "
+            "same values and workers, or through DataParallel.resize"
+        )
+
+
+def _correct(value: jax.Array, error: jax.Array, decay: Any) -> jax.Array:
+    return (value.astype(error.dtype) + decay * error).astype(error.dtype)
+
+
+def _cast(
+    leaves: Sequence[jax.Array], coin: jax.Array, scaling: Scaling
+) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+    """A worker's message to every server, what it leaves out of each leaf, and a flag.
+
+    u32[M, words], and bool[1], whether all values are finite.
+    """
+    _, num_workers, block = scaling
+    parts = [cut(leaf, num_workers) for leaf in leaves]
+    sizes = [jnp.asarray(block_sizes(leaf.shape, num_workers, block)) for leaf in leaves]
+    dtypes = [leaf.dtype for leaf in leaves]
+    message, left, finite = _compress(parts, sizes, dtypes, coin, block, block is None)
+    errors = [join(error, leaf.shape) for error, leaf in zip(left, leaves, strict=True)]
+    return message, errors, finite[None]
+
+
+def _settle_in_full(
+    leaves: Sequence[jax.Array], message: jax.Array, header: jax.Array, scaling: Scaling
+) -> list[jax.Array]:
+    """The mean of what was sent, in full precision, like each leaf."""
+    means, voters = _average(leaves, message, header, scaling)
+    rounded = [mean.astype(leaf.dtype)[None] for mean, leaf in zip(means, leaves, strict=True)]
+    words = [to_words(mean.reshape(1, -1)) for mean in rounded]
+    down = _share(jnp.concatenate(words, axis=1), voters, scaling.axis_name)
+    settled, start = [], 0
+    for leaf, mean, part in zip(leaves, rounded, words, strict=True):
+        stop = start + part.shape[1]
+        numbers = from_words(down[:, start:stop], mean.size, leaf.dtype)
+        settled.append(join(numbers, leaf.shape))
+        start = stop
+    return settled
+
+
+def _settle(
+    leaves: Sequence[jax.Array],
+    message: jax.Array,
+    header: jax.Array,
+    kept: Sequence[jax.Array],
+    dtypes: Sequence[Any],
+    worker: Worker,
+    decay: Any,
+    scaling: Scaling,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The compressed mean of what was sent, like each leaf, and the new memory of this server."""
+    _, num_workers, block = scaling
+    means, voters = _average(leaves, message, header, scaling)
+    parts, sizes, real = [], [], []
+    for leaf, mean, error in zip(leaves, means, kept, strict=True):
+        sizes.append(jnp.asarray(block_sizes(leaf.shape, num_workers, block))[worker.index][None])
+        real.append(is_real(leaf.shape, num_workers, worker.index))
+        corrected = _correct(mean, error, decay)
+        parts.append(jnp.where(real[-1], corrected, 0)[None])
+    message, left, _ = _compress(parts, sizes, dtypes, worker.coin, block, False)
+    down = _share(message, voters, scaling.axis_name)
+    settled = _expand(down, [part[0] for part in parts], block)
+    errors = [
+        jnp.where(real & (voters > 0), new[0], old)
+        for real, new, old in zip(real, left, kept, strict=True)
+    ]
+    return [join(u, leaf.shape) for u, leaf in zip(settled, leaves, strict=True)], errors
+
+
+def _average(
+    leaves: Sequence[jax.Array], message: jax.Array, header: jax.Array, scaling: Scaling
+) -> tuple[list[jax.Array], jax.Array]:
+    """The mean of what the voters sent of this worker's part of each leaf, and their number."""
+    axis_name, num_workers, block = scaling
+    ballot_box = swap(seal([message], header), axis_name)  # u32[M, part]
+    (received,), headers = unseal(ballot_box, 1, message.shape[1])
+    voters = jnp.sum(headers > 0, dtype=jnp.uint32)
+    parts = [
+        jax.ShapeDtypeStruct(part_shape(leaf.shape, num_workers), leaf.dtype) for leaf in leaves
+    ]
+    rows = _expand(received, parts, block, jnp.maximum(voters, 1))
+    return [jnp.sum(row, axis=0) for row in rows], voters
+
+
+def _share(message: jax.Array, voters: jax.Array, axis_name: Hashable) -> jax.Array:
+    """Hands everybody what every server made of its part: u32[1, words] to u32[M, words]."""
+    parts = gather(seal([message], voters)[0], axis_name)  # u32[M, part], 0 without voters
+    return unseal(parts, 1, message.shape[1])[0][0]
+
+
+def _compress(
+    parts: Sequence[jax.Array],
+    sizes: Sequence[jax.Array],
+    dtypes: Sequence[Any],
+    coin: jax.Array,
+    block: int | None,
+    whole: bool,
+) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+    """One bit for each coordinate and one scale for each block of some parts of each leaf.
+
+    Args:
+      parts: for each leaf f[n, *part].
+      sizes: for each leaf i[n, blocks], how many coordinates are in a block.
+      dtypes: to which scales are rounded before they are sent.
+      coin: what settles the bits of zeros.
+      block: the size of blocks.
+      whole: whether all parts of a leaf share one scale.
+
+    Returns:
+      The message, u32[n, words], what it leaves out of each part, and whether all is finite.
+    """
+    (words,), finite = jax.vmap(partial(_packing.pack, ballots=_RULES, coin=coin))(list(parts))
+    message, left, flags = [words], [], [jnp.all(finite)]
+    for part, size, dtype in zip(parts, sizes, dtypes, strict=True):
+        wide = wide_dtype(part.dtype)
+        scale = block_means(jnp.abs(part).astype(wide), size, block)
+        if whole:
+            shares = size.astype(wide) / jnp.sum(size).astype(wide)
+            scale = jnp.broadcast_to(jnp.sum(scale * shares), scale.shape)
+        scale = scale.astype(dtype).astype(wide)
+        (bits,) = _RULES(part, _packing.odd(part.shape[1:]), coin)
+        left.append(part - _signed(bits, scale, block).astype(part.dtype))
+        message.append(to_words(scale))
+        flags.append(jnp.all(jnp.isfinite(scale)))
+    return jnp.concatenate(message, axis=1), left, jnp.all(jnp.stack(flags))
+
+
+def _expand(
+    message: jax.Array, parts: Sequence[Any], block: int | None, divisor: jax.Array | int = 1
+) -> list[jax.Array]:
+    """What n messages of `_compress` say, u32[n, words]: for each leaf f[n, *part]."""
+    num_words = _packing.num_words(parts)
+    rows = jax.vmap(lambda words: _packing.unpack([words], parts))(message[:, :num_words])
+    values, start = [], num_words
+    for (bits,), part in zip(rows, parts, strict=True):
+        wide, blocks = wide_dtype(part.dtype), num_blocks(part.shape, block)
+        stop = start + words_of(blocks, wide)
+        scale = from_words(message[:, start:stop], blocks, wide)
+        values.append(_signed(bits, scale / jnp.asarray(divisor).astype(wide), block))
+        start = stop
+    return values
+
+
+def _signed(bits: jax.Array, scale: jax.Array, block: int | None) -> jax.Array:
+    """+ or - the scale of each coordinate's block: bool[n, *part] and f[n, blocks]."""
+    magnitude = spread(scale, bits.shape[1:], block)
+    return jnp.where(bits, magnitude, -magnitude)

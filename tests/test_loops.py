@@ -1,0 +1,91 @@
+"""The examples of training loops run as a user would run them, and learn the digits."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+LOOPS = ("loop_linen.py", "loop_nnx.py", "loop_pmap.py", "loop_shard_map.py")
+
+every_loop = pytest.mark.parametrize("name", LOOPS)
+
+
+def run_loop(name, *options):
+    # The test session's own choice of devices must not reach the example.
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "XLA"))}
+    command = [sys.executable, str(EXAMPLES / name), *map(str, options)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+def train(name, *options):
+    """The loss of the first step and of the last, the test accuracy, and the progress bar."""
+    finished = run_loop(name, *options)
+    assert finished.returncode == 0, finished.stderr
+    assert "Warning" not in finished.stderr
+    printed = re.fullmatch(
+        r"Loss: ([\d.]+) in the first step, ([\d.]+) in the last\.\n"  # digits, hence finite
+        r"Test accuracy: ([\d.]+)%\n",
+        finished.stdout,
+    )
+    assert printed, finished.stdout
+    first, last, percent = map(float, printed.groups())
+    return first, last, percent / 100, finished.stderr
+
+
+@every_loop
+def test_a_short_run_lowers_the_loss(name):
+    first, last, accuracy, progress = train(name, "--workers", 4, "--steps", 12)
+    assert last < 0.9 * first
+    assert accuracy > 0.2  # twice what guessing gives
+    assert "12/12" in progress
+
+
+@pytest.mark.slow
+@every_loop
+def test_a_whole_run_learns_the_digits(name):
+    first, last, accuracy, _ = train(name)
+    assert last < 0.1 * first
+    assert accuracy >= 0.95
+
+
+@pytest.mark.slow
+def test_pmap_and_shard_map_compute_the_same():
+    """Parameters that the one proves alike, and the other keeps alike, are the same ones."""
+    by_pmap = train("loop_pmap.py", "--steps", 40)
+    by_shard_map = train("loop_shard_map.py", "--steps", 40)
+    assert by_pmap[:3] == pytest.approx(by_shard_map[:3], rel=0.01)
+
+
+@every_loop
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--workers", "7", "--workers 7 does not divide the batch of 128 images"),
+        ("--workers", "0", "--workers and --steps must be at least 1"),
+        ("--steps", "0", "--workers and --steps must be at least 1"),
+        ("--steps", "many", "argument --steps: invalid int value: 'many'"),
+    ],
+)
+def test_a_bad_option_is_refused(monkeypatch, capsys, name, option, value, message):
+    # In this process, since options are read before JAX is touched: sixteen imports less.
+    monkeypatch.setattr(sys, "argv", [name, option, value])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@every_loop
+def test_help_tells_the_command_and_the_options(monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    for text in (f"python examples/{name}", "--workers", "--steps"):
+        assert text in printed

@@ -1,0 +1,245 @@
+"""The example of several processes, in processes of its own: how they end, and with what."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PROGRAM = Path(__file__).parents[1] / "examples" / "multihost.py"
+SECONDS = 600  # a machine that does other things as well is slow, and not at fault
+
+slow = pytest.mark.slow
+
+
+class Run:
+    """A run of the example under way, which writes what it prints into a folder."""
+
+    def __init__(self, folder, options):
+        self.outputs = [folder / "stdout", folder / "stderr"]
+        # The test session's own choice of devices must not reach the example.
+        env = {name: value for name, value in os.environ.items() if name[:3] not in ("JAX", "XLA")}
+        command = [sys.executable, str(PROGRAM), *map(str, options)]
+        with self.outputs[0].open("w") as stdout, self.outputs[1].open("w") as stderr:
+            self.process = subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr)
+
+    @property
+    def stdout(self):
+        return self.outputs[0].read_text()
+
+    @property
+    def stderr(self):
+        return self.outputs[1].read_text()
+
+    def wait(self):
+        return self.process.wait(SECONDS)
+
+    def wait_for(self, text):
+        """Waits until it has printed what `text` matches, and returns the match."""
+        deadline = time.monotonic() + SECONDS
+        while (found := re.search(text, self.stdout + self.stderr)) is None:
+            assert self.process.poll() is None, self.stderr
+            assert time.monotonic() < deadline, self.stderr
+            time.sleep(0.1)
+        return found
+
+    def workers(self):
+        """The process ids of what the launcher has started."""
+        return [int(number) for number in self.wait_for("processes:(.*)\n")[1].split()]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the example, and ends it with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*options):
+            run = Run(tmp_path, options)
+            stack.callback(run.wait)
+            stack.callback(run.process.terminate)  # upon which the launcher ends its processes
+            return run
+
+        yield start
+
+
+@pytest.fixture
+def train(start, tmp_path):
+    """Runs the example to its end and returns the parameters."""
+
+    def train(*options):
+        run = start("--params", tmp_path / "params.npz", *options)
+        assert run.wait() == 0, run.stderr
+        with np.load(tmp_path / "params.npz") as params:
+            return dict(params)
+
+    return train
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    assert len(actual) == 6  # kernels and biases of three layers
+    for name in expected:
+        np.testing.assert_array_equal(actual[name], expected[name], strict=True)
+
+
+def is_running(number):
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_help_tells_the_commands_and_the_options(start):
+    run = start("--help")
+    assert run.wait() == 0
+    for text in (
+        "multihost.py --processes 4",
+        "multihost.py --devices 4",
+        "--checkpoint",
+        "--params",
+    ):
+        assert text in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--processes 4 --batch-size 102", "--batch-size 102 is no multiple of 4 workers"),
+        ("--devices 3 --batch-size 128", "--batch-size 128 is no multiple of 3 workers"),
+        pytest.param(
+            "--processes 2 --devices 3 --batch-size 8",
+            "--batch-size 8 is no multiple of 6 workers",
+            marks=slow,
+        ),
+        pytest.param("--processes 0", "--processes 0 must be at least 1", marks=slow),
+        pytest.param("--seed -1", "--seed -1 must not be negative", marks=slow),
+        pytest.param("--stop-at 0", "--stop-at 0 must be at least 1", marks=slow),
+        pytest.param(
+            "--steps 9 --stop-at 10", "--stop-at 10 is after the last of --steps 9", marks=slow
+        ),
+        pytest.param("--process-id 0 --processes 2", "belong together", marks=slow),
+        pytest.param("--coordinator localhost:1 --processes 2", "belong together", marks=slow),
+        pytest.param(
+            "--coordinator localhost:1 --processes 2 --process-id 2",
+            "--process-id 2 is none of --processes 2",
+            marks=slow,
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(start, options, message):
+    run = start(*options.split())
+    assert run.wait() == 2
+    assert message in run.stderr
+
+
+# What is the same, bit for bit.
+
+
+def test_two_processes_stopped_and_continued_end_as_one_process_does(train, tmp_path):
+    short = "--steps", 12, "--batch-size", 16, "--seed", 3
+    expected = train("--devices", 2, *short)
+    two = "--processes", 2, "--checkpoint", tmp_path / "saved", *short
+    stopped = train(*two, "--stop-at", 6)
+    with pytest.raises(AssertionError):
+        assert_same(stopped, expected)
+    assert_same(train(*two), expected)
+
+
+@slow
+def test_four_processes_end_as_one_with_four_devices_does(train):
+    expected = train("--devices", 4)
+    assert_same(train("--processes", 4), expected)
+    assert_same(train("--processes", 2, "--devices", 2), expected)
+
+
+@slow
+@pytest.mark.parametrize("workers", [("--processes", 4), ("--devices", 8)])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, tmp_path, workers):
+    options = *workers, "--steps", 100
+    expected = train(*options)
+    saving = *options, "--checkpoint", tmp_path / "saved", "--checkpoint-every", 20
+    train(*saving, "--stop-at", 50)
+    assert_same(train(*saving), expected)
+    assert_same(train(*saving), expected)  # nothing is left to do
+
+
+@slow
+def test_a_cluster_that_takes_a_machine_away_loses_no_step(start, train, tmp_path):
+    steps = "--steps", 2000
+    options = "--processes", 2, "--checkpoint", tmp_path / "saved", *steps
+    run = start(*options, "--checkpoint-every", 5000)
+    run.wait_for("loss=")
+    os.kill(run.workers()[1], signal.SIGTERM)
+    assert run.wait() == 0, run.stderr
+    number = int(run.wait_for("step ([0-9]+) of 2000")[1])
+    assert number < 2000
+    assert (tmp_path / "saved" / str(number)).is_dir()
+    assert_same(train(*options), train("--devices", 2, *steps))
+
+
+@slow
+def test_a_run_of_other_settings_is_not_continued(start, tmp_path):
+    settings = {"--devices": 2, "--steps": 4, "--batch-size": 8, "--seed": 0}
+
+    def run_with(**changes):
+        changed = settings | {
+            f"--{name.replace('_', '-')}": value for name, value in changes.items()
+        }
+        options = [part for option in changed.items() for part in option]
+        run = start("--checkpoint", tmp_path / "saved", *options)
+        return run.wait(), run.stderr
+
+    code, _ = run_with()
+    assert code == 0
+    for name, old, changes in [
+        ("workers", 2, {"devices": 4}),
+        ("steps", 4, {"steps": 5}),
+        ("batch_size", 8, {"batch_size": 16}),
+        ("seed", 0, {"seed": 1}),
+    ]:
+        code, stderr = run_with(**changes)
+        assert code == 1
+        assert f"holds a run with {name} = {old}" in stderr
+
+
+# How a run ends that does not reach its last step.
+
+
+@pytest.mark.parametrize(
+    ("processes", "victim"),
+    [(2, 1), pytest.param(2, 0, marks=slow), pytest.param(4, 2, marks=slow)],
+)
+def test_a_process_that_dies_ends_the_run(start, processes, victim):
+    run = start("--processes", processes, "--steps", 1_000_000)
+    workers = run.workers()
+    assert len(workers) == processes
+    run.wait_for("loss=")
+    os.kill(workers[victim], signal.SIGKILL)
+    assert run.wait() == 1
+    assert f"error: process {victim} was killed by signal 9" in run.stderr
+    assert not any(map(is_running, workers))
+
+
+@slow
+def test_what_a_process_died_of_is_shown(start, tmp_path):
+    (tmp_path / "file").touch()
+    run = start("--processes", 2, "--checkpoint", tmp_path / "file" / "folder")
+    assert run.wait() == 1
+    assert re.search("error: process [01] ended with 1", run.stderr)
+    assert "NotADirectoryError" in run.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=slow)])
+def test_an_interrupt_ends_all_processes(start, number):
+    run = start("--processes", 2, "--steps", 1_000_000)
+    workers = run.workers()
+    run.process.send_signal(number)
+    assert run.wait() == 128 + number
+    assert not any(map(is_running, workers))

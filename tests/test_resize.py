@@ -1,0 +1,182 @@
+"""The state of some workers as that of others: what is kept, what is cut anew, what is refused."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import references
+from jax.sharding import AxisType, PartitionSpec
+from workers import auto_mesh
+
+import signax
+from signax._resize import resize_rows
+
+PARAMS = {"matrix": jnp.zeros((5, 7)), "number": jnp.zeros(()), "none": jnp.zeros((0, 2))}
+
+
+def data_parallel(num_workers, tx=None, **options):
+    tx = signax.ef_sign_sgd(0.1, 0.9, axis_name="data") if tx is None else tx
+    return signax.DataParallel(tx, auto_mesh({"data": num_workers}), **options)
+
+
+def gradients(num_workers, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda p: jnp.asarray(rng.standard_normal((num_workers, *p.shape)), p.dtype), PARAMS
+    )
+
+
+def state_after_steps(tx, steps=3):
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    for seed in range(steps):
+        _, state = update(gradients(tx.num_workers, seed), state, PARAMS)
+    return state
+
+
+def dealt_out(rows, num_workers):
+    """Means of what falls to each worker of a line on which old ones have equal shares."""
+    edges = np.linspace(0, len(rows), num_workers + 1)
+    new = []
+    for start, stop in itertools.pairwise(edges):
+        overlap = [max(0, min(stop, i + 1) - max(start, i)) for i in range(len(rows))]
+        new.append(np.tensordot(overlap, rows, 1) / (stop - start))
+    return np.array(new)
+
+
+@pytest.mark.parametrize("old", [1, 2, 3, 8])
+@pytest.mark.parametrize("new", [1, 4, 6, 16])
+def test_numbers_are_dealt_out_and_their_mean_is_kept(old, new):
+    rows = np.random.default_rng(old).standard_normal((old, 3, 2))
+    found = np.asarray(resize_rows(jnp.asarray(rows, jnp.float32), new), np.float64)
+    np.testing.assert_allclose(found, dealt_out(rows, new), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.mean(axis=0), rows.mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_doubled_workers_are_copies():
+    rows = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5)), jnp.float32)
+    np.testing.assert_array_equal(resize_rows(rows, 6), np.repeat(rows, 2, axis=0))
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("new", [2, 4, 9])
+def test_keys_become_distinct(raw, new):
+    keys = jax.random.split(jax.random.key(0), 4)
+    rows = jax.random.key_data(keys) if raw else keys
+    found = resize_rows(rows, new)
+    data = np.asarray(found if raw else jax.random.key_data(found))
+    assert data.shape == (new, 2)
+    assert found.dtype == rows.dtype
+    together = np.concatenate([data, np.asarray(jax.random.key_data(keys))])
+    assert len(np.unique(together, axis=0)) == new + 4
+
+
+def test_integers_are_taken_over():
+    np.testing.assert_array_equal(resize_rows(jnp.array([3, 5]), 4), [3, 3, 5, 5])
+    np.testing.assert_array_equal(resize_rows(jnp.array([True, False, False, True]), 2), [1, 0])
+
+
+@pytest.mark.parametrize("new", [1, 4, 6, 9])
+def test_memories_momentum_and_servers_survive_another_number_of_workers(new):
+    old = data_parallel(8)
+    state = state_after_steps(old)
+    tx = data_parallel(new)
+    resized = tx.resize(state, PARAMS)
+    expected = tx.init(PARAMS)
+    assert jax.tree.map(jnp.shape, resized) == jax.tree.map(jnp.shape, expected)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, resized)
+    assert shardings == jax.tree.map(lambda leaf: leaf.sharding, expected)
+    for field in ("trace", "worker"):
+        before, after = optax.tree.get(state, field), optax.tree.get(resized, field)
+        for name in PARAMS:
+            rows = np.asarray(before[name], np.float64)
+            np.testing.assert_allclose(after[name], dealt_out(rows, new), rtol=1e-5, atol=1e-6)
+    before, after = optax.tree.get(state, "server"), optax.tree.get(resized, "server")
+    for name, leaf in PARAMS.items():
+        if not leaf.size:
+            continue
+        whole = np.ravel(before[name])[: leaf.size]
+        for k, (start, stop) in enumerate(references.parts(leaf.size, new)):
+            row = np.ravel(after[name][k])
+            np.testing.assert_array_equal(row[: stop - start], whole[start:stop])
+            np.testing.assert_array_equal(row[stop - start :], 0)
+    assert int(optax.tree.get(resized, "count")) == int(optax.tree.get(state, "count")) == 3
+    jax.jit(tx.update)(gradients(new, 5), resized, PARAMS)
+
+
+def test_the_same_number_changes_nothing():
+    tx = data_parallel(4)
+    state = state_after_steps(tx)
+    jax.tree.map(np.testing.assert_array_equal, tx.resize(state, PARAMS), state)
+
+
+def test_one_row_is_the_small_checkpoint_and_grows_again():
+    tx = data_parallel(4, signax.signum(0.1, axis_name="data"))
+    state = state_after_steps(tx)
+    small = tx.resize(state, PARAMS, 1)
+    assert optax.tree.get(small, "momentum")["matrix"].shape == (1, 5, 7)
+    back = optax.tree.get(tx.resize(small, PARAMS), "momentum")["matrix"]
+    mean = np.mean(optax.tree.get(state, "momentum")["matrix"], axis=0)
+    np.testing.assert_allclose(back, np.broadcast_to(mean, (4, 5, 7)), rtol=1e-6)
+
+
+def test_shared_keys_and_state_without_rows_are_left_alone():
+    tx = data_parallel(2, signax.ssdm(0.1, jax.random.key(3), axis_name="data"))
+    state = tx.init(PARAMS)
+    resized = data_parallel(5, signax.ssdm(0.1, jax.random.key(3), axis_name="data")).resize(
+        state, PARAMS
+    )
+    key, same = optax.tree.get(state, "key"), optax.tree.get(resized, "key")
+    np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(same))
+    plain = data_parallel(3, signax.sign_sgd(0.1, axis_name="data"))
+    state = plain.init(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, plain.resize(state, PARAMS), state)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_parameters_stay_sharded(kind):
+    def make(num_workers):
+        mesh = jax.make_mesh(
+            (num_workers, 2),
+            ("data", "model"),
+            axis_types=(kind, kind),
+            devices=jax.devices()[: 2 * num_workers],
+        )
+        specs = {"kernel": PartitionSpec(None, "model")}
+        return signax.DataParallel(signax.signum(0.1, axis_name="data"), mesh, param_specs=specs)
+
+    params = {"kernel": jnp.zeros((3, 4))}
+    old, tx = make(4), make(2)
+    resized = tx.resize(old.init(params), params)
+    assert jax.tree.map(lambda leaf: leaf.sharding, resized) == tx.state_shardings(params)
+
+
+def test_what_to_restore_into_has_the_shapes_and_the_places_of_the_state():
+    tx = data_parallel(4)
+    state = tx.init(PARAMS)
+    abstract = tx.abstract_state(PARAMS)
+    same = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
+    assert jax.tree.leaves(abstract) == jax.tree.leaves(same)
+    assert jax.tree.structure(abstract) == jax.tree.structure(same)
+    other = tx.abstract_state(PARAMS, 6)
+    shapes = jax.tree.map(jnp.shape, data_parallel(6).init(PARAMS))
+    assert jax.tree.map(lambda leaf: leaf.shape, other) == shapes
+
+
+def test_what_does_not_fit_is_refused():
+    tx = data_parallel(4)
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match="num_workers=0 must be at least 1"):
+        tx.resize(state, PARAMS, 0)
+    with pytest.raises(ValueError, match="num_workers=-1 must be at least 1"):
+        tx.abstract_state(PARAMS, -1)
+    with pytest.raises(ValueError, match="do not belong together"):
+        tx.resize(state, {"other": jnp.zeros(3)})
+    with pytest.raises(ValueError, match=r"has shape \(4, 5, 7\), but should have \(4, 7, 5\)"):
+        tx.resize(state, {**PARAMS, "matrix": jnp.zeros((7, 5))})
+    with pytest.raises(ValueError, match=r"rows for 4 workers.*DataParallel\.resize"):
+        data_parallel(2).update(gradients(2, 0), state, PARAMS)

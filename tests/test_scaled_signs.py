@@ -1,0 +1,247 @@
+"""Means of scaled signs against their reference, what they send, and what they remember."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from jax.sharding import PartitionSpec
+from workers import AXIS, auto_mesh, rows_of_workers
+
+import signax
+from signax import diagnostics
+
+SHAPES = {"matrix": (13, 7), "rows": (36, 4), "number": (), "none": (0, 3), "vector": (65,)}
+
+
+def random_values(num_steps, num_workers, seed=0):
+    """Rows of values for each step, a share of them zeros, and one leaf of nothing else."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(shape):
+        scale = rng.choice([0.01, 1.0], size=(num_steps, num_workers, math.prod(shape)))
+        # Where a whole block were zero twice, its sign would be that of a rounding error.
+        scale[..., ::2] *= rng.choice([0.0, 1.0], size=scale[..., ::2].shape)
+        return (rng.standard_normal(scale.shape) * scale).reshape(num_steps, num_workers, *shape)
+
+    values = {name: leaf(shape) for name, shape in SHAPES.items()}
+    return {**values, "dead": np.zeros((num_steps, num_workers, 5))}
+
+
+def run(kind, values, num_workers, feedback="both", active=None, **options):
+    """Updates and memories after each step, with one row per worker."""
+    example = jax.tree.map(lambda leaf: leaf[0, 0], values)
+
+    def one_step(tree, memory, step, active):
+        options_now = {**options, "step": step, "active": active}
+        return signax.pmean_scaled_signs(tree, AXIS, memory, **options_now)
+
+    mapped = rows_of_workers(kind, one_step, num_workers)
+    memory = signax.scaled_signs_memory(example, num_workers, feedback=feedback)
+    memory = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_workers), memory)
+    history = []
+    for t in range(len(values["matrix"])):
+        rows = jax.tree.map(lambda leaf, t=t: jnp.asarray(leaf[t]), values)
+        flags = np.ones(num_workers, bool) if active is None else active[t]
+        updates, memory = mapped(rows, memory, jnp.full(num_workers, t), jnp.asarray(flags))
+        history.append(jax.tree.map(np.asarray, (updates, memory)))
+    return history
+
+
+def flat_rows(leaf):
+    return leaf.reshape(len(leaf), -1)
+
+
+def assert_follows(history, expected, values, rtol, atol):
+    """Compares each step's updates and memories; padding must stay 0."""
+    names = list(values)
+    for t, (updates, memory) in enumerate(history):
+        for n, name in enumerate(names):
+            mean, errors, server = expected[t][n]
+            message = f"step {t} {name}"
+            close = partial(np.testing.assert_allclose, rtol=rtol, atol=atol, err_msg=message)
+            rows = flat_rows(updates[name])
+            np.testing.assert_array_equal(rows, np.broadcast_to(rows[:1], rows.shape))
+            close(rows[0], mean)
+            if memory.worker is not None:
+                close(flat_rows(memory.worker[name]), errors)
+            if memory.server is not None and server.size:
+                kept = memory.server[name].ravel()
+                close(kept[: server.size], server)
+                np.testing.assert_array_equal(kept[server.size :], 0)
+
+
+def reference(values, **options):
+    steps = range(len(values["matrix"]))
+    leaves = [[flat_rows(leaf[t]) for leaf in values.values()] for t in steps]
+    return references.mean_of_scaled_signs(leaves, **options)
+
+
+CASES = [("shard_map", 3, None), ("vmap", 4, 8), ("pmap", 2, None)]
+SLOW = [("shard_map", m, b) for m in range(1, 10) for b in (None, 6, 1000)] + [("pmap", 8, 5)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_workers", "block"),
+    [*CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)],
+)
+def test_fifty_steps_with_both_memories_equal_the_reference(kind, num_workers, block):
+    num_steps = 50
+    rng = np.random.default_rng(num_workers)
+    values = random_values(num_steps, num_workers)
+    active = rng.random((num_steps, num_workers)) > 0.1
+    active[20:25, 0] = False  # out in the middle
+    active[30] = False  # nobody is left
+    values["matrix"][40, -1, 3, 2] = np.nan
+    with jax.enable_x64(True):
+        options = {} if block is None else {"block": block}
+        history = run(kind, values, num_workers, active=active, **options)
+    expected = reference(values, block=block, active=active)
+    assert_follows(history, expected, values, rtol=1e-9, atol=1e-11)
+    assert all(not np.any(update) for update in jax.tree.leaves(history[30][0]))
+    before, after = history[39][1].worker, history[40][1].worker
+    for name in values:
+        np.testing.assert_array_equal(after[name][-1], before[name][-1])
+
+
+@pytest.mark.parametrize("feedback", ["worker", "none"])
+@pytest.mark.parametrize("block", [None, 9])
+def test_less_feedback_follows_the_reference_too(feedback, block):
+    values = random_values(12, 5, seed=3)
+    options = {} if block is None else {"block": block}
+    with jax.enable_x64(True):
+        history = run("shard_map", values, 5, feedback, decay=0.75, **options)
+    expected = reference(values, feedback=feedback, block=block, decay=0.75)
+    assert_follows(history, expected, values, rtol=1e-9, atol=1e-11)
+
+
+def test_single_precision_follows_the_reference_as_far_as_it_can():
+    values = jax.tree.map(np.float32, random_values(50, 4, seed=5))
+    history = run("shard_map", values, 4)
+    assert_follows(history, reference(values), values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_memories_subtract_exactly_what_was_sent(dtype):
+    """All that came in is what went out, and what the memories still hold."""
+    num_workers, shape = 2, (3, 11)
+    values = np.random.default_rng(1).integers(-8, 9, size=(6, num_workers, *shape)) / 4
+    tree = {"matrix": jnp.asarray(values, dtype)}
+    memory_dtype = jnp.float32
+
+    def one_step(tree, memory, step):
+        return signax.pmean_scaled_signs(tree, AXIS, memory, step=step)
+
+    mapped = rows_of_workers("vmap", one_step, num_workers)
+    memory = signax.scaled_signs_memory(
+        jax.tree.map(lambda leaf: leaf[0, 0], tree), num_workers, dtype=memory_dtype
+    )
+    memory = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_workers), memory)
+    emitted = np.zeros(math.prod(shape))
+    for t in range(len(values)):
+        rows = jax.tree.map(lambda leaf, t=t: leaf[t], tree)
+        updates, memory = mapped(rows, memory, jnp.full(num_workers, t))
+        assert updates["matrix"].dtype == dtype
+        emitted += np.asarray(updates["matrix"][0], np.float64).ravel()
+    worker = flat_rows(np.asarray(memory.worker["matrix"], np.float64)).mean(axis=0)
+    server = np.asarray(memory.server["matrix"], np.float64).ravel()[: emitted.size]
+    # Sums of numbers around 1 in f32: a few units of its last place per step.
+    came_in = values.mean(axis=1).reshape(len(values), -1).sum(axis=0)
+    np.testing.assert_allclose(emitted + worker + server, came_in, atol=1e-5)
+
+
+def transformer_shapes(layers=16, width=256):
+    """200 leaves as of a transformer: embeddings, and twelve a layer."""
+    layer = {
+        "query": (width, width), "key": (width, width), "value": (width, width),
+        "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width),
+        "norm1": (width,), "norm2": (width,), "out_bias": (width,), "up_bias": (4 * width,),
+        "down_bias": (width,), "query_bias": (width,),
+    }  # fmt: skip
+    outer = {
+        "tokens": (4096, width), "positions": (512, width), "norm": (width,), "shift": (width,),
+        "head": (width, 4096), "head_bias": (4096,), "scale": (), "type": (2, width),
+    }  # fmt: skip
+    tree = {f"layer{n}": layer for n in range(layers)} | outer
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    return jax.tree.map(shape, tree, is_leaf=lambda node: isinstance(node, tuple))
+
+
+@pytest.mark.slow
+def test_both_directions_take_one_bit_of_a_transformer():
+    num_workers, tree = 8, transformer_shapes()
+    assert len(jax.tree.leaves(tree)) == 200
+    size = sum(leaf.size for leaf in jax.tree.leaves(tree))
+    mesh = auto_mesh({AXIS: num_workers})
+    tx = signax.DataParallel(signax.mean_scaled_signs(AXIS), mesh, AXIS)
+    rows = jax.tree.map(lambda s: jax.ShapeDtypeStruct((num_workers, *s.shape), s.dtype), tree)
+    state = jax.eval_shape(tx.init, tree)
+    program = jax.jit(tx.update).lower(rows, state, tree).compile()
+    sent = {c.operation: c.bytes_sent for c in diagnostics.collectives(program)}
+    one_way = (num_workers - 1) / num_workers * size / 8
+    assert sorted(sent) == ["all-gather", "all-to-all"]
+    assert sum(sent.values()) == pytest.approx(2 * one_way, rel=0.02)
+    assert sum(sent.values()) == diagnostics.wire_bytes(tree, num_workers, scheme="scaled_signs")
+
+
+def test_leaves_that_are_sharded_within_a_worker_are_compressed_where_they_lie():
+    mesh = auto_mesh({"data": 2, "model": 2})
+    specs = {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec()}
+    params = {"kernel": jnp.zeros((5, 6)), "bias": jnp.zeros(3)}
+    grads = jax.tree.map(
+        lambda p: np.random.default_rng(7).standard_normal((2, *p.shape)).astype(np.float32), params
+    )
+    tx = signax.DataParallel(
+        signax.mean_scaled_signs("data", feedback="worker"), mesh, param_specs=specs
+    )
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    blocks = [grads["kernel"][..., :3], grads["kernel"][..., 3:], grads["bias"]]
+    leaves = [flat_rows(block) for block in blocks]
+    expected = references.mean_of_scaled_signs([leaves], feedback="worker")[0]
+    found = [updates["kernel"][:, :3], updates["kernel"][:, 3:], updates["bias"]]
+    for block, (mean, _, _) in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.ravel(block), mean, rtol=1e-5)
+    np.testing.assert_allclose(
+        flat_rows(np.asarray(state.memory.worker["kernel"])[..., :3]), expected[0][1], atol=1e-6
+    )
+    both = signax.DataParallel(signax.mean_scaled_signs("data"), mesh, param_specs=specs)
+    with pytest.raises(ValueError, match="use feedback='worker'"):
+        both.update(grads, both.init(params), params)
+
+
+def test_large_values_do_not_overflow_on_the_way():
+    rows = jnp.full((2, 64), 2e38).at[:, ::2].multiply(-1)
+    memory = signax.scaled_signs_memory(rows[0], 2)
+    mapped = rows_of_workers(
+        "vmap", lambda row: signax.pmean_scaled_signs(row, AXIS, memory, step=0), 2
+    )
+    updates, _ = mapped(rows)
+    np.testing.assert_allclose(updates, rows, rtol=1e-6)
+
+
+def test_wrong_arguments_are_named():
+    tree = jnp.ones((2, 6))
+    memory = signax.scaled_signs_memory(tree[0], 2)
+
+    def mean(*args, **options):
+        options = {"step": 0, **options}
+        call = partial(signax.pmean_scaled_signs, axis_name=AXIS, memory=memory, **options)
+        return jax.vmap(lambda row: call(row), axis_name=AXIS)(*args)
+
+    with pytest.raises(ValueError, match="block=0 is unknown"):
+        mean(tree, block=0)
+    with pytest.raises(ValueError, match=r"decay=1\.5 is outside"):
+        mean(tree, decay=1.5)
+    with pytest.raises(TypeError, match="dtype int32"):
+        mean(tree.astype(jnp.int32))
+    with pytest.raises(ValueError, match=r"memory\.server has leaves.*DataParallel\.resize"):
+        mean(jnp.ones((3, 6)))
+    with pytest.raises(ValueError, match=r"updates and memory\.worker differ"):
+        mean({"a": tree})
+    with pytest.raises(ValueError, match="feedback='all' is unknown"):
+        signax.scaled_signs_memory(tree, 2, feedback="all")
+    with pytest.raises(ValueError, match="num_workers=0"):
+        signax.scaled_signs_memory(tree, 0)
