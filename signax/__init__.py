@@ -19,7 +19,7 @@ from signax._compressors import (
     scale_by_stochastic_sign,
     scale_by_top_k,
 )
-from signax._data_parallel import DataParallel
+from signax._data_parallel import DataParallel, LocalStepsState
 from signax._means import pmean_signs
 from signax._optimizers import ef_sign_sgd, lion, sign_sgd, signum, ssdm
 from signax._scaled_signs import ScaledSignsMemory, pmean_scaled_signs, scaled_signs_memory
@@ -38,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DataParallel",
     "ErrorFeedbackState",
+    "LocalStepsState",
     "MajorityVoteState",
     "MeanScaledSignsState",
     "MeanSignsState",

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,18 @@ from signax._specs import (
     typed_spec,
     varying_axes,
 )
+
+
+class LocalStepsState(NamedTuple):
+    """State of a `DataParallel` with local steps.
+
+    Attributes:
+      local: the state of the optimiser of local steps, one row per worker.
+      exchanged: the state of the transformation that is handed what they come to.
+    """
+
+    local: Any
+    exchanged: Any
 
 
 class DataParallel(optax.GradientTransformationExtraArgs):
@@ -52,6 +64,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
       param_specs: for parameters that are sharded over further mesh axes, a tree like the
         parameters of their `PartitionSpec`s. A vote then runs on local blocks, and nothing is
         gathered.
+      local: an optimiser of one worker for the steps that it takes on a copy of the parameters
+        between two votes, see `local_steps`. The state is then a `LocalStepsState`.
       per_worker: overrides what was found: a function of a state leaf's path (as
         `jax.tree_util.keystr` writes it) and its shape and dtype on one worker. True gives each
         worker a copy, False shares one, None leaves it as found. JAX refuses to share a leaf that
@@ -84,6 +98,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
     axis_name: Hashable
     num_workers: int
     param_specs: Any
+    local: optax.GradientTransformation | None
     _inside: frozenset[Hashable]  # axes inside a worker that types know
     _per_worker: PerWorker | None
     _layouts: dict[Any, Layout]
@@ -95,9 +110,12 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         axis_name: Hashable = "data",
         *,
         param_specs: Any = None,
+        local: optax.GradientTransformation | None = None,
         per_worker: PerWorker | None = None,
     ):
         check_transformation("tx", tx)
+        if local is not None:
+            check_transformation("local", local)
         check_axis_name(axis_name)
         if not isinstance(mesh, Mesh):
             raise TypeError(f"mesh={mesh!r} is not a jax.sharding.Mesh: jax.make_mesh makes one")
@@ -117,6 +135,10 @@ class DataParallel(optax.GradientTransformationExtraArgs):
 
         self = super().__new__(cls, init_fn, update_fn)
         self.tx = _with_extra_args(tx)
+        self.local = local
+        if local is not None:
+            self.tx = _beside(local, self.tx)
+            per_worker = _own_local_state(per_worker)
         self.mesh = mesh
         self.axis_name = axis_name
         self.num_workers = math.prod(mesh.shape[axis] for axis in axis_names(axis_name))
@@ -214,12 +236,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         return after.structure.unflatten(jax.device_put(leaves, [x.sharding for x in after.leaves]))
 
     def value_and_grad(
-        self,
-        loss_fn: Callable,
-        *,
-        has_aux: bool = False,
-        accumulate: int = 1,
-        local: optax.GradientTransformation | None = None,
+        self, loss_fn: Callable, *, has_aux: bool = False, accumulate: int = 1
     ) -> Callable:
         """Like `jax.value_and_grad`, with the gradient of each worker's share of the batch.
 
@@ -229,11 +246,6 @@ class DataParallel(optax.GradientTransformationExtraArgs):
           has_aux: whether `loss_fn` returns such a pair.
           accumulate: how many micro-batches each worker's share is cut into; gradients and losses
             are averaged over them, in at least f32, before anything is sent.
-          local: an optimiser of one worker, such as `signax.sign_sgd(1e-3)`, with which each worker
-            follows its micro-batches' gradients one after the other, on a copy of the parameters
-            of its own and from a new state. In place of a gradient comes the difference,
-            parameters before minus after, for `tx` to vote on: `accumulate` local steps, and then
-            one bit per coordinate for all of them.
 
         Returns:
           A function of `(params, batch, *replicated, key=None)`. The leaves of `batch` are cut
@@ -246,10 +258,94 @@ class DataParallel(optax.GradientTransformationExtraArgs):
 
         Raises:
           ValueError: `accumulate` is not positive; at the call, the batch cannot be cut evenly.
-          TypeError: `local` is not a transformation; at the call, `key` is not a random key.
+          TypeError: at the call, `key` is not a random key.
         """
-        if local is not None:
-            check_transformation("local", local)
+        gradient = self._gradient(loss_fn, has_aux, accumulate, None)
+
+        def value_and_grad_fn(params, batch, *replicated, key=None):
+            value, grads, _ = gradient(params, None, batch, replicated, key)
+            return value, grads
+
+        return value_and_grad_fn
+
+    def local_steps(
+        self, loss_fn: Callable, *, has_aux: bool = False, accumulate: int = 1
+    ) -> Callable:
+        """How far each worker goes by itself, to be voted on in place of a gradient.
+
+        Each worker follows the gradients of its micro-batches one after the other, by the optimiser
+        `local` and on a copy of the parameters of its own, and forgets the copy. What `tx` is given
+        is where it started minus where it came: one exchange for `accumulate` steps.
+
+        Args:
+          loss_fn: see `value_and_grad`.
+          has_aux: see `value_and_grad`.
+          accumulate: how many micro-batches each worker's share is cut into, and so the number of
+            local steps.
+
+        Returns:
+          A function of `(params, state, batch, *replicated, key=None)` to `(loss, differences,
+          state)`, or `((loss, aux), differences, state)`: as `value_and_grad`'s, with the new
+          state of `local` in the state. A worker with a loss, gradient or state that is not finite
+          keeps its state, and what it hands over is not finite either.
+
+        Raises:
+          ValueError: this `DataParallel` has no `local`; or as in `value_and_grad`.
+          TypeError: as in `value_and_grad`.
+        """
+        if self.local is None:
+            raise ValueError("local=None: local steps need DataParallel(..., local=optimizer)")
+        gradient = self._gradient(loss_fn, has_aux, accumulate, self.local)
+
+        def local_steps_fn(params, state, batch, *replicated, key=None):
+            own = jax.tree.map(lambda leaf: self._place(leaf, per_worker=True), state.local)
+            value, differences, own = gradient(params, own, batch, replicated, key)
+            return value, differences, state._replace(local=own)
+
+        return local_steps_fn
+
+    def train_step(
+        self, loss_fn: Callable, *, has_aux: bool = False, accumulate: int = 1
+    ) -> jax.stages.Wrapped:
+        """A compiled step of training, which takes over the memory of its parameters and state.
+
+        Args:
+          loss_fn: see `value_and_grad`.
+          has_aux: see `value_and_grad`.
+          accumulate: see `value_and_grad`, and with `local` see `local_steps`.
+
+        Returns:
+          A jitted function of `(params, state, batch, *replicated, key=None)` to `(params, state,
+          loss)`, or with `has_aux` to `(params, state, (loss, aux))`. Its `.lower` gives the
+          program, as that of any jitted function. Parameters that do not lie on the mesh yet are
+          moved there by the first call, and the second compiles once more for it.
+        """
+        options = {"has_aux": has_aux, "accumulate": accumulate}
+        gradient = self.value_and_grad(loss_fn, **options)
+
+        def own_gradient(params, state, batch, *replicated, key=None):
+            return *gradient(params, batch, *replicated, key=key), state
+
+        follow = own_gradient if self.local is None else self.local_steps(loss_fn, **options)
+
+        def step(params, state, batch, *replicated, key=None):
+            value, rows, state = follow(params, state, batch, *replicated, key=key)
+            updates, state = self.update(rows, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+        return jax.jit(step, donate_argnums=(0, 1))
+
+    def _gradient(
+        self,
+        loss_fn: Callable,
+        has_aux: bool,
+        accumulate: int,
+        local: optax.GradientTransformation | None,
+    ) -> Callable:
+        """Of parameters, state of `local`, batch, replicated arguments and key: value, rows, state.
+
+        With `local` the rows are differences, otherwise gradients.
+        """
         if not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(
                 f"accumulate={accumulate!r} must be a positive number of micro-batches"
@@ -259,62 +355,32 @@ class DataParallel(optax.GradientTransformationExtraArgs):
             value = loss_fn(*args, **kwargs)
             return value if has_aux else (value, None)
 
-        def of_worker(params, batch, replicated, key):
+        def of_worker(params, own, batch, replicated, key):
             if key is not None:
                 key = jax.random.fold_in(key, lax.axis_index(self.axis_name))
-            loss, aux, grads = local_value_and_grad(
-                loss_and_aux, params, batch, replicated, key, accumulate, local
+            own = jax.tree.map(lambda row: row.squeeze(0), own)
+            loss, *rows = local_value_and_grad(
+                loss_and_aux, params, batch, replicated, key, accumulate, local, own
             )
-            return self._mean_of_finite(loss), *jax.tree.map(_add_axis, (aux, grads))
+            return self._mean_of_finite(loss), *jax.tree.map(_add_axis, rows)
 
         # Every worker's row is its own, so that there is nothing for types to prove, and with them
         # a loss could not start a scan from a constant. Nor would gradients be the worker's own.
         whole, split = PartitionSpec(), PartitionSpec(self.axis_name)
-        specs = (whole, split, whole, whole), (whole, split, split)
+        specs = (whole, split, split, whole, whole), (whole, split, split, split)
         mapped = self._shard_map(of_worker, *specs, check_vma=False)
 
-        def value_and_grad_fn(params, batch, *replicated, key=None):
+        def gradient(params, own, batch, replicated, key):
             check_batch(batch, self.num_workers, accumulate)
             if key is not None:
                 check_key(key)
             batch = self._place(batch, per_worker=True)
-            loss, aux, grads = mapped(
-                self._place_params(params), batch, self._place(replicated), self._place(key)
+            loss, aux, rows, own = mapped(
+                self._place_params(params), own, batch, self._place(replicated), self._place(key)
             )
-            return ((loss, aux) if has_aux else loss), grads
+            return ((loss, aux) if has_aux else loss), rows, own
 
-        return value_and_grad_fn
-
-    def train_step(
-        self,
-        loss_fn: Callable,
-        *,
-        has_aux: bool = False,
-        accumulate: int = 1,
-        local: optax.GradientTransformation | None = None,
-    ) -> jax.stages.Wrapped:
-        """A compiled step of training, which takes over the memory of its parameters and state.
-
-        Args:
-          loss_fn: see `value_and_grad`.
-          has_aux: see `value_and_grad`.
-          accumulate: see `value_and_grad`.
-          local: see `value_and_grad`.
-
-        Returns:
-          A jitted function of `(params, state, batch, *replicated, key=None)` to `(params, state,
-          loss)`, or with `has_aux` to `(params, state, (loss, aux))`. Its `.lower` gives the
-          program, as that of any jitted function. Parameters that do not lie on the mesh yet are
-          moved there by the first call, and the second compiles once more for it.
-        """
-        gradient = self.value_and_grad(loss_fn, has_aux=has_aux, accumulate=accumulate, local=local)
-
-        def step(params, state, batch, *replicated, key=None):
-            value, grads = gradient(params, batch, *replicated, key=key)
-            updates, state = self.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, value
-
-        return jax.jit(step, donate_argnums=(0, 1))
+        return gradient
 
     def _init(self, params):
         layout = self._layout(params, self._specs(params))
@@ -539,6 +605,32 @@ def _auto_shardings(layout: Layout, mesh: Mesh) -> list[NamedSharding]:
 
 def _add_axis(array: Any) -> jax.Array:
     return jnp.asarray(array)[None]
+
+
+def _beside(
+    local: optax.GradientTransformation, tx: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    """`tx` with the state of local steps beside its own, which it leaves alone."""
+
+    def init_fn(params):
+        return LocalStepsState(local=local.init(params), exchanged=tx.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        updates, exchanged = tx.update(updates, state.exchanged, params, **extra_args)
+        return updates, LocalStepsState(local=state.local, exchanged=exchanged)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _own_local_state(per_worker: PerWorker | None) -> PerWorker:
+    """Gives each worker its own state of local steps, which no update shows to differ."""
+
+    def is_per_worker(path, leaf):
+        if path.startswith(".local"):
+            return True
+        return None if per_worker is None else per_worker(path, leaf)
+
+    return is_per_worker
 
 
 def _with_extra_args(

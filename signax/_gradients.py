@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from signax._ballots import all_finite
 from signax._numerics import wide_dtype
+from signax._transforms import hold
 
 
 def check_batch(batch: Any, num_workers: int, accumulate: int) -> None:
@@ -31,11 +33,13 @@ def local_value_and_grad(
     key: Any,
     pieces: int,
     local: optax.GradientTransformation | None = None,
-) -> tuple[jax.Array, Any, Any]:
+    state: Any = None,
+) -> tuple[jax.Array, Any, Any, Any]:
     """The loss, aux and gradient of `loss_fn`, which returns a pair of loss and aux.
 
-    With several pieces losses and gradients are averaged over them, aux is stacked. With `local`
-    each piece's gradient is followed instead, and what comes out is how far that went.
+    With several pieces losses and gradients are averaged over them, aux is stacked. With an
+    optimiser `local` each piece's gradient is followed instead, and what comes out in its place is
+    how far that went. The optimiser's state comes last; it is kept where anything is not finite.
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -48,7 +52,7 @@ def local_value_and_grad(
 
     if pieces == 1 and local is None:
         grads, (loss, aux) = of_piece(params, batch, None)
-        return loss, aux, grads
+        return loss, aux, grads, state
 
     def cut(leaf):
         return leaf.reshape(pieces, leaf.shape[0] // pieces, *leaf.shape[1:])
@@ -57,10 +61,11 @@ def local_value_and_grad(
     if local is None:
         grads, (losses, aux) = _average(of_piece, params, stacked)
     else:
-        grads, (losses, aux) = _follow(of_piece, params, stacked, local)
+        grads, new_state, (losses, aux) = _follow(of_piece, params, stacked, local, state)
+        state = hold(all_finite((grads, new_state)), state, new_state)
     if pieces == 1:
         aux = jax.tree.map(lambda leaf: leaf[0], aux)
-    return jnp.mean(losses), aux, grads
+    return jnp.mean(losses), aux, grads, state
 
 
 def _average(of_piece: Callable, params: Any, stacked: Any) -> tuple[Any, Any]:
@@ -77,8 +82,12 @@ def _average(of_piece: Callable, params: Any, stacked: Any) -> tuple[Any, Any]:
 
 
 def _follow(
-    of_piece: Callable, params: Any, stacked: Any, local: optax.GradientTransformation
-) -> tuple[Any, Any]:
+    of_piece: Callable,
+    params: Any,
+    stacked: Any,
+    local: optax.GradientTransformation,
+    state: Any,
+) -> tuple[Any, Any, Any]:
     """Takes a step for each micro-batch on a copy of the parameters; where from minus where to."""
 
     def step(carry, piece_and_number):
@@ -87,5 +96,5 @@ def _follow(
         updates, state = local.update(grads, state, own)
         return (optax.apply_updates(own, updates), state), seen
 
-    (own, _), seen = lax.scan(step, (params, local.init(params)), stacked)
-    return jax.tree.map(lambda p, q: p - q, params, own), seen
+    (own, state), seen = lax.scan(step, (params, state), stacked)
+    return jax.tree.map(lambda p, q: p - q, params, own), state, seen

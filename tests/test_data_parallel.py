@@ -180,53 +180,83 @@ def test_accumulated_gradients_are_the_mean_over_micro_batches(accumulate, mesh)
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_local_steps_give_how_far_each_worker_went(steps, mesh):
-    batch, rate = make_batch(), 1 / 16
-    tx = signax.DataParallel(SIGNUM, mesh)
-    gradient = tx.value_and_grad(squared_error, accumulate=steps, local=signax.sign_sgd(rate))
-    loss, grads = jax.jit(gradient)(PARAMS, batch)
-    losses, went = [], []
-    for share in shares(batch):
-        params = jax.tree.map(np.asarray, PARAMS)
-        for piece in shares(share, steps):
-            value, slope = jax.value_and_grad(squared_error)(params, piece)
-            losses.append(value)
-            params = jax.tree.map(lambda p, g: p - rate * np.sign(g), params, slope)
-        went.append(jax.tree.map(lambda p, q: p - q, PARAMS, params))
-    assert_trees_close(grads, jax.tree.map(lambda *leaves: np.stack(leaves), *went))
-    assert loss == pytest.approx(np.mean(losses), rel=1e-5)
+    rate, b1 = 1 / 16, 0.5
+    tx = signax.DataParallel(SIGNUM, mesh, local=signax.signum(rate, b1))
+    follow = jax.jit(tx.local_steps(squared_error, accumulate=steps))
+    state = tx.init(PARAMS)
+    momenta = [jax.tree.map(np.zeros_like, PARAMS)] * WORKERS
+    for batch in (make_batch(), make_batch(64)):  # the second time with a momentum
+        loss, rows, state = follow(PARAMS, state, batch)
+        losses, went = [], []
+        for i, share in enumerate(shares(batch)):
+            params = jax.tree.map(np.asarray, PARAMS)
+            for piece in shares(share, steps):
+                value, slope = jax.value_and_grad(squared_error)(params, piece)
+                losses.append(value)
+                momenta[i] = jax.tree.map(
+                    lambda m, g: b1 * m + (1 - b1) * np.asarray(g), momenta[i], slope
+                )
+                params = jax.tree.map(lambda p, m: p - rate * np.sign(m), params, momenta[i])
+            went.append(jax.tree.map(lambda p, q: p - q, PARAMS, params))
+        assert_trees_close(rows, jax.tree.map(lambda *leaves: np.stack(leaves), *went))
+        assert loss == pytest.approx(np.mean(losses), rel=1e-5)
+        found = optax.tree.get(state.local, "momentum")
+        assert_trees_close(found, jax.tree.map(lambda *leaves: np.stack(leaves), *momenta))
+    np.testing.assert_array_equal(optax.tree.get(state.local, "count"), [2 * steps] * WORKERS)
+    updates, after = tx.update(rows, state, PARAMS)
+    plain = signax.DataParallel(SIGNUM, mesh)
+    expected, exchanged = plain.update(rows, plain.init(PARAMS), PARAMS)
+    assert_trees_equal(updates, expected)
+    assert_trees_equal(after.exchanged, exchanged)
+    assert_trees_equal(after.local, state.local)
 
 
-def test_local_steps_keep_aux_key_and_state_of_their_optimiser(mesh):
-    seen = []
-
+def test_local_steps_have_aux_and_keys_of_their_own(mesh):
     def loss_fn(params, batch, *, key):
-        drawn = jax.random.uniform(key)
-        return squared_error(params, batch), drawn
+        return squared_error(params, batch), jax.random.uniform(key)
 
-    local = optax.sgd(optax.piecewise_constant_schedule(0.0, {1: 0.0}))  # counts its steps
-    tx = signax.DataParallel(SIGNUM, mesh)
-    for optimizer in (None, local):
-        gradient = tx.value_and_grad(loss_fn, has_aux=True, accumulate=4, local=optimizer)
-        (_, aux), grads = gradient(PARAMS, make_batch(), key=jax.random.key(1))
-        seen.append(aux)
-    np.testing.assert_array_equal(*seen)
-    assert np.unique(seen[0]).size == 4 * WORKERS
-    assert_trees_equal(grads, jax.tree.map(jnp.zeros_like, grads))  # the rate is 0
-    single = tx.value_and_grad(loss_fn, has_aux=True, local=local)
-    (_, aux), _ = single(PARAMS, make_batch(), key=jax.random.key(1))
+    tx = signax.DataParallel(SIGNUM, mesh, local=signax.sign_sgd(0.1))
+    key, state = jax.random.key(1), tx.init(PARAMS)
+    gradient = tx.value_and_grad(loss_fn, has_aux=True, accumulate=4)
+    (_, expected), _ = gradient(PARAMS, make_batch(), key=key)
+    follow = tx.local_steps(loss_fn, has_aux=True, accumulate=4)
+    (_, aux), _, _ = follow(PARAMS, state, make_batch(), key=key)
+    np.testing.assert_array_equal(aux, expected)
+    assert np.unique(aux).size == 4 * WORKERS
+    single = tx.local_steps(loss_fn, has_aux=True)
+    (_, aux), _, _ = single(PARAMS, state, make_batch(), key=key)
     assert aux.shape == (WORKERS,)
 
 
-def test_local_steps_send_as_much_as_one_vote(mesh):
-    tx, batch = signax.DataParallel(SIGNUM, mesh), make_batch(64)
-    state = tx.init(PARAMS)
-    sent = []
-    for options in ({}, {"accumulate": 8, "local": signax.sign_sgd(0.1)}):
-        step = tx.train_step(squared_error, **options)
+def test_a_worker_that_is_not_finite_forgets_its_local_steps(mesh):
+    tx = signax.DataParallel(SIGNUM, mesh, local=signax.signum(0.1))
+    batch = make_batch()
+    batch["x"] = batch["x"].at[5].set(jnp.inf)  # the second worker's
+    _, rows, state = tx.local_steps(squared_error, accumulate=2)(PARAMS, tx.init(PARAMS), batch)
+    momentum = optax.tree.get(state.local, "momentum")["w"]
+    np.testing.assert_array_equal(np.any(np.isnan(rows["w"]), axis=(1, 2)), np.arange(8) == 1)
+    np.testing.assert_array_equal(np.any(momentum != 0, axis=(1, 2)), np.arange(8) != 1)
+    updates, _ = tx.update(rows, state, PARAMS)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_local_steps_send_as_much_as_one_vote(kind):
+    batch, sent = make_batch(64), []
+    for options in ({}, {"local": signax.signum(0.1)}):
+        tx = signax.DataParallel(SIGNUM, make_mesh(kind=kind), **options)
+        step, state = tx.train_step(squared_error, accumulate=8), tx.init(PARAMS)
         sent.append(diagnostics.collective_bytes(step.lower(PARAMS, state, batch).compile()))
+        params, state, _ = step(jax.tree.map(jnp.copy, PARAMS), state, batch)
+        step(params, state, batch)
     assert sent[0] == sent[1] > 0
+
+
+def test_local_steps_need_an_optimiser(mesh):
     with pytest.raises(TypeError, match="local="):
-        tx.value_and_grad(squared_error, local=signax.sign_sgd)
+        signax.DataParallel(SIGNUM, mesh, local=signax.sign_sgd)
+    with pytest.raises(ValueError, match="local=None"):
+        signax.DataParallel(SIGNUM, mesh).local_steps(squared_error)
 
 
 def test_bf16_gradients_accumulate_in_f32(mesh):

@@ -1,0 +1,106 @@
+"""What methods learn of scikit-learn's digits when each is tuned alike."""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from workers import auto_mesh
+
+import signax
+
+pytestmark = pytest.mark.slow
+
+SEEDS = (0, 1, 2)
+
+
+class Network(nnx.Module):
+    """Two hidden layers, 26,122 parameters."""
+
+    def __init__(self, rngs):
+        widths = (64, 128, 128, 10)
+        self.layers = nnx.List([nnx.Linear(n, m, rngs=rngs) for n, m in itertools.pairwise(widths)])
+
+    def __call__(self, x):
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = nnx.relu(layer(x))
+        return last(x)
+
+
+@functools.cache
+def load_data():
+    images, labels = load_digits(return_X_y=True)
+    images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)
+    return train_test_split(images, labels, test_size=400, stratify=labels, random_state=0)
+
+
+def learn(tx, num_workers, steps, batch_size, seed, local=None, **options):
+    """Trains, and gives the loss on images that were held out and the share of them recognised."""
+    images, others, labels, other_labels = load_data()
+    graph, params = nnx.split(Network(nnx.Rngs(seed)))
+
+    def loss_fn(params, batch):
+        inputs, targets = batch
+        logits = nnx.merge(graph, params)(inputs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    parallel = signax.DataParallel(tx, auto_mesh({"data": num_workers}), local=local)
+    state, step = parallel.init(params), parallel.train_step(loss_fn, **options)
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        chosen = rng.integers(len(images), size=batch_size)
+        params, state, _ = step(params, state, (images[chosen], labels[chosen]))
+    params = jax.device_get(params)
+    recognised = nnx.merge(graph, params)(others).argmax(axis=-1) == other_labels
+    return float(loss_fn(params, (others, other_labels))), float(recognised.mean())
+
+
+def warmup_cosine(peak, steps):
+    return optax.warmup_cosine_decay_schedule(0.0, peak, steps // 20, steps)
+
+
+def test_with_small_batches_error_feedback_keeps_up_with_sgd_and_scaled_signs_do_not():
+    """Karimireddy et al. 2019, tables of batch sizes: the smaller, the more feedback matters.
+
+    Two workers with 8 images each. The rate of each method is the best of .01, .03, .1, .3 and 1 by
+    its mean accuracy.
+    """
+    num_workers, steps = 2, 400
+    rate = functools.partial(warmup_cosine, steps=steps)
+    plain = signax.mean_scaled_signs("data", feedback="none")
+    methods = {
+        "sgd": optax.chain(signax.average_updates("data"), optax.sgd(rate(0.1), 0.9)),
+        "feedback": signax.ef_sign_sgd(rate(0.03), 0.9, axis_name="data"),
+        "plain": optax.chain(plain, optax.scale_by_learning_rate(rate(0.3))),
+    }
+    accuracy = {
+        name: [learn(tx, num_workers, steps, 8 * num_workers, seed)[1] for seed in SEEDS]
+        for name, tx in methods.items()
+    }
+    assert np.mean(accuracy["feedback"]) >= np.mean(accuracy["sgd"]) - 0.01, accuracy
+    assert np.mean(accuracy["plain"]) <= np.mean(accuracy["feedback"]) - 0.01, accuracy
+    assert np.mean(accuracy["plain"]) <= np.mean(accuracy["sgd"]) - 0.02, accuracy
+
+
+def test_local_steps_lose_nothing_while_sending_an_eighth():
+    """Eight local steps and a vote on the difference, against a vote for every step.
+
+    The step size of each is the best of 5e-4, 1e-3 and 2e-3 by its mean loss; a vote on eight steps
+    goes eight times as far as one of them.
+    """
+    num_workers, batches, batch_size, k = 8, 1600, 128, 8
+    every = signax.signum(warmup_cosine(5e-4, batches), axis_name="data")
+    losses = [learn(every, num_workers, batches, batch_size, seed)[0] for seed in SEEDS]
+    rounds, own = batches // k, signax.signum(warmup_cosine(1e-3, batches))
+    vote = signax.signum(warmup_cosine(k * 1e-3, rounds), 0.0, axis_name="data")
+    local_losses = [
+        learn(vote, num_workers, rounds, k * batch_size, seed, local=own, accumulate=k)[0]
+        for seed in SEEDS
+    ]
+    assert np.mean(local_losses) <= 1.05 * np.mean(losses), (local_losses, losses)
