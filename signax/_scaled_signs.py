@@ -413,12 +413,15 @@ def _compress(
         if whole:
             shares = size.astype(wide) / jnp.sum(size).astype(wide)
             scale = jnp.broadcast_to(jnp.sum(scale * shares), scale.shape)
-        scale = scale.astype(dtype).astype(wide)
+        # Else whatever uses a scale might compute it anew for every coordinate.
+        scale = lax.optimization_barrier(scale.astype(dtype).astype(wide))
         (bits,) = _RULES(part, _packing.odd(part.shape[1:]), coin)
         left.append(part - _signed(bits, scale, block).astype(part.dtype))
         message.append(to_words(scale))
         flags.append(jnp.all(jnp.isfinite(scale)))
-    return jnp.concatenate(message, axis=1), left, jnp.all(jnp.stack(flags))
+    # As in pack: else a chain of the flags is copied into whatever uses the result.
+    finite = jnp.all(lax.optimization_barrier(jnp.stack(flags)))
+    return jnp.concatenate(message, axis=1), left, finite
 
 
 def _expand(
@@ -432,7 +435,8 @@ def _expand(
         wide, blocks = wide_dtype(part.dtype), num_blocks(part.shape, block)
         stop = start + words_of(blocks, wide)
         scale = from_words(message[:, start:stop], blocks, wide)
-        values.append(_signed(bits, scale / jnp.asarray(divisor).astype(wide), block))
+        scale = lax.optimization_barrier(scale / jnp.asarray(divisor).astype(wide))
+        values.append(_signed(bits, scale, block))
         start = stop
     return values
 
