@@ -17,16 +17,10 @@ from signax._checks import (
     check_number,
 )
 from signax._collectives import check_votable, mean_active, vote
+from signax._error_memory import FEEDBACKS, Feedback, ScaledSignsMemory, scaled_signs_memory
 from signax._exchange import Transport
 from signax._means import mean_options
-from signax._scaled_signs import (
-    FEEDBACKS,
-    Feedback,
-    ScaledSignsMemory,
-    check_block,
-    mean_scaled,
-    scaled_signs_memory,
-)
+from signax._scaled_signs import check_block, mean_scaled
 from signax._transforms import check_rate, current_rate, in_gradient_units, in_units_of
 
 

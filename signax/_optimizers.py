@@ -12,8 +12,8 @@ from signax._ballots import Rules, Ties, Zeros
 from signax._checks import check_accumulator_dtype, check_number
 from signax._collectives import VoteOptions
 from signax._compressors import Block, scale_by_scaled_sign, scale_by_stochastic_sign
+from signax._error_memory import Feedback
 from signax._exchange import Transport
-from signax._scaled_signs import Feedback
 from signax._transforms import checked, error_feedback, hold_if_nonfinite, scale_by_signum
 from signax._voting import own_updates, voted
 

@@ -19,57 +19,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from signax import _packing
-from signax._ballots import Rules, take_part
+from signax._ballots import take_part
 from signax._blocks import find_blocks, locally
-from signax._checks import check_alike, check_axis_name, check_floating, check_mode, check_number
+from signax._checks import check_axis_name, check_number
 from signax._collectives import Worker, check_votable, find_worker
+from signax._error_memory import ScaledSignsMemory, check_memory
 from signax._exchange import gather, make_header, seal, swap, unseal
-from signax._numerics import from_words, to_words, wide_dtype, words_of
-from signax._parts import (
-    block_means,
-    block_sizes,
-    cut,
-    is_real,
-    join,
-    num_blocks,
-    part_shape,
-    spread,
-)
-from signax._resize import resize_rows
-
-Feedback = Literal["both", "worker", "none"]
-
-FEEDBACKS = ("both", "worker", "none")
-
-_RULES = Rules("dither", "plus")  # what a zero's bit is
-
-
-class ScaledSignsMemory(NamedTuple):
-    """What compression has left out so far, in the units of the values.
-
-    Attributes:
-      worker: this worker's own, a tree like the values; `None` without error feedback.
-      server: what this worker keeps as the server of its part of each leaf, a tree like the values
-        of such parts; `None` if means come down in full precision. A part is the k-th of M equal
-        runs of a leaf's coordinates in row-major order, on every platform.
-    """
-
-    worker: Any
-    server: Any
-
-    def resized(self, num_workers: int) -> "ScaledSignsMemory":
-        """The memory of another number of workers, from rows of all: the servers' is cut anew."""
-        worker = jax.tree.map(lambda rows: resize_rows(rows, num_workers), self.worker)
-        if self.server is None:
-            return self._replace(worker=worker)
-
-        def cut_anew(own, parts):
-            if not parts.size:  # nothing that workers could differ in, and so without rows
-                return parts
-            return cut(join(parts, own.shape[1:]), num_workers)
-
-        return ScaledSignsMemory(worker, jax.tree.map(cut_anew, self.worker, self.server))
+from signax._messages import RULES, compress, expand
+from signax._numerics import from_words, to_words
+from signax._parts import block_sizes, cut, is_real, join, part_shape
 
 
 def check_block(block: Any) -> None:
@@ -78,49 +36,6 @@ def check_block(block: Any) -> None:
         raise ValueError(
             f"block={block!r} is unknown: use 'leaf' or a positive number of coordinates"
         )
-
-
-def scaled_signs_memory(
-    tree: Any, num_workers: int, *, feedback: Feedback = "both", dtype: Any = None
-) -> ScaledSignsMemory:
-    """The empty memory of one worker for `pmean_scaled_signs`.
-
-    Args:
-      tree: the values, or anything of their shapes and dtypes.
-      num_workers: M, the number of workers.
-      feedback: `"both"`, memories of the workers and of the servers; `"worker"`, of the workers
-        only; `"none"`.
-      dtype: of the memories; by default each leaf's own.
-
-    Returns:
-      Zeros, the same for every worker.
-
-    Raises:
-      ValueError: `feedback` is unknown or `num_workers` below 1.
-      TypeError: a leaf is not real floating-point.
-
-    Examples:
-      >>> import jax.numpy as jnp, signax
-      >>> memory = signax.scaled_signs_memory(jnp.zeros((3, 5)), 4)
-      >>> print(memory.worker.shape, memory.server.shape)  # 15 coordinates, 4 to each
-      (3, 5) (4,)
-    """
-    check_mode("feedback", feedback, FEEDBACKS)
-    check_floating(tree, "tree")
-    if num_workers < 1:
-        raise ValueError(f"num_workers={num_workers!r} must be at least 1")
-
-    def zeros(leaf, shape):
-        return jnp.zeros(shape, jnp.result_type(leaf) if dtype is None else dtype)
-
-    worker = server = None
-    if feedback != "none":
-        worker = jax.tree.map(lambda leaf: zeros(leaf, jnp.shape(leaf)), tree)
-    if feedback == "both":
-        server = jax.tree.map(
-            lambda leaf: zeros(leaf, part_shape(jnp.shape(leaf), num_workers)), tree
-        )
-    return ScaledSignsMemory(worker, server)
 
 
 def pmean_scaled_signs(
@@ -219,10 +134,10 @@ def mean_scaled(
     param_specs: Any = None,
 ) -> tuple[Any, ScaledSignsMemory]:
     """`pmean_scaled_signs` with checked options, and with leaves sharded over further axes."""
-    worker = find_worker(axis_name, _RULES, step)
+    worker = find_worker(axis_name, RULES, step)
     check_votable(tree, axis_name)
     scaling = Scaling(axis_name, lax.axis_size(axis_name), None if block == "leaf" else block)
-    _check_memory(tree, memory, scaling.num_workers)
+    check_memory(tree, memory, scaling.num_workers)
     values = tree
     if memory.worker is not None:
         values = jax.tree.map(partial(_correct, decay=decay), tree, memory.worker)
@@ -280,23 +195,6 @@ def _put(array: list, positions: Sequence[int], values: Sequence) -> None:
         array[position] = value
 
 
-def _check_memory(tree: Any, memory: ScaledSignsMemory, num_workers: int) -> None:
-    if memory.worker is not None:
-        check_alike("updates", tree, "memory.worker", memory.worker)
-    if memory.server is None:
-        return
-    parts = jax.eval_shape(lambda: scaled_signs_memory(tree, num_workers).server)
-    structure, expected = jax.tree.structure(memory.server), jax.tree.structure(parts)
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(memory.server)]
-    wanted = [leaf.shape for leaf in jax.tree.leaves(parts)]
-    if structure != expected or shapes != wanted:
-        raise ValueError(
-            f"memory.server has leaves of shapes {shapes}, but those of these values for "
-            f"{num_workers} workers are {wanted}: it must come from scaled_signs_memory on the "
-            "same values and workers, or through DataParallel.resize"
-        )
-
-
 def _correct(value: jax.Array, error: jax.Array, decay: Any) -> jax.Array:
     return (value.astype(error.dtype) + decay * error).astype(error.dtype)
 
@@ -312,7 +210,7 @@ def _cast(
     parts = [cut(leaf, num_workers) for leaf in leaves]
     sizes = [jnp.asarray(block_sizes(leaf.shape, num_workers, block)) for leaf in leaves]
     dtypes = [leaf.dtype for leaf in leaves]
-    message, left, finite = _compress(parts, sizes, dtypes, coin, block, block is None)
+    message, left, finite = compress(parts, sizes, dtypes, coin, block, block is None)
     errors = [join(error, leaf.shape) for error, leaf in zip(left, leaves, strict=True)]
     return message, errors, finite[None]
 
@@ -353,9 +251,9 @@ def _settle(
         real.append(is_real(leaf.shape, num_workers, worker.index))
         corrected = _correct(mean, error, decay)
         parts.append(jnp.where(real[-1], corrected, 0)[None])
-    message, left, _ = _compress(parts, sizes, dtypes, worker.coin, block, False)
+    message, left, _ = compress(parts, sizes, dtypes, worker.coin, block, False)
     down = _share(message, voters, scaling.axis_name)
-    settled = _expand(down, [part[0] for part in parts], block)
+    settled = expand(down, [part[0] for part in parts], block)
     errors = [
         jnp.where(real & (voters > 0), new[0], old)
         for real, new, old in zip(real, left, kept, strict=True)
@@ -374,7 +272,7 @@ def _average(
     parts = [
         jax.ShapeDtypeStruct(part_shape(leaf.shape, num_workers), leaf.dtype) for leaf in leaves
     ]
-    rows = _expand(received, parts, block, jnp.maximum(voters, 1))
+    rows = expand(received, parts, block, jnp.maximum(voters, 1))
     return [jnp.sum(row, axis=0) for row in rows], voters
 
 
@@ -382,66 +280,3 @@ def _share(message: jax.Array, voters: jax.Array, axis_name: Hashable) -> jax.Ar
     """Hands everybody what every server made of its part: u32[1, words] to u32[M, words]."""
     parts = gather(seal([message], voters)[0], axis_name)  # u32[M, part], 0 without voters
     return unseal(parts, 1, message.shape[1])[0][0]
-
-
-def _compress(
-    parts: Sequence[jax.Array],
-    sizes: Sequence[jax.Array],
-    dtypes: Sequence[Any],
-    coin: jax.Array,
-    block: int | None,
-    whole: bool,
-) -> tuple[jax.Array, list[jax.Array], jax.Array]:
-    """One bit for each coordinate and one scale for each block of some parts of each leaf.
-
-    Args:
-      parts: for each leaf f[n, *part].
-      sizes: for each leaf i[n, blocks], how many coordinates are in a block.
-      dtypes: to which scales are rounded before they are sent.
-      coin: what settles the bits of zeros.
-      block: the size of blocks.
-      whole: whether all parts of a leaf share one scale.
-
-    Returns:
-      The message, u32[n, words], what it leaves out of each part, and whether all is finite.
-    """
-    (words,), finite = jax.vmap(partial(_packing.pack, ballots=_RULES, coin=coin))(list(parts))
-    message, left, flags = [words], [], [jnp.all(finite)]
-    for part, size, dtype in zip(parts, sizes, dtypes, strict=True):
-        wide = wide_dtype(part.dtype)
-        scale = block_means(jnp.abs(part).astype(wide), size, block)
-        if whole:
-            shares = size.astype(wide) / jnp.sum(size).astype(wide)
-            scale = jnp.broadcast_to(jnp.sum(scale * shares), scale.shape)
-        # Else whatever uses a scale might compute it anew for every coordinate.
-        scale = lax.optimization_barrier(scale.astype(dtype).astype(wide))
-        (bits,) = _RULES(part, _packing.odd(part.shape[1:]), coin)
-        left.append(part - _signed(bits, scale, block).astype(part.dtype))
-        message.append(to_words(scale))
-        flags.append(jnp.all(jnp.isfinite(scale)))
-    # As in pack: else a chain of the flags is copied into whatever uses the result.
-    finite = jnp.all(lax.optimization_barrier(jnp.stack(flags)))
-    return jnp.concatenate(message, axis=1), left, finite
-
-
-def _expand(
-    message: jax.Array, parts: Sequence[Any], block: int | None, divisor: jax.Array | int = 1
-) -> list[jax.Array]:
-    """What n messages of `_compress` say, u32[n, words]: for each leaf f[n, *part]."""
-    num_words = _packing.num_words(parts)
-    rows = jax.vmap(lambda words: _packing.unpack([words], parts))(message[:, :num_words])
-    values, start = [], num_words
-    for (bits,), part in zip(rows, parts, strict=True):
-        wide, blocks = wide_dtype(part.dtype), num_blocks(part.shape, block)
-        stop = start + words_of(blocks, wide)
-        scale = from_words(message[:, start:stop], blocks, wide)
-        scale = lax.optimization_barrier(scale / jnp.asarray(divisor).astype(wide))
-        values.append(_signed(bits, scale, block))
-        start = stop
-    return values
-
-
-def _signed(bits: jax.Array, scale: jax.Array, block: int | None) -> jax.Array:
-    """+ or - the scale of each coordinate's block: bool[n, *part] and f[n, blocks]."""
-    magnitude = spread(scale, bits.shape[1:], block)
-    return jnp.where(bits, magnitude, -magnitude)
