@@ -19,8 +19,9 @@ from signax._compressors import (
     scale_by_stochastic_sign,
     scale_by_top_k,
 )
-from signax._data_parallel import DataParallel, LocalStepsState
+from signax._data_parallel import DataParallel
 from signax._error_memory import ScaledSignsMemory, scaled_signs_memory
+from signax._local_steps import LocalStepsState
 from signax._means import pmean_signs
 from signax._optimizers import ef_sign_sgd, lion, sign_sgd, signum, ssdm
 from signax._scaled_signs import pmean_scaled_signs

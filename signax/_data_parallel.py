@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,30 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from signax._checks import check_axis_name, check_key, check_transformation
 from signax._gradients import check_batch, local_value_and_grad
 from signax._layout import Layout, PerWorker, check_state, find_layout, rows_in
+from signax._local_steps import own_local_state, with_local_state
 from signax._resize import resize_state
-from signax._specs import (
-    auto_axes,
-    axis_names,
-    entry_axes,
-    explicit_axes,
-    keep_axes,
-    reshard,
-    spec_axes,
-    typed_spec,
-    varying_axes,
-)
-
-
-class LocalStepsState(NamedTuple):
-    """State of a `DataParallel` with local steps.
-
-    Attributes:
-      local: the state of the optimiser of local steps, one row per worker.
-      exchanged: the state of the transformation that is handed what they come to.
-    """
-
-    local: Any
-    exchanged: Any
+from signax._specs import auto_axes, axis_names, explicit_axes, varying_axes
+from signax._workers import Workers, add_axis, check_param_specs
 
 
 class DataParallel(optax.GradientTransformationExtraArgs):
@@ -99,7 +79,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
     num_workers: int
     param_specs: Any
     local: optax.GradientTransformation | None
-    _inside: frozenset[Hashable]  # axes inside a worker that types know
+    _workers: Workers
     _per_worker: PerWorker | None
     _layouts: dict[Any, Layout]
 
@@ -125,7 +105,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
                     f"axis_name={axis_name!r}: {axis!r} is not an axis of the mesh, which has "
                     f"{mesh.axis_names}"
                 )
-        _check_param_specs(param_specs, mesh, axis_name)
+        check_param_specs(param_specs, mesh, axis_name)
 
         def init_fn(params):
             return self._init(params)
@@ -137,13 +117,14 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         self.tx = _with_extra_args(tx)
         self.local = local
         if local is not None:
-            self.tx = _beside(local, self.tx)
-            per_worker = _own_local_state(per_worker)
+            self.tx = with_local_state(local, self.tx)
+            per_worker = own_local_state(per_worker)
         self.mesh = mesh
         self.axis_name = axis_name
         self.num_workers = math.prod(mesh.shape[axis] for axis in axis_names(axis_name))
-        self._inside = explicit_axes(mesh) - set(axis_names(axis_name))
         self.param_specs = param_specs
+        inside = explicit_axes(mesh) - set(axis_names(axis_name))
+        self._workers = Workers(mesh, axis_name, self.num_workers, inside, param_specs)
         self._per_worker = per_worker
         self._layouts = {}
         return self
@@ -166,7 +147,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         Returns:
           A tree like the state, of `NamedSharding`s.
         """
-        layout = self._layout(params, self._specs(params))
+        layout = self._layout(params, self._workers.specs(params))
         return layout.structure.unflatten(leaf.sharding for leaf in layout.leaves)
 
     def abstract_state(self, params: optax.Params, num_workers: int | None = None) -> Any:
@@ -181,7 +162,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
           A tree like the state, of `jax.ShapeDtypeStruct`s.
         """
         wanted = self._check_num_workers(num_workers)
-        layout = self._layout(params, self._specs(params), wanted)
+        layout = self._layout(params, self._workers.specs(params), wanted)
 
         def abstract(leaf):
             shape = (wanted, *leaf.shape) if leaf.per_worker else leaf.shape
@@ -220,7 +201,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
           (4, 3)
         """
         wanted = self._check_num_workers(num_workers)
-        specs = self._specs(params)
+        specs = self._workers.specs(params)
         had = rows_in(state, self._layout(params, specs), self.num_workers)
         before, after = self._layout(params, specs, had), self._layout(params, specs, wanted)
         check_state(state, before, had)
@@ -298,7 +279,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         gradient = self._gradient(loss_fn, has_aux, accumulate, self.local)
 
         def local_steps_fn(params, state, batch, *replicated, key=None):
-            own = jax.tree.map(lambda leaf: self._place(leaf, per_worker=True), state.local)
+            own = jax.tree.map(lambda leaf: self._workers.place(leaf, per_worker=True), state.local)
             value, differences, own = gradient(params, own, batch, replicated, key)
             return value, differences, state._replace(local=own)
 
@@ -362,45 +343,49 @@ class DataParallel(optax.GradientTransformationExtraArgs):
             loss, *rows = local_value_and_grad(
                 loss_and_aux, params, batch, replicated, key, accumulate, local, own
             )
-            return self._mean_of_finite(loss), *jax.tree.map(_add_axis, rows)
+            return self._workers.mean_of_finite(loss), *jax.tree.map(add_axis, rows)
 
         # Every worker's row is its own, so that there is nothing for types to prove, and with them
         # a loss could not start a scan from a constant. Nor would gradients be the worker's own.
         whole, split = PartitionSpec(), PartitionSpec(self.axis_name)
         specs = (whole, split, split, whole, whole), (whole, split, split, split)
-        mapped = self._shard_map(of_worker, *specs, check_vma=False)
+        mapped = self._workers.shard_map(of_worker, *specs, check_vma=False)
 
         def gradient(params, own, batch, replicated, key):
             check_batch(batch, self.num_workers, accumulate)
             if key is not None:
                 check_key(key)
-            batch = self._place(batch, per_worker=True)
+            batch = self._workers.place(batch, per_worker=True)
             loss, aux, rows, own = mapped(
-                self._place_params(params), own, batch, self._place(replicated), self._place(key)
+                self._workers.place_params(params),
+                own,
+                batch,
+                self._workers.place(replicated),
+                self._workers.place(key),
             )
             return ((loss, aux) if has_aux else loss), rows, own
 
         return gradient
 
     def _init(self, params):
-        layout = self._layout(params, self._specs(params))
+        layout = self._layout(params, self._workers.specs(params))
 
         def local(params):
             return self._state_rows(self.tx.init(params), layout)
 
-        mapped = self._shard_map(local, (PartitionSpec(),), self._worker_specs(layout))
+        mapped = self._workers.shard_map(local, (PartitionSpec(),), self._worker_specs(layout))
 
         def init(params):
-            return mapped(self._place_params(params))
+            return mapped(self._workers.place_params(params))
 
         shardings = [leaf.sharding for leaf in layout.leaves]
         return layout.structure.unflatten(jax.jit(init, out_shardings=shardings)(params))
 
     def _update(self, updates, state, params=None, *, active=None, **extra_args):
-        self._check_rows(updates, params)
-        self._check_active(active)
-        one_worker = self._one_worker(updates) if params is None else params
-        specs = self._specs(one_worker)
+        self._workers.check_rows(updates, params)
+        self._workers.check_active(active)
+        one_worker = self._workers.one_worker(updates) if params is None else params
+        specs = self._workers.specs(one_worker)
         layout = self._layout(one_worker, specs)
         check_state(state, layout, self.num_workers)
         if specs is not None:
@@ -415,53 +400,25 @@ class DataParallel(optax.GradientTransformationExtraArgs):
             )
             updates = jax.tree.map(lambda row: row.squeeze(0), updates)
             updates, state = self.tx.update(updates, state, params, **extra)
-            self._check_settled(updates)
+            self._workers.check_settled(updates)
             return updates, self._state_rows(state, layout)
 
         whole, split = PartitionSpec(), PartitionSpec(self.axis_name)
         state_specs = self._worker_specs(layout)
-        mapped = self._shard_map(local, (split, state_specs, whole, split), (whole, state_specs))
+        mapped = self._workers.shard_map(
+            local, (split, state_specs, whole, split), (whole, state_specs)
+        )
         leaves = [
-            self._place(leaf, per_worker=place.per_worker)
+            self._workers.place(leaf, per_worker=place.per_worker)
             for leaf, place in zip(jax.tree.leaves(state), layout.leaves, strict=True)
         ]
         updates, leaves = mapped(
-            self._place(updates, per_worker=True),
+            self._workers.place(updates, per_worker=True),
             leaves,
-            self._place_params(params),
-            self._place(active, per_worker=True),
+            self._workers.place_params(params),
+            self._workers.place(active, per_worker=True),
         )
         return updates, layout.structure.unflatten(leaves)
-
-    def _shard_map(
-        self, function: Callable, in_specs: Any, out_specs: Any, check_vma: bool = True
-    ) -> Callable:
-        return jax.shard_map(
-            function,
-            mesh=self.mesh,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            axis_names=set(axis_names(self.axis_name)),
-            check_vma=check_vma,
-        )
-
-    def _mean_of_finite(self, loss: jax.Array) -> jax.Array:
-        """The mean over the workers without those that their loss shows to be in trouble."""
-        finite = jnp.isfinite(loss)
-        counted = jnp.where(finite, loss, 0), finite.astype(loss.dtype)
-        total, number = lax.psum(counted, self.axis_name)
-        return total / number
-
-    def _own(self, array: Any) -> jax.Array:
-        """Types an array as differing between the workers, if it is not yet."""
-        array = jnp.asarray(array)
-        varying = varying_axes(array, self.axis_name)
-        missing = tuple(axis for axis in axis_names(self.axis_name) if axis not in varying)
-        return lax.pcast(array, missing, to="varying") if missing else array
-
-    def _row(self, array: Any) -> jax.Array:
-        """One worker's row of a global array: [...] to [1, ...]."""
-        return _add_axis(self._own(array))
 
     def _worker_specs(self, layout: Layout) -> list[PartitionSpec]:
         """The state's specs over the workers' axis alone."""
@@ -499,87 +456,6 @@ class DataParallel(optax.GradientTransformationExtraArgs):
             )
         return self._layouts[key]
 
-    def _specs(self, params: Any) -> Any:
-        """The parameters' specs over the axes inside a worker: as given, or as their types say."""
-        if self.param_specs is None:
-            if not self._inside:
-                return None
-            return jax.tree.map(lambda leaf: keep_axes(typed_spec(leaf), self._inside), params)
-        structure, expected = jax.tree.structure(self.param_specs), jax.tree.structure(params)
-        if structure != expected:
-            raise ValueError(
-                f"param_specs and params differ in structure: param_specs is {structure}, "
-                f"params is {expected}"
-            )
-        return self.param_specs
-
-    def _one_worker(self, updates: Any) -> Any:
-        """The shapes of the parameters, where only rows of updates are known."""
-
-        def without_row(row):
-            sharding = NamedSharding(self.mesh, PartitionSpec(*typed_spec(row)[1:]))
-            return jax.ShapeDtypeStruct(row.shape[1:], row.dtype, sharding=sharding)
-
-        return jax.tree.map(without_row, updates)
-
-    def _place(self, tree: Any, *, per_worker: bool = False) -> Any:
-        """Lays arrays out as a mesh of Explicit axes demands, rows over the workers' axis."""
-
-        def place(leaf):
-            leaf = jnp.asarray(leaf)
-            spec = keep_axes(typed_spec(leaf), self._inside)
-            if per_worker:
-                rows = *axis_names(self.axis_name), *entry_axes(spec[0])
-                spec = PartitionSpec(rows, *spec[1:])
-            return reshard(leaf, self.mesh, spec)
-
-        return jax.tree.map(place, tree)
-
-    def _place_params(self, params: Any) -> Any:
-        if params is None or self.param_specs is None:
-            return self._place(params)
-        return jax.tree.map(
-            lambda leaf, spec: reshard(leaf, self.mesh, spec), params, self.param_specs
-        )
-
-    def _check_rows(self, updates: Any, params: Any) -> None:
-        expected = None if params is None else jax.tree.leaves(params)
-        if expected is not None and jax.tree.structure(updates) != jax.tree.structure(params):
-            raise ValueError(
-                f"updates and params differ in structure: updates is {jax.tree.structure(updates)},"
-                f" params is {jax.tree.structure(params)}"
-            )
-        for position, (path, leaf) in enumerate(jax.tree.leaves_with_path(updates)):
-            shape = jnp.shape(leaf)
-            rest = shape[1:] if expected is None else jnp.shape(expected[position])
-            if shape != (self.num_workers, *rest):
-                raise ValueError(
-                    f"updates{jax.tree_util.keystr(path)} has shape {shape}, but needs one row for "
-                    f"each of {self.num_workers} workers, {(self.num_workers, *rest)}: use the "
-                    "gradients of DataParallel.value_and_grad, which are not yet averaged"
-                )
-
-    def _check_active(self, active: Any) -> None:
-        if active is None:
-            return
-        right_dtype = getattr(active, "dtype", None) == jnp.bool_
-        if not right_dtype or active.shape != (self.num_workers,):
-            raise TypeError(
-                f"active={active!r} must be an array of one boolean for each of "
-                f"{self.num_workers} workers"
-            )
-
-    def _check_settled(self, updates: Any) -> None:
-        for path, leaf in jax.tree.leaves_with_path(updates):
-            if varying_axes(leaf, self.axis_name):
-                raise ValueError(
-                    f"updates{jax.tree_util.keystr(path)} is neither voted nor averaged over "
-                    f"{self.axis_name!r}, so that its parameters would differ between workers: put "
-                    f"signax.majority_vote({self.axis_name!r}) or "
-                    f"signax.average_updates({self.axis_name!r}) into tx. To freeze leaves, chain "
-                    "the freezing after the vote"
-                )
-
     def _state_rows(self, state: Any, layout: Layout) -> list[jax.Array]:
         structure = jax.tree.structure(state)
         if structure != layout.structure:
@@ -594,43 +470,15 @@ class DataParallel(optax.GradientTransformationExtraArgs):
                     f"state{place.path} differs between workers but is to be shared: let "
                     "per_worker return True for it"
                 )
-            rows.append(self._row(lax.optimization_barrier(leaf)) if place.per_worker else leaf)
+            rows.append(
+                self._workers.row(lax.optimization_barrier(leaf)) if place.per_worker else leaf
+            )
         return rows
 
 
 def _auto_shardings(layout: Layout, mesh: Mesh) -> list[NamedSharding]:
     """A layout's shardings over axes of type Auto, where any array may be cut anew."""
     return [NamedSharding(auto_axes(mesh), leaf.sharding.spec) for leaf in layout.leaves]
-
-
-def _add_axis(array: Any) -> jax.Array:
-    return jnp.asarray(array)[None]
-
-
-def _beside(
-    local: optax.GradientTransformation, tx: optax.GradientTransformationExtraArgs
-) -> optax.GradientTransformationExtraArgs:
-    """`tx` with the state of local steps beside its own, which it leaves alone."""
-
-    def init_fn(params):
-        return LocalStepsState(local=local.init(params), exchanged=tx.init(params))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        updates, exchanged = tx.update(updates, state.exchanged, params, **extra_args)
-        return updates, LocalStepsState(local=state.local, exchanged=exchanged)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _own_local_state(per_worker: PerWorker | None) -> PerWorker:
-    """Gives each worker its own state of local steps, which no update shows to differ."""
-
-    def is_per_worker(path, leaf):
-        if path.startswith(".local"):
-            return True
-        return None if per_worker is None else per_worker(path, leaf)
-
-    return is_per_worker
 
 
 def _with_extra_args(
@@ -641,18 +489,3 @@ def _with_extra_args(
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
         return optax.GradientTransformationExtraArgs(tx.init, tx.update)
     return optax.with_extra_args_support(tx)
-
-
-def _check_param_specs(specs: Any, mesh: Mesh, axis_name: Hashable) -> None:
-    for path, spec in jax.tree.leaves_with_path(specs):
-        name = f"param_specs{jax.tree_util.keystr(path)}"
-        if not isinstance(spec, PartitionSpec):
-            raise TypeError(f"{name}={spec!r} is not a jax.sharding.PartitionSpec")
-        for axis in spec_axes(spec):
-            if axis in axis_names(axis_name):
-                raise ValueError(
-                    f"{name}={spec} shards a parameter over {axis_name!r}, the workers' own axis: "
-                    "every worker holds all the parameters that it votes on"
-                )
-            if axis not in mesh.axis_names:
-                raise ValueError(f"{name}={spec} names {axis!r}; the mesh has {mesh.axis_names}")
