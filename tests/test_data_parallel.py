@@ -203,9 +203,9 @@ def test_local_steps_give_how_far_each_worker_went(steps, mesh):
         found = optax.tree.get(state.local, "momentum")
         assert_trees_close(found, jax.tree.map(lambda *leaves: np.stack(leaves), *momenta))
     np.testing.assert_array_equal(optax.tree.get(state.local, "count"), [2 * steps] * WORKERS)
-    updates, after = tx.update(rows, state, PARAMS)
+    updates, after = jax.jit(tx.update)(rows, state, PARAMS)
     plain = signax.DataParallel(SIGNUM, mesh)
-    expected, exchanged = plain.update(rows, plain.init(PARAMS), PARAMS)
+    expected, exchanged = jax.jit(plain.update)(rows, plain.init(PARAMS), PARAMS)
     assert_trees_equal(updates, expected)
     assert_trees_equal(after.exchanged, exchanged)
     assert_trees_equal(after.local, state.local)
@@ -217,13 +217,13 @@ def test_local_steps_have_aux_and_keys_of_their_own(mesh):
 
     tx = signax.DataParallel(SIGNUM, mesh, local=signax.sign_sgd(0.1))
     key, state = jax.random.key(1), tx.init(PARAMS)
-    gradient = tx.value_and_grad(loss_fn, has_aux=True, accumulate=4)
+    gradient = jax.jit(tx.value_and_grad(loss_fn, has_aux=True, accumulate=4))
     (_, expected), _ = gradient(PARAMS, make_batch(), key=key)
-    follow = tx.local_steps(loss_fn, has_aux=True, accumulate=4)
+    follow = jax.jit(tx.local_steps(loss_fn, has_aux=True, accumulate=4))
     (_, aux), _, _ = follow(PARAMS, state, make_batch(), key=key)
     np.testing.assert_array_equal(aux, expected)
     assert np.unique(aux).size == 4 * WORKERS
-    single = tx.local_steps(loss_fn, has_aux=True)
+    single = jax.jit(tx.local_steps(loss_fn, has_aux=True))
     (_, aux), _, _ = single(PARAMS, state, make_batch(), key=key)
     assert aux.shape == (WORKERS,)
 
@@ -232,11 +232,12 @@ def test_a_worker_that_is_not_finite_forgets_its_local_steps(mesh):
     tx = signax.DataParallel(SIGNUM, mesh, local=signax.signum(0.1))
     batch = make_batch()
     batch["x"] = batch["x"].at[5].set(jnp.inf)  # the second worker's
-    _, rows, state = tx.local_steps(squared_error, accumulate=2)(PARAMS, tx.init(PARAMS), batch)
+    follow = jax.jit(tx.local_steps(squared_error, accumulate=2))
+    _, rows, state = follow(PARAMS, tx.init(PARAMS), batch)
     momentum = optax.tree.get(state.local, "momentum")["w"]
     np.testing.assert_array_equal(np.any(np.isnan(rows["w"]), axis=(1, 2)), np.arange(8) == 1)
     np.testing.assert_array_equal(np.any(momentum != 0, axis=(1, 2)), np.arange(8) != 1)
-    updates, _ = tx.update(rows, state, PARAMS)
+    updates, _ = jax.jit(tx.update)(rows, state, PARAMS)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
 
 
