@@ -91,14 +91,14 @@ def test_with_small_batches_error_feedback_keeps_up_with_sgd_and_scaled_signs_do
 def test_local_steps_lose_nothing_while_sending_an_eighth():
     """Eight local steps and a vote on the difference, against a vote for every step.
 
-    The step size of each is the best of 2.5e-4, 5e-4, 1e-3 and 2e-3 by its mean loss; a vote on
+    The step size of each is the best of 1.25e-4, 2.5e-4, 5e-4 and 1e-3 by its mean loss; a vote on
     eight steps goes eight times as far as one of them.
     """
     num_workers, batches, batch_size, k = 8, 1600, 128, 8
-    every = signax.signum(warmup_cosine(5e-4, batches), axis_name="data")
+    every = signax.signum(warmup_cosine(2.5e-4, batches), axis_name="data")
     losses = [learn(every, num_workers, batches, batch_size, seed)[0] for seed in SEEDS]
-    rounds, own = batches // k, signax.signum(warmup_cosine(5e-4, batches))
-    vote = signax.signum(warmup_cosine(k * 5e-4, rounds), 0.0, axis_name="data")
+    rounds, own = batches // k, signax.signum(warmup_cosine(2.5e-4, batches))
+    vote = signax.signum(warmup_cosine(k * 2.5e-4, rounds), 0.0, axis_name="data")
     local_losses = [
         learn(vote, num_workers, rounds, k * batch_size, seed, local=own, accumulate=k)[0]
         for seed in SEEDS
