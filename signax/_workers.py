@@ -55,16 +55,12 @@ class Workers(NamedTuple):
         total, number = lax.psum(counted, self.axis_name)
         return total / number
 
-    def own(self, array: Any) -> jax.Array:
-        """Types an array as differing between the workers, if it is not yet."""
+    def row(self, array: Any) -> jax.Array:
+        """One worker's row of a global array, typed as varying: [...] to [1, ...]."""
         array = jnp.asarray(array)
         varying = varying_axes(array, self.axis_name)
         missing = tuple(axis for axis in axis_names(self.axis_name) if axis not in varying)
-        return lax.pcast(array, missing, to="varying") if missing else array
-
-    def row(self, array: Any) -> jax.Array:
-        """One worker's row of a global array: [...] to [1, ...]."""
-        return add_axis(self.own(array))
+        return add_axis(lax.pcast(array, missing, to="varying") if missing else array)
 
     def specs(self, params: Any) -> Any:
         """The parameters' specs over the axes inside a worker: as given, or as their types say."""
@@ -103,6 +99,7 @@ class Workers(NamedTuple):
         return jax.tree.map(place, tree)
 
     def place_params(self, params: Any) -> Any:
+        """The same for parameters, which lie as `param_specs` say if it is given."""
         if params is None or self.param_specs is None:
             return self.place(params)
         return jax.tree.map(
@@ -110,6 +107,7 @@ class Workers(NamedTuple):
         )
 
     def check_rows(self, updates: Any, params: Any) -> None:
+        """Refuses updates that have not one row like the parameters for each worker."""
         expected = None if params is None else jax.tree.leaves(params)
         if expected is not None and jax.tree.structure(updates) != jax.tree.structure(params):
             raise ValueError(
@@ -127,6 +125,7 @@ class Workers(NamedTuple):
                 )
 
     def check_active(self, active: Any) -> None:
+        """Refuses what is not one boolean for each worker."""
         if active is None:
             return
         right_dtype = getattr(active, "dtype", None) == jnp.bool_
@@ -137,6 +136,7 @@ class Workers(NamedTuple):
             )
 
     def check_settled(self, updates: Any) -> None:
+        """Refuses updates that types know to differ between the workers."""
         for path, leaf in jax.tree.leaves_with_path(updates):
             if varying_axes(leaf, self.axis_name):
                 raise ValueError(
