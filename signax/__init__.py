@@ -3,13 +3,8 @@
 from optax import scale_by_sign
 
 from signax import diagnostics
-from signax._averaging import (
-    MeanScaledSignsState,
-    MeanSignsState,
-    average_updates,
-    mean_scaled_signs,
-    mean_signs,
-)
+from signax._averaging import MeanSignsState, average_updates, mean_signs
+from signax._averaging_scaled import MeanScaledSignsState, mean_scaled_signs
 from signax._collectives import pvote
 from signax._compressors import (
     ScaleByRandomKState,

@@ -20,8 +20,8 @@ class ScaledSignsMemory(NamedTuple):
     Attributes:
       worker: this worker's own, a tree like the values; `None` without error feedback.
       server: what this worker keeps as the server of its part of each leaf, a tree like the values
-        of such parts; `None` if means come down in full precision. A part is the k-th of M equal
-        runs of a leaf's coordinates in row-major order, on every platform.
+        of such parts, each f[32, S] with S an M-th of d / 32, rounded up; `None` if means come down
+        in full precision. It is the same on every platform.
     """
 
     worker: Any
@@ -63,8 +63,8 @@ def scaled_signs_memory(
     Examples:
       >>> import jax.numpy as jnp, signax
       >>> memory = signax.scaled_signs_memory(jnp.zeros((3, 5)), 4)
-      >>> print(memory.worker.shape, memory.server.shape)  # 15 coordinates, 4 to each
-      (3, 5) (4,)
+      >>> print(memory.worker.shape, memory.server.shape)
+      (3, 5) (32, 2)
     """
     check_mode("feedback", feedback, FEEDBACKS)
     check_floating(tree, "tree")

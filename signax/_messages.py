@@ -1,79 +1,182 @@
-"""Parts of leaves as messages of one bit for each coordinate and one scale for each block."""
+"""Messages of one bit for each coordinate of leaves' parts, and one scale for each block of them.
 
+Large leaves are packed and unpacked as they lie. Small ones are compressed together, their parts
+side by side, which saves compile time; so are those whose parts are cut into blocks.
+"""
+
+import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from signax import _packing
 from signax._ballots import Rules
-from signax._numerics import from_words, to_words, wide_dtype, words_of
-from signax._parts import block_means, num_blocks, spread
+from signax._numerics import from_words, to_words, wide_dtype
+from signax._parts import cut, cut_columns, join, join_columns, matrix
+from signax._scales import Blocks
 
 RULES = Rules("dither", "plus")  # what a zero's bit is
 
 
-def compress(
-    parts: Sequence[jax.Array],
-    sizes: Sequence[jax.Array],
-    dtypes: Sequence[Any],
-    coin: jax.Array,
-    block: int | None,
-    whole: bool,
-) -> tuple[jax.Array, list[jax.Array], jax.Array]:
-    """One bit for each coordinate and one scale for each block of some parts of each leaf.
+class Batch(NamedTuple):
+    """Leaves that are compressed together.
 
-    Args:
-      parts: for each leaf f[n, *part].
-      sizes: for each leaf i[n, blocks], how many coordinates are in a block.
-      dtypes: to which scales are rounded before they are sent.
-      coin: what settles the bits of zeros.
-      block: the size of blocks.
-      whole: whether all parts of a leaf share one scale.
+    Attributes:
+      positions: where they stand among all leaves.
+      blocks: which coordinates of their parts share a scale.
+      dtype: of their values.
+      rounds_to: the dtype of the updates.
+    """
+
+    positions: tuple[int, ...]
+    blocks: Blocks
+    dtype: Any
+    rounds_to: Any
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a worker, too, cuts the leaves into parts to compress them."""
+        [shape, *others] = self.blocks.shapes
+        is_small = math.prod(shape) < _packing.SMALL
+        return bool(others) or is_small or self.blocks.length is not None
+
+    def of(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+        """Its leaves among all."""
+        return [leaves[n] for n in self.positions]
+
+
+def find_batches(
+    leaves: Sequence[Any], dtypes: Sequence[Any], num_workers: int, length: int | None
+) -> list[Batch]:
+    """Puts leaves, which make updates of the given dtypes, into batches.
+
+    Their blocks are of so many coordinates, or of a leaf's whole part.
+    """
+    groups: dict[Any, list[int]] = {}
+    for n, (leaf, dtype) in enumerate(zip(leaves, dtypes, strict=True)):
+        is_alone = length is not None or leaf.size >= _packing.SMALL
+        groups.setdefault((leaf.dtype, dtype, n if is_alone else None), []).append(n)
+    batches = []
+    # Small leaves last: TPUs move whole rows of words where large ones start at a multiple of 128.
+    for (dtype, rounds_to, _), positions in sorted(groups.items(), key=lambda g: g[0][2] is None):
+        shapes = tuple(leaves[n].shape for n in positions)
+        blocks = Blocks(shapes, num_workers, length)
+        batches.append(Batch(tuple(positions), blocks, dtype, rounds_to))
+    return batches
+
+
+def side_by_side(leaves: Sequence[jax.Array], num_workers: int) -> jax.Array:
+    """The parts of some leaves: [...] each to [M, 32, S]."""
+    return jnp.concatenate([cut(leaf, num_workers) for leaf in leaves], axis=2)
+
+
+def take_apart(parts: jax.Array, blocks: Blocks) -> list[jax.Array]:
+    """Undoes `side_by_side`."""
+    each = jnp.split(parts, np.cumsum(blocks.columns)[:-1], axis=2)
+    return [join(part, shape) for part, shape in zip(each, blocks.shapes, strict=True)]
+
+
+@partial(jax.jit, static_argnames=("dtype", "num_workers"))  # one trace for leaves of one shape
+def compress_leaf(
+    leaf: jax.Array, coin: jax.Array, dtype: Any, num_workers: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compresses a leaf with one scale, which is rounded to a dtype.
 
     Returns:
-      The message, u32[n, words], what it leaves out of each part, and whether all is finite.
+      The words of its parts, u32[M, S], its scale for each, f[M, 1], and what is left out, [...].
     """
-    (words,), finite = jax.vmap(partial(_packing.pack, ballots=RULES, coin=coin))(list(parts))
-    message, left, flags = [words], [], [jnp.all(finite)]
-    for part, size, dtype in zip(parts, sizes, dtypes, strict=True):
-        wide = wide_dtype(part.dtype)
-        scale = block_means(jnp.abs(part).astype(wide), size, block)
-        if whole:
-            shares = size.astype(wide) / jnp.sum(size).astype(wide)
-            scale = jnp.broadcast_to(jnp.sum(scale * shares), scale.shape)
-        # Else whatever uses a scale might compute it anew for every coordinate.
-        scale = lax.optimization_barrier(scale.astype(dtype).astype(wide))
-        (bits,) = RULES(part, _packing.odd(part.shape[1:]), coin)
-        left.append(part - _signed(bits, scale, block).astype(part.dtype))
-        message.append(to_words(scale))
-        flags.append(jnp.all(jnp.isfinite(scale)))
-    # As in pack: else a chain of the flags is copied into whatever uses the result.
-    finite = jnp.all(lax.optimization_barrier(jnp.stack(flags)))
-    return jnp.concatenate(message, axis=1), left, finite
+    values = leaf.astype(wide_dtype(leaf.dtype))
+    scale = _rounded(jnp.sum(jnp.abs(values) * (1 / leaf.size)), dtype)
+    (bits,) = RULES(leaf, _packing.odd(leaf.shape), coin)
+    left = leaf - jnp.where(bits, scale, -scale).astype(leaf.dtype)
+    fold = matrix(leaf.shape)
+    (words,) = _packing.join_blocks([bits.reshape(fold.shape)], fold, flags=0)
+    scales = jnp.broadcast_to(scale, (num_workers, 1))
+    return cut_columns(words.reshape(-1), num_workers), scales, left
 
 
-def expand(
-    message: jax.Array, parts: Sequence[Any], block: int | None, divisor: jax.Array | int = 1
-) -> list[jax.Array]:
-    """What n messages of `compress` say, u32[n, words]: for each leaf f[n, *part]."""
-    num_words = _packing.num_words(parts)
-    rows = jax.vmap(lambda words: _packing.unpack([words], parts))(message[:, :num_words])
-    values, start = [], num_words
-    for (bits,), part in zip(rows, parts, strict=True):
-        wide, blocks = wide_dtype(part.dtype), num_blocks(part.shape, block)
-        stop = start + words_of(blocks, wide)
-        scale = from_words(message[:, start:stop], blocks, wide)
-        scale = lax.optimization_barrier(scale / jnp.asarray(divisor).astype(wide))
-        values.append(_signed(bits, scale, block))
-        start = stop
-    return values
+def expand_leaf(words: jax.Array, scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What the parts of a leaf say: u32[M, S] and f[M, 1] to [...]."""
+    fold = matrix(shape)
+    columns = [words, jnp.broadcast_to(scales, words.shape)]
+    columns = [join_columns(each, fold.words).reshape(fold.word_shape) for each in columns]
+    bits = _packing.split_blocks(columns[0], fold)
+    scale = jnp.broadcast_to(columns[1][None], (_packing.WORD_BITS, *fold.word_shape))
+    scale = scale.reshape(-1, *fold.shape[1:])[: fold.shape[0]]
+    return jnp.where(bits, scale, -scale).reshape(shape)
 
 
-def _signed(bits: jax.Array, scale: jax.Array, block: int | None) -> jax.Array:
-    """+ or - the scale of each coordinate's block: bool[n, *part] and f[n, blocks]."""
-    magnitude = spread(scale, bits.shape[1:], block)
+def compress_parts(
+    parts: jax.Array, sizes: jax.Array, coin: jax.Array, dtype: Any, blocks: Blocks, shared: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compresses parts that lie side by side, with scales that are rounded to a dtype.
+
+    Args:
+      parts: f[n, 32, S], whose padding is 0.
+      sizes: i[n, blocks], how many coordinates are in a block.
+      coin: what settles the bits of zeros.
+      dtype: to which scales are rounded.
+      blocks: what shares a scale.
+      shared: whether all n parts of a leaf share it.
+
+    Returns:
+      Words, u32[n, S], scales, f[n, blocks], and what is left out, f[n, 32, S].
+    """
+    wide = wide_dtype(parts.dtype)
+    scales = blocks.means(jnp.abs(parts).astype(wide), sizes)
+    if shared:
+        shares = sizes / jnp.sum(sizes, axis=0).astype(wide)
+        scales = jnp.broadcast_to(jnp.sum(scales * shares, axis=0), scales.shape)
+    scales = _rounded(scales, dtype)
+    odd = lax.broadcasted_iota(jnp.int32, parts.shape, 2) % 2 == 1
+    (bits,) = RULES(parts, odd, coin)
+    left = parts - _signed(bits, scales, blocks).astype(parts.dtype)
+    (words,) = _packing.join([bits], axis=1, flags=0)
+    return words, scales, left
+
+
+def expand_parts(words: jax.Array, scales: jax.Array, blocks: Blocks) -> jax.Array:
+    """What parts that lie side by side say: u32[n, S] and f[n, blocks] to f[n, 32, S]."""
+    places = jnp.arange(_packing.WORD_BITS, dtype=jnp.uint32)[:, None]
+    bits = (words[:, None] >> places) & 1 == 1
+    return _signed(bits, scales, blocks)
+
+
+def _signed(bits: jax.Array, scales: jax.Array, blocks: Blocks) -> jax.Array:
+    magnitude = blocks.spread(scales)
     return jnp.where(bits, magnitude, -magnitude)
+
+
+def _rounded(scales: jax.Array, dtype: Any) -> jax.Array:
+    """Scales as they are sent; else whatever uses one might compute it for every coordinate."""
+    return lax.optimization_barrier(scales.astype(dtype).astype(scales.dtype))
+
+
+def write(words: Sequence[jax.Array], scales: Sequence[jax.Array]) -> jax.Array:
+    """A message of the words and scales of batches: u32[n, S] and f[n, blocks] to u32[n, words]."""
+    dtype = _widest([scale.dtype for scale in scales])
+    numbers = jnp.concatenate([scale.astype(dtype) for scale in scales], axis=1)
+    return jnp.concatenate([*words, to_words(numbers)], axis=1)
+
+
+def read(message: jax.Array, batches: Sequence[Batch]) -> list[tuple[jax.Array, jax.Array]]:
+    """Undoes `write`: the words and scales of each batch."""
+    dtypes = [wide_dtype(batch.dtype) for batch in batches]
+    edges = np.cumsum([sum(batch.blocks.columns) for batch in batches])
+    *words, last = jnp.split(message, edges, axis=1)
+    # Else TPUs lay out the whole message as suits a column of scales.
+    last = lax.optimization_barrier(last)
+    numbers = [batch.blocks.number for batch in batches]
+    scales = from_words(last, sum(numbers), _widest(dtypes))
+    scales = jnp.split(scales, np.cumsum(numbers)[:-1], axis=1)
+    scales = [scale.astype(dtype) for scale, dtype in zip(scales, dtypes, strict=True)]
+    return list(zip(words, scales, strict=True))
+
+
+def _widest(dtypes: Sequence[Any]) -> Any:
+    return max(dtypes, key=lambda dtype: np.dtype(dtype).itemsize)

@@ -7,7 +7,8 @@ from typing import Any, Literal, cast
 import jax
 import optax
 
-from signax._averaging import mean_scaled_signs, mean_signs
+from signax._averaging import mean_signs
+from signax._averaging_scaled import MeanOptions, averaged
 from signax._ballots import Rules, Ties, Zeros
 from signax._checks import check_accumulator_dtype, check_number
 from signax._collectives import VoteOptions
@@ -387,31 +388,31 @@ def ef_sign_sgd(
       <https://arxiv.org/abs/1905.10936>`_, 2019
     """
     check_accumulator_dtype(accumulator_dtype)
+    trace = None
+    if momentum is not None:
+        check_number("momentum", momentum, low=0, high=1)
+        trace = checked(optax.trace(momentum, nesterov, accumulator_dtype), memory="trace")
+    elif nesterov:
+        raise ValueError("nesterov=True needs a momentum: pass one, such as momentum=0.9")
     if axis_name is not None:
-        compress = mean_scaled_signs(
+        options = MeanOptions(
             axis_name,
-            feedback=feedback,
-            block=cast(Any, block),  # which refuses what only one worker can have
-            decay=decay,
+            feedback,
+            cast(Any, block),  # which refuses what only one worker can have
+            decay,
             accumulator_dtype=accumulator_dtype,
             num_workers=num_workers,
         )
+        direction = averaged(trace or optax.identity(), options)
     elif (feedback, num_workers) != ("both", None):
         raise ValueError(
             f"feedback={feedback!r} and num_workers={num_workers!r} are options of the mean over "
             "workers, which axis_name=None leaves out: pass axis_name, or drop them"
         )
     else:
-        compress = error_feedback(
+        direction = error_feedback(
             scale_by_scaled_sign(block=block), decay=decay, accumulator_dtype=accumulator_dtype
         )
-    if momentum is not None:
-        check_number("momentum", momentum, low=0, high=1)
-        trace = checked(optax.trace(momentum, nesterov, accumulator_dtype), memory="trace")
-        if axis_name is None:
-            compress = optax.chain(trace, compress)
-        else:
-            compress = optax.chain(own_updates(axis_name), hold_if_nonfinite(trace), compress)
-    elif nesterov:
-        raise ValueError("nesterov=True needs a momentum: pass one, such as momentum=0.9")
-    return _descend(compress, learning_rate, weight_decay, mask)
+        if trace is not None:
+            direction = optax.chain(trace, direction)
+    return _descend(direction, learning_rate, weight_decay, mask)

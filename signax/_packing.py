@@ -164,7 +164,7 @@ def pack_neighbours(
     if rest:  # apart, since a pad does not suit vectors
         fields = _fields(flat[-rest:], odd((rest,)), coin, ballots)
         parts.append([jnp.pad(field, (0, WORD_BITS - rest))[None] for field in fields])
-    packed = [_join(fields, axis=1) for fields in parts]
+    packed = [join(fields, axis=1) for fields in parts]
     *planes, bad = (jnp.concatenate(part) for part in zip(*packed, strict=True))
     spare = fold(array.shape).words - bad.size
     return [jnp.pad(plane, (0, spare)) for plane in planes], ~jnp.any(bad)
@@ -180,17 +180,21 @@ def pack_blocks(
     """
     cut = fold(array.shape)
     array = array.reshape(cut.shape)
-    fields = _fields(array, odd(array.shape), coin, ballots)
+    *planes, bad = join_blocks(_fields(array, odd(array.shape), coin, ballots), cut)
+    return [_by_tiles(plane, cut.word_shape) for plane in planes], ~jnp.any(bad)
+
+
+def join_blocks(fields: Sequence[jax.Array], cut: Fold, flags: int = 1) -> Sequence[jax.Array]:
+    """Joins the bits of an array's blocks, bool[cut.shape] each, as `join` does."""
     if cut.rows > 1:
-        padding = [(0, 0)] * array.ndim
+        padding = [(0, 0)] * len(cut.shape)
         padding[cut.axis] = (0, WORD_BITS * cut.rows - cut.shape[cut.axis])
         before, after = cut.shape[: cut.axis], cut.shape[cut.axis + 1 :]
         # The barriers keep XLA from moving the reshape, ahead or behind, which would write more.
         codes = lax.optimization_barrier(jnp.pad(_encode(fields), padding))
         codes = codes.reshape(*before, WORD_BITS, cut.rows, *after)
         fields = _decode(lax.optimization_barrier(codes), len(fields))
-    *planes, bad = _join(fields, cut.axis)
-    return [_by_tiles(plane, cut.word_shape) for plane in planes], ~jnp.any(bad)
+    return join(fields, cut.axis, flags)
 
 
 def _fields(
@@ -210,16 +214,17 @@ def _decode(codes: jax.Array, fields: int) -> list[jax.Array]:
     return [(codes >> n) & 1 == 1 for n in range(fields)]
 
 
-def _join(fields: Sequence[jax.Array], axis: int) -> tuple[jax.Array, ...]:
-    """Makes words of the bits along an axis of 32, and one flag of the last field.
+def join(fields: Sequence[jax.Array], axis: int, flags: int = 1) -> Sequence[jax.Array]:
+    """Makes words of the bits along an axis of 32, but flags of so many of the last fields.
 
-    One reduction does both, and with them whatever computes the fields.
+    One reduction does it all, and with it whatever computes the fields.
     """
-    *bits, bad = fields
-    places = lax.broadcasted_iota(jnp.uint32, bad.shape, axis)
+    places = lax.broadcasted_iota(jnp.uint32, fields[0].shape, axis)
+    planes = len(fields) - flags
+    shifted = [bit.astype(jnp.uint32) << places for bit in fields[:planes]]
     return lax.reduce(
-        (*(bit.astype(jnp.uint32) << places for bit in bits), bad),
-        (*(np.uint32(0) for _ in bits), np.bool_(False)),
+        (*shifted, *fields[planes:]),
+        (*(np.uint32(0) for _ in range(planes)), *(np.bool_(False) for _ in range(flags))),
         lambda left, right: tuple(map(lax.bitwise_or, left, right)),
         (axis,),
     )
@@ -279,15 +284,20 @@ def unpack_neighbours(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def unpack_blocks(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Undoes `pack_blocks`."""
     cut = fold(shape)
+    return split_blocks(_from_tiles(words, cut.word_shape), cut).reshape(shape)
+
+
+def split_blocks(words: jax.Array, cut: Fold) -> jax.Array:
+    """Undoes `join_blocks` for one plane: u32[cut.word_shape] to bool[cut.shape]."""
     before, after = cut.shape[: cut.axis], cut.shape[cut.axis + 1 :]
-    blocks = jnp.expand_dims(_from_tiles(words, cut.word_shape), cut.axis)
+    blocks = jnp.expand_dims(words, cut.axis)
     in_blocks = (*before, WORD_BITS, cut.rows, *after)
     bits = (blocks >> lax.broadcasted_iota(jnp.uint32, in_blocks, cut.axis)) & 1 == 1
     if len(cut.shape) == 1 or cut.rows * WORD_BITS != cut.shape[cut.axis]:
         # XLA does not fuse through the reshape then: let it write bytes, not numbers.
         bits = lax.optimization_barrier(bits)
     bits = bits.reshape(*before, WORD_BITS * cut.rows, *after)
-    return lax.slice_in_dim(bits, 0, cut.shape[cut.axis], axis=cut.axis).reshape(shape)
+    return lax.slice_in_dim(bits, 0, cut.shape[cut.axis], axis=cut.axis)
 
 
 def _by_size(leaves: Sequence[Any]) -> tuple[list[int], list[int]]:

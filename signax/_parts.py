@@ -1,86 +1,82 @@
-"""Parts of a leaf: runs of its coordinates, in row-major order, of which each worker serves one.
+"""Parts of a leaf, of which each worker serves one, and the words that hold their bits.
 
-They depend on the leaf's shape and on the number of workers alone, so that what a server keeps of
-its part is the same on every platform, however bits are packed there. Blocks, which share a scale,
-lie within parts.
+A leaf of d coordinates is a matrix of 32 rows and W columns, in row-major order and padded with
+zeros at its end. A word holds one column, bit b that of row b, and part k of M is a run of S
+columns, the last of which may be padded too:
+
+    W = 6, M = 3    | 0 1 | 2 3 | 4 5 |      row 0: coordinates 0 to 5
+    S = 2           | 6 7 | 8 9 |10 11|      row 1: coordinates 6 to 11, and so on
+
+All this depends on the leaf's shape and on M alone, so that what a server keeps of its part is the
+same on every platform.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from signax._packing import MOST_WASTE, WORD_BITS, Fold
 
 
-def part_shape(shape: tuple[int, ...], num_workers: int) -> tuple[int, ...]:
-    """The shape of each of M equal parts, the last of which may be padded.
+def matrix(shape: tuple[int, ...]) -> Fold:
+    """How a leaf is cut into the 32 rows of its matrix.
 
-    It is a slab of rows, which an accelerator need not lay out anew, where these can be shared out;
-    else flat. A part has an even number of coordinates: one that is odd in it is odd in the leaf.
+    A row is a number of whole slices along the leaf's first axis where that pads little, preferably
+    a multiple of 8 of them: then accelerators need not lay out anything anew. W is even: a
+    coordinate is odd if its column is.
     """
     size = math.prod(shape)
-    run = 2 * -(-size // (2 * num_workers))
-    if shape and shape[0] % num_workers == 0 and run * num_workers == size:
-        return (shape[0] // num_workers, *shape[1:])
-    return (run,)
+    if len(shape) > 1 and size:
+        unit = size // shape[0]
+        for slices in (8, 1 + unit % 2):
+            length = slices * -(-shape[0] // (WORD_BITS * slices))
+            if WORD_BITS * length <= (1 + MOST_WASTE) * shape[0]:
+                return Fold(shape, 0, length)
+    return Fold((size,), 0, 2 * -(-size // (2 * WORD_BITS)))
+
+
+def part_columns(shape: tuple[int, ...], num_workers: int) -> int:
+    """S, the number of columns in a part of a leaf: even, that a column is odd if it is in it."""
+    return 2 * -(-matrix(shape).words // (2 * num_workers))
+
+
+def part_shape(shape: tuple[int, ...], num_workers: int) -> tuple[int, int]:
+    """The shape of each of the M parts of a leaf."""
+    return WORD_BITS, part_columns(shape, num_workers)
 
 
 def cut(leaf: jax.Array, num_workers: int) -> jax.Array:
-    """Cuts a leaf into its parts, padded with zeros: [...] to [M, *part]."""
-    part = part_shape(leaf.shape, num_workers)
-    padding = num_workers * math.prod(part) - leaf.size
-    if padding:
-        leaf = jnp.pad(leaf.reshape(-1), (0, padding))
-    return leaf.reshape(num_workers, *part)
+    """Cuts a leaf into its parts: [...] to [M, 32, S]."""
+    columns = matrix(leaf.shape).words
+    rows = jnp.pad(leaf.reshape(-1), (0, WORD_BITS * columns - leaf.size))
+    return jnp.swapaxes(cut_columns(rows.reshape(WORD_BITS, columns), num_workers), 0, 1)
 
 
 def join(parts: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Undoes `cut`."""
-    size = math.prod(shape)
-    return (parts if parts.size == size else parts.reshape(-1)[:size]).reshape(shape)
+    rows = join_columns(jnp.swapaxes(parts, 0, 1), matrix(shape).words)
+    return rows.reshape(-1)[: math.prod(shape)].reshape(shape)
+
+
+def cut_columns(columns: jax.Array, num_workers: int) -> jax.Array:
+    """Cuts what there is for each column of a leaf, such as its word: [..., W] to [..., M, S]."""
+    *others, length = columns.shape
+    share = 2 * -(-length // (2 * num_workers))
+    padding = [(0, 0) for _ in others] + [(0, num_workers * share - length)]
+    return jnp.pad(columns, padding).reshape(*others, num_workers, share)
+
+
+def join_columns(parts: jax.Array, length: int) -> jax.Array:
+    """Undoes `cut_columns` for so many columns."""
+    return parts.reshape(*parts.shape[:-2], -1)[..., :length]
 
 
 def is_real(shape: tuple[int, ...], num_workers: int, place: jax.Array) -> jax.Array:
     """Whether each coordinate of the part at a place is one of the leaf, and not padding."""
-    part, size = part_shape(shape, num_workers), math.prod(shape)
-    if num_workers * math.prod(part) == size:
-        return jnp.ones(part, jnp.bool_)
-    index = jnp.arange(*part, dtype=jnp.uint32)
-    return index < size - jnp.minimum(size, place.astype(jnp.uint32) * part[0])
-
-
-def num_blocks(part: tuple[int, ...], block: int | None) -> int:
-    """The number of blocks in a part of a shape."""
-    return 1 if block is None else -(-math.prod(part) // block)
-
-
-def block_sizes(shape: tuple[int, ...], num_workers: int, block: int | None) -> np.ndarray:
-    """How many coordinates of a leaf lie in each block of each part: i[M, blocks].
-
-    A part is one block, or is cut into blocks of a given number of coordinates, the last of which
-    may have fewer.
-    """
-    run = math.prod(part_shape(shape, num_workers))
-    length = run if block is None else block
-    starts = np.arange(0, run, length)
-    lengths = np.minimum(length, run - starts)
-    return np.clip(math.prod(shape) - run * np.arange(num_workers)[:, None] - starts, 0, lengths)
-
-
-def block_means(parts: jax.Array, sizes: jax.Array, block: int | None) -> jax.Array:
-    """The means over blocks of so many coordinates: f[n, *part], i[n, blocks] to f[n, blocks]."""
-    rows = parts.reshape(len(parts), -1)
-    shares = 1 / jnp.maximum(sizes, 1).astype(rows.dtype)  # a sum might overflow
-    if block is None:
-        return jnp.sum(rows * shares, axis=1, keepdims=True)
-    block = min(block, rows.shape[1])
-    rows = jnp.pad(rows, ((0, 0), (0, sizes.shape[1] * block - rows.shape[1])))
-    return jnp.sum(rows.reshape(*sizes.shape, block) * shares[..., None], axis=2)
-
-
-def spread(scales: jax.Array, part: tuple[int, ...], block: int | None) -> jax.Array:
-    """The scale of each coordinate: f[n, blocks] to f[n, *part], or what broadcasts to that."""
-    if block is None:
-        return scales.reshape(len(scales), *(1 for _ in part))
-    size = math.prod(part)
-    return jnp.repeat(scales, min(block, size), axis=1)[:, :size].reshape(len(scales), *part)
+    columns, (rows, share) = matrix(shape).words, part_shape(shape, num_workers)
+    if num_workers * rows * share == math.prod(shape):
+        return jnp.ones((rows, share), jnp.bool_)
+    column = place.astype(jnp.int32) * share + jnp.arange(share)
+    left = math.prod(shape) - columns * jnp.arange(rows)  # of the leaf, from a row's start
+    return column < jnp.minimum(left, columns)[:, None]

@@ -10,12 +10,13 @@ Both times what compression leaves out is kept, by the worker of its own p and b
 part's mean, and added to what is compressed at the next step.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -25,9 +26,21 @@ from signax._checks import check_axis_name, check_number
 from signax._collectives import Worker, check_votable, find_worker
 from signax._error_memory import ScaledSignsMemory, check_memory
 from signax._exchange import gather, make_header, seal, swap, unseal
-from signax._messages import RULES, compress, expand
+from signax._messages import (
+    RULES,
+    Batch,
+    compress_leaf,
+    compress_parts,
+    expand_leaf,
+    expand_parts,
+    find_batches,
+    read,
+    side_by_side,
+    take_apart,
+    write,
+)
 from signax._numerics import from_words, to_words
-from signax._parts import block_sizes, cut, is_real, join, part_shape
+from signax._parts import is_real
 
 
 def check_block(block: Any) -> None:
@@ -105,21 +118,11 @@ def pmean_scaled_signs(
     check_axis_name(axis_name)
     check_block(block)
     check_number("decay", decay, low=0, high=1, ends="[]")
-    return mean_scaled(tree, axis_name, memory, step=step, block=block, decay=decay, active=active)
+    options = {"step": step, "block": block, "decay": decay, "active": active}
+    return mean_scaled(tree, axis_name, memory, **options)[:2]
 
 
-class Scaling(NamedTuple):
-    """What parts and their scales depend on.
-
-    Attributes:
-      axis_name: the axis of the workers.
-      num_workers: M, their number.
-      block: how many coordinates of a part share a scale at most; `None` for the whole leaf.
-    """
-
-    axis_name: Hashable
-    num_workers: int
-    block: int | None
+FindBatches = Callable[[Sequence[jax.Array]], list[Batch]]
 
 
 def mean_scaled(
@@ -132,12 +135,15 @@ def mean_scaled(
     decay: Any,
     active: jax.Array | bool | None,
     param_specs: Any = None,
-) -> tuple[Any, ScaledSignsMemory]:
-    """`pmean_scaled_signs` with checked options, and with leaves sharded over further axes."""
+) -> tuple[Any, ScaledSignsMemory, jax.Array]:
+    """`pmean_scaled_signs` with checked options, and with leaves sharded over further axes.
+
+    Also returns whether this worker's values are finite, bool[].
+    """
     worker = find_worker(axis_name, RULES, step)
     check_votable(tree, axis_name)
-    scaling = Scaling(axis_name, lax.axis_size(axis_name), None if block == "leaf" else block)
-    check_memory(tree, memory, scaling.num_workers)
+    num_workers, length = lax.axis_size(axis_name), None if block == "leaf" else block
+    check_memory(tree, memory, num_workers)
     values = tree
     if memory.worker is not None:
         values = jax.tree.map(partial(_correct, decay=decay), tree, memory.worker)
@@ -152,10 +158,12 @@ def mean_scaled(
 
     # In two passes over the groups: a worker is out if any leaf is not finite.
     whole = PartitionSpec()
-    messages, left, finite = [], list(leaves), jnp.bool_(True)
+    messages, finders, left, finite = [], [], list(leaves), jnp.bool_(True)
     for group in groups:
         flat, rows = PartitionSpec(group.axes or None), PartitionSpec(None, group.axes or None)
-        cast = partial(_cast, scaling=scaling)
+        dtypes = [like[n].dtype for n in group.positions]
+        finders.append(partial(find_batches, dtypes=dtypes, num_workers=num_workers, length=length))
+        cast = partial(_cast, find=finders[-1])
         cast = locally(cast, group.axes, (group.specs, whole), (rows, group.specs, flat))
         message, errors, flags = cast([leaves[n] for n in group.positions], worker.coin)
         messages.append(message)
@@ -166,17 +174,16 @@ def mean_scaled(
 
     means = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like]
     server = None if memory.server is None else jax.tree.leaves(memory.server)
-    for group, message in zip(groups, messages, strict=True):
+    for group, find, message in zip(groups, finders, messages, strict=True):
         own = [leaves[n] for n in group.positions]
         if server is None:
             rows = PartitionSpec(None, group.axes or None)
-            settle = partial(_settle_in_full, scaling=scaling)
+            settle = partial(_settle_in_full, axis_name=axis_name, find=find)
             settle = locally(settle, group.axes, (group.specs, rows, whole), group.specs)
             settled = settle(own, message, header)
         else:
             kept = [server[n] for n in group.positions]
-            dtypes = [like[n].dtype for n in group.positions]
-            settled, errors = _settle(own, message, header, kept, dtypes, worker, decay, scaling)
+            settled, errors = _settle(find(own), message, header, kept, worker, decay, axis_name)
             _put(server, group.positions, errors)
         _put(means, group.positions, settled)
 
@@ -187,7 +194,7 @@ def mean_scaled(
         memory = memory._replace(worker=structure.unflatten(left))
     if server is not None:
         memory = memory._replace(server=structure.unflatten(server))
-    return structure.unflatten(means), memory
+    return structure.unflatten(means), memory, finite
 
 
 def _put(array: list, positions: Sequence[int], values: Sequence) -> None:
@@ -200,80 +207,104 @@ def _correct(value: jax.Array, error: jax.Array, decay: Any) -> jax.Array:
 
 
 def _cast(
-    leaves: Sequence[jax.Array], coin: jax.Array, scaling: Scaling
+    leaves: Sequence[jax.Array], coin: jax.Array, find: FindBatches
 ) -> tuple[jax.Array, list[jax.Array], jax.Array]:
     """A worker's message to every server, what it leaves out of each leaf, and a flag.
 
     u32[M, words], and bool[1], whether all values are finite.
     """
-    _, num_workers, block = scaling
-    parts = [cut(leaf, num_workers) for leaf in leaves]
-    sizes = [jnp.asarray(block_sizes(leaf.shape, num_workers, block)) for leaf in leaves]
-    dtypes = [leaf.dtype for leaf in leaves]
-    message, left, finite = compress(parts, sizes, dtypes, coin, block, block is None)
-    errors = [join(error, leaf.shape) for error, leaf in zip(left, leaves, strict=True)]
-    return message, errors, finite[None]
+    coin = lax.optimization_barrier(coin)  # else it is computed anew for every coordinate
+    words, scales, left = [], [], list(leaves)
+    for batch in find(leaves):
+        own, blocks = batch.of(leaves), batch.blocks
+        if batch.in_parts:
+            parts, sizes = side_by_side(own, blocks.num_workers), jnp.asarray(blocks.sizes())
+            shared = blocks.length is None
+            word, scale, error = compress_parts(parts, sizes, coin, batch.dtype, blocks, shared)
+            errors = take_apart(error, blocks)
+        else:
+            word, scale, error = compress_leaf(own[0], coin, batch.dtype, blocks.num_workers)
+            errors = [error]
+        words.append(word)
+        scales.append(scale)
+        _put(left, batch.positions, errors)
+    # A mean of magnitudes is finite if all of them are. As in pack: else a chain of the flags is
+    # copied into whatever uses the result.
+    flags = jnp.stack([jnp.all(jnp.isfinite(scale)) for scale in scales])
+    return write(words, scales), left, jnp.all(lax.optimization_barrier(flags))[None]
 
 
 def _settle_in_full(
-    leaves: Sequence[jax.Array], message: jax.Array, header: jax.Array, scaling: Scaling
+    leaves: Sequence[jax.Array],
+    message: jax.Array,
+    header: jax.Array,
+    axis_name: Hashable,
+    find: FindBatches,
 ) -> list[jax.Array]:
     """The mean of what was sent, in full precision, like each leaf."""
-    means, voters = _average(leaves, message, header, scaling)
-    rounded = [mean.astype(leaf.dtype)[None] for mean, leaf in zip(means, leaves, strict=True)]
-    words = [to_words(mean.reshape(1, -1)) for mean in rounded]
-    down = _share(jnp.concatenate(words, axis=1), voters, scaling.axis_name)
-    settled, start = [], 0
-    for leaf, mean, part in zip(leaves, rounded, words, strict=True):
-        stop = start + part.shape[1]
-        numbers = from_words(down[:, start:stop], mean.size, leaf.dtype)
-        settled.append(join(numbers, leaf.shape))
-        start = stop
+    batches = find(leaves)
+    means, voters = _average(batches, message, header, axis_name)
+    means = [mean.astype(batch.dtype) for mean, batch in zip(means, batches, strict=True)]
+    words = [to_words(mean.reshape(1, -1)) for mean in means]
+    down = _share(jnp.concatenate(words, axis=1), voters, axis_name)
+    settled, edges = list(leaves), np.cumsum([part.shape[1] for part in words])[:-1]
+    for batch, mean, part in zip(batches, means, jnp.split(down, edges, axis=1), strict=True):
+        numbers = from_words(part, mean.size, batch.dtype).reshape(-1, *mean.shape)
+        _put(settled, batch.positions, take_apart(numbers, batch.blocks))
     return settled
 
 
 def _settle(
-    leaves: Sequence[jax.Array],
+    batches: Sequence[Batch],
     message: jax.Array,
     header: jax.Array,
     kept: Sequence[jax.Array],
-    dtypes: Sequence[Any],
     worker: Worker,
     decay: Any,
-    scaling: Scaling,
+    axis_name: Hashable,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The compressed mean of what was sent, like each leaf, and the new memory of this server."""
-    _, num_workers, block = scaling
-    means, voters = _average(leaves, message, header, scaling)
-    parts, sizes, real = [], [], []
-    for leaf, mean, error in zip(leaves, means, kept, strict=True):
-        sizes.append(jnp.asarray(block_sizes(leaf.shape, num_workers, block))[worker.index][None])
-        real.append(is_real(leaf.shape, num_workers, worker.index))
-        corrected = _correct(mean, error, decay)
-        parts.append(jnp.where(real[-1], corrected, 0)[None])
-    message, left, _ = compress(parts, sizes, dtypes, worker.coin, block, False)
-    down = _share(message, voters, scaling.axis_name)
-    settled = expand(down, [part[0] for part in parts], block)
-    errors = [
-        jnp.where(real & (voters > 0), new[0], old)
-        for real, new, old in zip(real, left, kept, strict=True)
-    ]
-    return [join(u, leaf.shape) for u, leaf in zip(settled, leaves, strict=True)], errors
+    """The compressed mean of what was sent, for each leaf, and the new memory of this server."""
+    means, voters = _average(batches, message, header, axis_name)
+    words, scales, memory = [], [], list(kept)
+    for batch, mean in zip(batches, means, strict=True):
+        blocks, error = batch.blocks, jnp.concatenate(batch.of(kept), axis=1)
+        real = jnp.concatenate(
+            [is_real(shape, blocks.num_workers, worker.index) for shape in blocks.shapes], axis=1
+        )
+        part = jnp.where(real, _correct(mean, error, decay), 0)[None]
+        sizes = jnp.asarray(blocks.sizes())[worker.index][None]
+        word, scale, left = compress_parts(
+            part, sizes, worker.coin, batch.rounds_to, blocks, shared=False
+        )
+        words.append(word)
+        scales.append(scale)
+        error = jnp.where(real & (voters > 0), left[0], error)
+        edges = np.cumsum(blocks.columns)[:-1]
+        _put(memory, batch.positions, jnp.split(error, edges, axis=1))
+    down = _share(write(words, scales), voters, axis_name)
+    settled = list(kept)
+    for batch, (word, scale) in zip(batches, read(down, batches), strict=True):
+        blocks = batch.blocks
+        if batch.in_parts:
+            updates = take_apart(expand_parts(word, scale, blocks), blocks)
+        else:
+            updates = [expand_leaf(word, scale, blocks.shapes[0])]
+        _put(settled, batch.positions, updates)
+    return settled, memory
 
 
 def _average(
-    leaves: Sequence[jax.Array], message: jax.Array, header: jax.Array, scaling: Scaling
+    batches: Sequence[Batch], message: jax.Array, header: jax.Array, axis_name: Hashable
 ) -> tuple[list[jax.Array], jax.Array]:
-    """The mean of what the voters sent of this worker's part of each leaf, and their number."""
-    axis_name, num_workers, block = scaling
+    """The means of what the voters sent of this worker's parts, f[32, S], and their number."""
     ballot_box = swap(seal([message], header), axis_name)  # u32[M, part]
     (received,), headers = unseal(ballot_box, 1, message.shape[1])
     voters = jnp.sum(headers > 0, dtype=jnp.uint32)
-    parts = [
-        jax.ShapeDtypeStruct(part_shape(leaf.shape, num_workers), leaf.dtype) for leaf in leaves
-    ]
-    rows = expand(received, parts, block, jnp.maximum(voters, 1))
-    return [jnp.sum(row, axis=0) for row in rows], voters
+    means = []
+    for batch, (words, scales) in zip(batches, read(received, batches), strict=True):
+        share = lax.optimization_barrier(scales / jnp.maximum(voters, 1).astype(scales.dtype))
+        means.append(jnp.sum(expand_parts(words, share, batch.blocks), axis=0))
+    return means, voters
 
 
 def _share(message: jax.Array, voters: jax.Array, axis_name: Hashable) -> jax.Array:

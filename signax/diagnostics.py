@@ -12,7 +12,7 @@ from signax._checks import check_floating, check_mode
 from signax._exchange import choose_transport, part_words, share_words
 from signax._hlo import Collective, collective_bytes, collectives
 from signax._numerics import relative_to_peak, wide_dtype, words_of
-from signax._parts import part_shape
+from signax._parts import part_columns
 
 __all__ = [
     "Collective",
@@ -121,9 +121,8 @@ def _exchanged(leaves: Sequence[Any], num_workers: int, scheme: str) -> tuple[in
     if not sum(leaf.size for leaf in leaves):
         return 0, 0
     if scheme == "scaled_signs":
-        shapes = [part_shape(leaf.shape, num_workers) for leaf in leaves if leaf.size]
+        bits = sum(part_columns(leaf.shape, num_workers) for leaf in leaves if leaf.size)
         scales = sum(words_of(1, wide_dtype(leaf.dtype)) for leaf in leaves if leaf.size)
-        bits = _packing.num_words([jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes])
         return 2 * (num_workers - 1) * part_words(bits + scales), 2
     words = _PLANES[scheme] * _packing.num_words(leaves)
     digits = num_workers.bit_length() if scheme == "mean_signs" else 1

@@ -212,44 +212,58 @@ def ef_sign_sgd(params, gradients, learning_rate):
 # Both directions: Zheng, Huang and Kwok 2019 (arXiv 1905.10936), over M workers that serve parts.
 
 
-def parts(size, num_workers):
-    """The bounds of the M runs of a leaf's coordinates, even in length but for the leaf's end."""
-    run = 2 * int(np.ceil(size / (2 * num_workers)))
-    return [(min(k * run, size), min((k + 1) * run, size)) for k in range(num_workers)]
+def columns(shape):
+    """The even number of columns of a leaf as a matrix of 32 rows, in row-major order.
+
+    Whole slices along the first axis make a row, best a multiple of 8 of them, unless more than a
+    64th would be padding.
+    """
+    size = int(np.prod(shape))
+    if len(shape) > 1 and size:
+        inner = size // shape[0]
+        for slices in (8, 1 if inner % 2 == 0 else 2):
+            length = slices * int(np.ceil(shape[0] / (32 * slices)))
+            if 32 * length / shape[0] <= 65 / 64:
+                return length * inner
+    return 2 * int(np.ceil(size / 64))
 
 
-def blocks(size, num_workers, block):
-    """The bounds of blocks of so many coordinates at most within the parts; `None`: whole parts."""
-    bounds = []
-    for start, stop in parts(size, num_workers):
-        length = block or max(1, stop - start)
-        bounds += [(first, min(first + length, stop)) for first in range(start, stop, length)]
-    return bounds
+def servers(shape, num_workers):
+    """Which worker serves each coordinate of a leaf, and its place in that part of 32 rows."""
+    width = columns(shape)
+    share = 2 * int(np.ceil(width / (2 * num_workers)))
+    row, column = np.divmod(np.arange(int(np.prod(shape))), max(width, 1))
+    server, within = np.divmod(column, max(share, 1))
+    return server, row * share + within
 
 
-def signed_blocks(values, bounds, parity):
+def blocks(shape, num_workers, block):
+    """Which block each coordinate is in: a part of a leaf, or so many coordinates of it at most."""
+    server, place = servers(shape, num_workers)
+    within = np.zeros_like(place) if block is None else place // block
+    return np.unique(np.stack([server, within]), axis=1, return_inverse=True)[1].reshape(-1)
+
+
+def signed_blocks(values, block, parity):
     """mean |p| over each block times the sign of each coordinate, of zeros by an even parity."""
     signs = np.where(values == 0, np.where(parity % 2 == 0, 1, -1), np.sign(values))
-    sent = np.zeros_like(values)
-    for start, stop in bounds:
-        if start == stop:
-            continue
-        sent[start:stop] = np.abs(values[start:stop]).mean() * signs[start:stop]
-    return sent
+    number = np.bincount(block)
+    return np.bincount(block, np.abs(values))[block] / number[block] * signs
 
 
 def mean_of_scaled_signs(leaves, feedback="both", block=None, decay=1.0, active=None):
-    """Updates [T, d] and memories after each step, from T steps of values: a list of [M, d] leaves.
+    """Updates and memories after each of T steps, from lists of leaves [M, ...] for each step.
 
     Returns:
-      For each step and leaf a triple: the update [d], the workers' memories [M, d], the servers'
-      [d].
+      For each step and leaf, of d coordinates in row-major order, a triple: the update [d], the
+      workers' memories [M, d], the servers' [d].
     """
-    num_steps, num_workers = len(leaves), len(leaves[0][0])
+    num_workers, shapes = len(leaves[0][0]), [leaf.shape[1:] for leaf in leaves[0]]
+    leaves = [[leaf.reshape(num_workers, -1) for leaf in step] for step in leaves]
     memory = [np.zeros_like(leaf, np.float64) for leaf in leaves[0]]
     server = [np.zeros(leaf.shape[1]) for leaf in leaves[0]]
     history = []
-    for t in range(num_steps):
+    for t in range(len(leaves)):
         h1, _ = hash_bits(t // 2)
         places = (np.arange(num_workers) + t // 2) % num_workers
         takes_part = np.all([np.isfinite(leaf).all(axis=1) for leaf in leaves[t]], axis=0)
@@ -258,7 +272,8 @@ def mean_of_scaled_signs(leaves, feedback="both", block=None, decay=1.0, active=
         step = []
         for n, leaf in enumerate(leaves[t]):
             size = leaf.shape[1]
-            up = blocks(size, num_workers, block) if block else [(0, size)]
+            down = blocks(shapes[n], num_workers, block)
+            up = np.zeros_like(down) if block is None else down
             mean = np.zeros(size)
             for i in np.flatnonzero(takes_part):
                 corrected = leaf[i] + (decay * memory[n][i] if feedback != "none" else 0)
@@ -267,10 +282,8 @@ def mean_of_scaled_signs(leaves, feedback="both", block=None, decay=1.0, active=
                 mean += sent / takes_part.sum()
             if feedback == "both" and takes_part.any():
                 corrected = mean + decay * server[n]
-                down = blocks(size, num_workers, block)
-                lengths = [stop - start for start, stop in parts(size, num_workers)]
-                parity = np.repeat(places, lengths) + np.arange(size) + t + h1
-                mean = signed_blocks(corrected, down, parity)
+                place = places[servers(shapes[n], num_workers)[0]]
+                mean = signed_blocks(corrected, down, place + np.arange(size) + t + h1)
                 server[n] = corrected - mean
             step.append((mean, memory[n].copy(), server[n].copy()))
         history.append(step)

@@ -5,7 +5,15 @@
 
 import accelerators
 import pytest
-from accelerators import TARGETS, TREES, num_parameters, sgd_program, train_program, vote_program
+from accelerators import (
+    TARGETS,
+    TREES,
+    feedback_program,
+    num_parameters,
+    sgd_program,
+    train_program,
+    vote_program,
+)
 
 pytestmark = pytest.mark.accelerator
 
@@ -102,3 +110,23 @@ def test_memory_traffic_is_near_that_of_sgd_with_momentum(target):
     voted = vote_program(target, "leaf").bytes_accessed
     momentum = sgd_program(target, "leaf").bytes_accessed
     assert voted < 1.5 * momentum
+
+
+# Momentum and two memories: an eighth of the gradient for the servers' and a whole one besides.
+@pytest.mark.parametrize(
+    ("target", "tree"), [("v5e-8", "leaf"), ("v5e-8", "gpt2"), ("h100-8", "leaf")]
+)
+def test_error_feedback_sends_one_bit_each_way_in_memory_for_one_more_gradient(target, tree):
+    program = feedback_program(target, tree)
+    operations = sorted(record.operation for record in program.collectives)
+    assert operations == ["all-gather", "all-to-all"]
+    assert {record.dtype for record in program.collectives} <= WORDS
+    [workers] = TARGETS[target].axes.values()
+    one_way = (workers - 1) / workers * packed_bytes(tree)
+    assert sent(program.collectives) == pytest.approx(2 * one_way, rel=0.02)
+    assert program.temporary_bytes < 1.5 * 4 * num_parameters(tree)
+
+
+def test_error_feedback_takes_less_than_four_times_the_traffic_of_sgd_with_momentum():
+    found = feedback_program("v5e-8", "leaf").bytes_accessed
+    assert found < 4 * sgd_program("v5e-8", "leaf").bytes_accessed

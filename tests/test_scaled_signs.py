@@ -14,7 +14,10 @@ from workers import AXIS, auto_mesh, rows_of_workers
 import signax
 from signax import diagnostics
 
-SHAPES = {"matrix": (13, 7), "rows": (36, 4), "number": (), "none": (0, 3), "vector": (65,)}
+SHAPES = {
+    "matrix": (13, 7), "rows": (64, 3), "number": (), "none": (0, 3), "vector": (65,),
+    "large": (2040, 9), "long": (16_385,),
+}  # fmt: skip
 
 
 def random_values(num_steps, num_workers, seed=0):
@@ -69,14 +72,16 @@ def assert_follows(history, expected, values, rtol, atol):
             if memory.worker is not None:
                 close(flat_rows(memory.worker[name]), errors)
             if memory.server is not None and server.size:
-                kept = memory.server[name].ravel()
-                close(kept[: server.size], server)
-                np.testing.assert_array_equal(kept[server.size :], 0)
+                kept = np.reshape(memory.server[name].copy(), (len(rows), -1))
+                places = references.servers(values[name].shape[2:], len(rows))
+                close(kept[places], server)
+                kept[places] = 0
+                np.testing.assert_array_equal(kept, 0)
 
 
 def reference(values, **options):
     steps = range(len(values["matrix"]))
-    leaves = [[flat_rows(leaf[t]) for leaf in values.values()] for t in steps]
+    leaves = [[leaf[t] for leaf in values.values()] for t in steps]
     return references.mean_of_scaled_signs(leaves, **options)
 
 
@@ -120,6 +125,7 @@ def test_less_feedback_follows_the_reference_too(feedback, block):
 
 def test_single_precision_follows_the_reference_as_far_as_it_can():
     values = jax.tree.map(np.float32, random_values(50, 4, seed=5))
+    del values["large"], values["long"]  # of so many, some are as small as a rounding error
     history = run("shard_map", values, 4)
     assert_follows(history, reference(values), values, rtol=1e-4, atol=1e-5)
 
@@ -147,7 +153,8 @@ def test_memories_subtract_exactly_what_was_sent(dtype):
         assert updates["matrix"].dtype == dtype
         emitted += np.asarray(updates["matrix"][0], np.float64).ravel()
     worker = flat_rows(np.asarray(memory.worker["matrix"], np.float64)).mean(axis=0)
-    server = np.asarray(memory.server["matrix"], np.float64).ravel()[: emitted.size]
+    kept = np.asarray(memory.server["matrix"], np.float64).reshape(num_workers, -1)
+    server = kept[references.servers(shape, num_workers)]
     # Sums of numbers around 1 in f32: a few units of its last place per step.
     came_in = values.mean(axis=1).reshape(len(values), -1).sum(axis=0)
     np.testing.assert_allclose(emitted + worker + server, came_in, atol=1e-5)
@@ -199,11 +206,10 @@ def test_leaves_that_are_sharded_within_a_worker_are_compressed_where_they_lie()
     )
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
     blocks = [grads["kernel"][..., :3], grads["kernel"][..., 3:], grads["bias"]]
-    leaves = [flat_rows(block) for block in blocks]
-    expected = references.mean_of_scaled_signs([leaves], feedback="worker")[0]
+    expected = references.mean_of_scaled_signs([blocks], feedback="worker")[0]
     found = [updates["kernel"][:, :3], updates["kernel"][:, 3:], updates["bias"]]
     for block, (mean, _, _) in zip(found, expected, strict=True):
-        np.testing.assert_allclose(np.ravel(block), mean, rtol=1e-5)
+        np.testing.assert_allclose(np.ravel(block), mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
         flat_rows(np.asarray(state.memory.worker["kernel"])[..., :3]), expected[0][1], atol=1e-6
     )
@@ -223,7 +229,7 @@ def test_large_values_do_not_overflow_on_the_way():
 
 
 def test_wrong_arguments_are_named():
-    tree = jnp.ones((2, 6))
+    tree = jnp.ones((2, 300))
     memory = signax.scaled_signs_memory(tree[0], 2)
 
     def mean(*args, **options):
@@ -238,7 +244,7 @@ def test_wrong_arguments_are_named():
     with pytest.raises(TypeError, match="dtype int32"):
         mean(tree.astype(jnp.int32))
     with pytest.raises(ValueError, match=r"memory\.server has leaves.*DataParallel\.resize"):
-        mean(jnp.ones((3, 6)))
+        mean(jnp.ones((3, 300)))
     with pytest.raises(ValueError, match=r"updates and memory\.worker differ"):
         mean({"a": tree})
     with pytest.raises(ValueError, match="feedback='all' is unknown"):
