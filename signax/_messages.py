@@ -130,7 +130,7 @@ def compress_parts(
     wide = wide_dtype(parts.dtype)
     scales = blocks.means(jnp.abs(parts).astype(wide), sizes)
     if shared:
-        shares = sizes / jnp.sum(sizes, axis=0).astype(wide)
+        shares = sizes.astype(wide) / jnp.sum(sizes, axis=0).astype(wide)
         scales = jnp.broadcast_to(jnp.sum(scales * shares, axis=0), scales.shape)
     scales = _rounded(scales, dtype)
     odd = lax.broadcasted_iota(jnp.int32, parts.shape, 2) % 2 == 1

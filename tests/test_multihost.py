@@ -153,33 +153,30 @@ def test_two_processes_stopped_and_continued_end_as_one_process_does(train, tmp_
 
 
 @slow
-def test_four_processes_end_as_one_with_four_devices_does(train):
-    expected = train("--devices", 4)
-    assert_same(train("--processes", 4), expected)
-    assert_same(train("--processes", 2, "--devices", 2), expected)
-
-
-@slow
-@pytest.mark.parametrize("workers", [("--processes", 4), ("--devices", 8)])
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, tmp_path, workers):
-    options = *workers, "--steps", 100
-    expected = train(*options)
-    saving = *options, "--checkpoint", tmp_path / "saved", "--checkpoint-every", 20
-    train(*saving, "--stop-at", 50)
-    assert_same(train(*saving), expected)
-    assert_same(train(*saving), expected)  # nothing is left to do
+@pytest.mark.parametrize(
+    ("workers", "alike"),
+    [
+        (("--processes", 4), ("--devices", 4)),
+        (("--devices", 8), ("--processes", 2, "--devices", 4)),
+    ],
+)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, tmp_path, workers, alike):
+    expected = train(*alike, "--steps", 100)
+    saving = "--steps", 100, "--checkpoint", tmp_path / "saved", "--checkpoint-every", 20
+    train(*workers, *saving, "--stop-at", 50)
+    assert_same(train(*workers, *saving), expected)
 
 
 @slow
 def test_a_cluster_that_takes_a_machine_away_loses_no_step(start, train, tmp_path):
-    steps = "--steps", 2000
+    steps = "--steps", 1000
     options = "--processes", 2, "--checkpoint", tmp_path / "saved", *steps
     run = start(*options, "--checkpoint-every", 5000)
     run.wait_for("loss=")
     os.kill(run.workers()[1], signal.SIGTERM)
     assert run.wait() == 0, run.stderr
-    number = int(run.wait_for("step ([0-9]+) of 2000")[1])
-    assert number < 2000
+    number = int(run.wait_for("step ([0-9]+) of 1000")[1])
+    assert number < 1000
     assert (tmp_path / "saved" / str(number)).is_dir()
     assert_same(train(*options), train("--devices", 2, *steps))
 
@@ -200,8 +197,6 @@ def test_a_run_of_other_settings_is_not_continued(start, tmp_path):
     assert code == 0
     for name, old, changes in [
         ("workers", 2, {"devices": 4}),
-        ("steps", 4, {"steps": 5}),
-        ("batch_size", 8, {"batch_size": 16}),
         ("seed", 0, {"seed": 1}),
     ]:
         code, stderr = run_with(**changes)
@@ -214,7 +209,7 @@ def test_a_run_of_other_settings_is_not_continued(start, tmp_path):
 
 @pytest.mark.parametrize(
     ("processes", "victim"),
-    [(2, 1), pytest.param(2, 0, marks=slow), pytest.param(4, 2, marks=slow)],
+    [(2, 1), pytest.param(4, 0, marks=slow)],
 )
 def test_a_process_that_dies_ends_the_run(start, processes, victim):
     run = start("--processes", processes, "--steps", 1_000_000)
