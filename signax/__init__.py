@@ -2,7 +2,7 @@
 
 from optax import scale_by_sign
 
-from signax import diagnostics
+from signax import adversaries, diagnostics
 from signax._averaging import MeanSignsState, average_updates, mean_signs
 from signax._averaging_scaled import MeanScaledSignsState, mean_scaled_signs
 from signax._collectives import pvote
@@ -43,6 +43,7 @@ __all__ = [
     "ScaleBySignumState",
     "ScaleByStochasticSignState",
     "ScaledSignsMemory",
+    "adversaries",
     "average_updates",
     "diagnostics",
     "ef_sign_sgd",

@@ -106,6 +106,11 @@ REGISTRY = {
         voted=True,
     ),
     "average_updates": Case(signax.average_updates, others=VOTE, voted=True),
+    "adversary": Case(
+        signax.adversaries.adversary,
+        others={**VOTE, "workers": [0], "attack": "invert", "key": KEY},
+        voted=True,
+    ),
     "sign_sgd": Case(signax.sign_sgd, RATE),
     "sign_sgd voted": Case(signax.sign_sgd, RATE, VOTE, voted=True),
     "signum": Case(signax.signum, RATE),
@@ -137,8 +142,8 @@ REGISTRY = {
 # What is exported and is no transformation of one worker's updates. DataParallel is one of global
 # arrays, which its own tests cover.
 OTHERS = {
-    "DataParallel", "diagnostics", "pmean_scaled_signs", "pmean_signs", "pvote", "pvote_scatter",
-    "scaled_signs_memory",
+    "DataParallel", "adversaries", "diagnostics", "pmean_scaled_signs", "pmean_signs", "pvote",
+    "pvote_scatter", "scaled_signs_memory",
 }  # fmt: skip
 
 # Optax's own, re-exported: it takes any dtype, and Optax documents it.
