@@ -81,14 +81,13 @@ def main():
     rng = np.random.default_rng(0)
     params = jax.device_put(init_network(rng), NamedSharding(mesh, whole))
 
-    # What is laid out like the parameters is the momentum, one row per worker; the rest are counts,
-    # which are the same everywhere.
-    state_specs = optax.tree.map_params(
-        tx,
-        lambda _: rows,
-        jax.eval_shape(tx.init, params),
-        transform_non_params=lambda _: whole,
-    )
+    # A worker's own are its momentum and how many steps it missed, one row each; counts are shared.
+    def spec_of(path, leaf):
+        del leaf
+        names = {getattr(entry, "name", None) for entry in path}
+        return rows if names & {"momentum", "missed"} else whole
+
+    state_specs = jax.tree.map_with_path(spec_of, jax.eval_shape(tx.init, params))
 
     def add_axis(state):
         return jax.tree.map(

@@ -3,7 +3,7 @@
 from optax import scale_by_sign
 
 from signax import adversaries, diagnostics
-from signax._averaging import MeanSignsState, average_updates, mean_signs
+from signax._averaging import AverageUpdatesState, MeanSignsState, average_updates, mean_signs
 from signax._averaging_scaled import MeanScaledSignsState, mean_scaled_signs
 from signax._collectives import pvote
 from signax._compressors import (
@@ -19,6 +19,7 @@ from signax._error_memory import ScaledSignsMemory, scaled_signs_memory
 from signax._local_steps import LocalStepsState
 from signax._means import pmean_signs
 from signax._optimizers import ef_sign_sgd, lion, sign_sgd, signum, ssdm
+from signax._participation import Participation, leave_out_nonfinite
 from signax._scaled_signs import pmean_scaled_signs
 from signax._scatter import pvote_scatter
 from signax._transforms import (
@@ -33,12 +34,14 @@ from signax._voting import MajorityVoteState, majority_vote
 __version__ = "0.1.0"
 
 __all__ = [
+    "AverageUpdatesState",
     "DataParallel",
     "ErrorFeedbackState",
     "LocalStepsState",
     "MajorityVoteState",
     "MeanScaledSignsState",
     "MeanSignsState",
+    "Participation",
     "ScaleByRandomKState",
     "ScaleBySignumState",
     "ScaleByStochasticSignState",
@@ -49,6 +52,7 @@ __all__ = [
     "ef_sign_sgd",
     "error_feedback",
     "hold_if_nonfinite",
+    "leave_out_nonfinite",
     "lion",
     "majority_vote",
     "mean_scaled_signs",

@@ -12,6 +12,12 @@ from signax._checks import check_axis_name
 from signax._collectives import check_votable, mean_active, vote
 from signax._exchange import Transport
 from signax._means import mean_options
+from signax._participation import (
+    Participation,
+    admitted,
+    next_participation,
+    no_participation,
+)
 
 
 class MeanSignsState(NamedTuple):
@@ -19,9 +25,11 @@ class MeanSignsState(NamedTuple):
 
     Attributes:
       count: int32[], the steps taken, the same on every worker; it drives the dither.
+      participation: who took part, see `Participation`.
     """
 
     count: jax.typing.ArrayLike
+    participation: Participation
 
 
 def mean_signs(
@@ -69,16 +77,30 @@ def mean_signs(
 
     def init_fn(params):
         del params
-        return MeanSignsState(count=jnp.zeros([], jnp.int32))
+        return MeanSignsState(jnp.zeros([], jnp.int32), no_participation())
 
-    def update_fn(updates, state, params=None, *, active=None, param_specs=None, **extra_args):
+    def update_fn(
+        updates, state, params=None, *, active=None, raw=None, param_specs=None, **extra_args
+    ):
         del params, extra_args
-        updates, _ = vote(
-            updates, options, step=state.count, active=active, param_specs=param_specs
+        active = admitted(updates, active, raw)
+        outcome = vote(updates, options, step=state.count, active=active, param_specs=param_specs)
+        return outcome.updates, MeanSignsState(
+            optax.safe_increment(state.count),
+            next_participation(state.participation, outcome.voters, outcome.takes_part),
         )
-        return updates, MeanSignsState(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class AverageUpdatesState(NamedTuple):
+    """State of `average_updates`.
+
+    Attributes:
+      participation: who took part, see `Participation`.
+    """
+
+    participation: Participation
 
 
 def average_updates(axis_name: Hashable) -> optax.GradientTransformationExtraArgs:
@@ -93,8 +115,9 @@ def average_updates(axis_name: Hashable) -> optax.GradientTransformationExtraArg
       axis_name: the mapped axis along which the workers lie.
 
     Returns:
-      A stateless transformation. The mean is accumulated in at least f32 and rounded to each
-      leaf's dtype; it is 0 if nobody takes part. It costs one all-reduce of f32 (or f64) numbers.
+      A transformation with an `AverageUpdatesState`. The mean is accumulated in at least f32 and
+      rounded to each leaf's dtype; it is 0 if nobody takes part. It costs one all-reduce of f32 (or
+      f64) numbers.
 
     Raises:
       TypeError: `axis_name` names no single axis; at the update, a leaf is not floating-point.
@@ -105,15 +128,24 @@ def average_updates(axis_name: Hashable) -> optax.GradientTransformationExtraArg
       >>> import jax, jax.numpy as jnp, signax
       >>> tx = signax.average_updates("workers")
       >>> gradients = jnp.array([[1.0, 2.0], [3.0, 2.0], [jnp.nan, 0.0]])  # the last one is out
-      >>> update = lambda g: tx.update(g, tx.init(None))[0]
-      >>> print(jax.vmap(update, axis_name="workers")(gradients)[0])
-      [2. 2.]
+      >>> update = lambda g: tx.update(g, tx.init(None))
+      >>> updates, state = jax.vmap(update, axis_name="workers")(gradients)
+      >>> print(updates[0], state.participation.voters[0], state.participation.missed)
+      [2. 2.] 2 [0 0 1]
     """
     check_axis_name(axis_name)
 
-    def update_fn(updates, state, params=None, *, active=None, **extra_args):
+    def init_fn(params):
+        del params
+        return AverageUpdatesState(no_participation())
+
+    def update_fn(updates, state, params=None, *, active=None, raw=None, **extra_args):
         del params, extra_args
         check_votable(updates, axis_name)
-        return mean_active(updates, axis_name, take_part(all_finite(updates), active)), state
+        active = admitted(updates, active, raw)
+        takes_part = take_part(all_finite(updates), active)
+        updates, voters = mean_active(updates, axis_name, takes_part)
+        participation = next_participation(state.participation, voters, takes_part)
+        return updates, AverageUpdatesState(participation)
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -18,6 +18,12 @@ from signax._checks import (
 )
 from signax._collectives import check_votable
 from signax._error_memory import FEEDBACKS, Feedback, ScaledSignsMemory, scaled_signs_memory
+from signax._participation import (
+    Participation,
+    admitted,
+    next_participation,
+    no_participation,
+)
 from signax._scaled_signs import check_block, mean_scaled
 from signax._transforms import (
     check_rate,
@@ -35,10 +41,12 @@ class MeanScaledSignsState(NamedTuple):
     Attributes:
       count: int32[], the steps taken, the same on every worker; it drives the dither.
       memory: what compression has left out, this worker's own; see `ScaledSignsMemory`.
+      participation: who took part, see `Participation`.
     """
 
     count: jax.typing.ArrayLike
     memory: ScaledSignsMemory
+    participation: Participation
 
 
 class MeanOptions(NamedTuple):
@@ -118,8 +126,11 @@ def mean_scaled_signs(
     )
     _check_mean_options(options)
 
-    def update_fn(updates, state, params=None, *, active=None, param_specs=None, **extra_args):
+    def update_fn(
+        updates, state, params=None, *, active=None, raw=None, param_specs=None, **extra_args
+    ):
         del params, extra_args
+        active = admitted(updates, active, raw)
         return _update_mean(updates, state, options, active, param_specs)[:2]
 
     return optax.GradientTransformationExtraArgs(partial(_init_mean, options=options), update_fn)
@@ -144,7 +155,7 @@ def _init_mean(params: optax.Params, options: MeanOptions) -> MeanScaledSignsSta
     memory = scaled_signs_memory(
         params, workers, feedback=options.feedback, dtype=options.accumulator_dtype
     )
-    return MeanScaledSignsState(count=jnp.zeros([], jnp.int32), memory=memory)
+    return MeanScaledSignsState(jnp.zeros([], jnp.int32), memory, no_participation())
 
 
 def _update_mean(
@@ -153,7 +164,7 @@ def _update_mean(
     """Everybody's update, the new state, and whether this worker's updates are finite."""
     rate = current_rate(options.learning_rate, state.count)
     before = in_units_of(rate, state.memory)
-    updates, left, finite = mean_scaled(
+    outcome, left = mean_scaled(
         updates,
         options.axis_name,
         before,
@@ -163,9 +174,12 @@ def _update_mean(
         active=active,
         param_specs=param_specs,
     )
-    memory = in_gradient_units(rate, left, before, state.memory)
-    count = optax.safe_increment(state.count)
-    return updates, MeanScaledSignsState(count=count, memory=memory), finite
+    state = MeanScaledSignsState(
+        optax.safe_increment(state.count),
+        in_gradient_units(rate, left, before, state.memory),
+        next_participation(state.participation, outcome.voters, outcome.takes_part),
+    )
+    return outcome.updates, state, outcome.finite
 
 
 def averaged(
@@ -180,8 +194,11 @@ def averaged(
     def init_fn(params):
         return momentum.init(params), _init_mean(params, options)
 
-    def update_fn(updates, state, params=None, *, active=None, param_specs=None, **extra_args):
+    def update_fn(
+        updates, state, params=None, *, active=None, raw=None, param_specs=None, **extra_args
+    ):
         del params, extra_args
+        active = admitted(updates, active, raw)
         check_votable(updates, options.axis_name)  # behind a momentum types would not tell
         old_state, mean_state = state
         directions, new_state = momentum.update(updates, old_state)

@@ -97,7 +97,7 @@ def pvote(
     """
     options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over)
     check_vote_options(options)
-    return vote(tree, options, step=step, active=active)[0]
+    return vote(tree, options, step=step, active=active).updates
 
 
 class VoteOptions(NamedTuple):
@@ -198,6 +198,22 @@ def find_worker(axis_name: Hashable, rules: Rules, step: jax.Array | int | None)
     return Worker(index, coins.zero, rules.tie(coins.tie))
 
 
+class Outcome(NamedTuple):
+    """What an exchange comes to.
+
+    Attributes:
+      updates: everybody's.
+      voters: u32[], how many workers took part, the same on every worker.
+      takes_part: bool[], whether this worker did.
+      finite: bool[], whether its own updates are.
+    """
+
+    updates: Any
+    voters: jax.Array
+    takes_part: jax.Array
+    finite: jax.Array
+
+
 def vote(
     tree: Any,
     options: VoteOptions,
@@ -206,8 +222,8 @@ def vote(
     active: jax.Array | bool | None,
     param_specs: Any = None,
     like: Any = None,
-) -> tuple[Any, jax.Array]:
-    """The vote by checked options, and whether this worker's updates are finite.
+) -> Outcome:
+    """The vote by checked options.
 
     The signs come in the shapes of the leaves of `like`, if it is given, which may be those of
     `tree` before they were cut into blocks.
@@ -233,17 +249,20 @@ def vote(
         messages.append(message)
         finite &= jnp.all(flags)
 
-    header = make_header(worker.index, worker.tie, take_part(finite, active))
+    takes_part = take_part(finite, active)
+    header = make_header(worker.index, worker.tie, takes_part)
     split, place, place_spec = _split_axes(options.split_over)
-    voted = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like]
+    voted, voters = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like], jnp.uint32(0)
     for block, message, message_spec in zip(blocks, messages, message_specs, strict=True):
         settle = partial(_settle, options=options)
         in_specs = block.specs, message_spec, whole, place_spec
-        settle = locally(settle, (*block.axes, *split), in_specs, block.specs)
-        signs = settle([like[n] for n in block.positions], message, header, place)
+        out_specs = block.specs, PartitionSpec(block.axes or None)
+        settle = locally(settle, (*block.axes, *split), in_specs, out_specs)
+        signs, found = settle([like[n] for n in block.positions], message, header, place)
         for position, sign in zip(block.positions, signs, strict=True):
             voted[position] = sign
-    return structure.unflatten(voted), finite
+        voters = found[0]
+    return Outcome(structure.unflatten(voted), voters, takes_part, finite)
 
 
 def _cast(
@@ -269,10 +288,10 @@ def _settle(
     header: jax.Array,
     place: jax.Array,
     options: VoteOptions,
-) -> list[jax.Array]:
+) -> tuple[list[jax.Array], jax.Array]:
     """What the workers decide like each leaf, whose values are not used: signs, or their means.
 
-    Of the devices of `split_over`, this is the one at `place`, i32[1].
+    Of the devices of `split_over`, this is the one at `place`, i32[1]. Also how many voted, u32[1].
     """
     if options.transport == "int8":
         outcomes, voters = _settle_sums(message, header, options)
@@ -282,7 +301,8 @@ def _settle(
         finish = partial(_mean_ballot, voters=voters)
     else:
         finish = partial(_signs, voters=voters, rules=options.rules)
-    return [finish(outcome, leaf) for outcome, leaf in zip(outcomes, leaves, strict=True)]
+    settled = [finish(outcome, leaf) for outcome, leaf in zip(outcomes, leaves, strict=True)]
+    return settled, voters[None]
 
 
 def _settle_sums(
@@ -350,14 +370,16 @@ def _split_axes(
     return (split_over,), places, spec
 
 
-def mean_active(tree: Any, axis_name: Hashable, active: jax.Array) -> Any:
-    """The mean over the workers that are active, accumulated in at least f32; 0 if none is."""
+def mean_active(tree: Any, axis_name: Hashable, active: jax.Array) -> tuple[Any, jax.Array]:
+    """The mean over the workers that are active, and their number, u32[].
+
+    It is accumulated in at least f32, and 0 if none is.
+    """
     leaves, structure = jax.tree.flatten(tree)
     wide = [leaf.astype(wide_dtype(leaf.dtype)) for leaf in leaves]
     # Not a product: an infinity times zero is NaN.
     counted = [jnp.where(active, leaf, 0) for leaf in wide]
     sums, voters = lax.psum((counted, active.astype(jnp.float32)), axis_name)
     means = [total / jnp.maximum(voters, 1).astype(total.dtype) for total in sums]
-    return structure.unflatten(
-        [mean.astype(leaf.dtype) for mean, leaf in zip(means, leaves, strict=True)]
-    )
+    means = [mean.astype(leaf.dtype) for mean, leaf in zip(means, leaves, strict=True)]
+    return structure.unflatten(means), voters.astype(jnp.uint32)

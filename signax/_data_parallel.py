@@ -15,6 +15,7 @@ from signax._checks import check_axis_name, check_key, check_transformation
 from signax._gradients import check_batch, local_value_and_grad
 from signax._layout import Layout, PerWorker, check_state, find_layout, rows_in
 from signax._local_steps import own_local_state, with_local_state
+from signax._participation import leave_out_nonfinite
 from signax._resize import resize_state
 from signax._specs import auto_axes, axis_names, explicit_axes, varying_axes
 from signax._workers import Workers, add_axis, check_param_specs
@@ -484,8 +485,11 @@ def _auto_shardings(layout: Layout, mesh: Mesh) -> list[NamedSharding]:
 def _with_extra_args(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Passes extra arguments to all that take them, `optax.MultiSteps` included."""
+    """Passes extra arguments to all that take them, `optax.MultiSteps` included.
+
+    What takes any is told all updates, so that its votes and means leave out the same workers.
+    """
     parameters = inspect.signature(tx.update).parameters.values()
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
-        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+        return leave_out_nonfinite(optax.GradientTransformationExtraArgs(tx.init, tx.update))
     return optax.with_extra_args_support(tx)

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 from signax._ballots import take_part
 from signax._blocks import find_blocks, locally
 from signax._checks import check_axis_name, check_number
-from signax._collectives import Worker, check_votable, find_worker
+from signax._collectives import Outcome, Worker, check_votable, find_worker
 from signax._error_memory import ScaledSignsMemory, check_memory
 from signax._exchange import gather, make_header, seal, swap, unseal
 from signax._messages import (
@@ -119,7 +119,8 @@ def pmean_scaled_signs(
     check_block(block)
     check_number("decay", decay, low=0, high=1, ends="[]")
     options = {"step": step, "block": block, "decay": decay, "active": active}
-    return mean_scaled(tree, axis_name, memory, **options)[:2]
+    outcome, memory = mean_scaled(tree, axis_name, memory, **options)
+    return outcome.updates, memory
 
 
 FindBatches = Callable[[Sequence[jax.Array]], list[Batch]]
@@ -135,11 +136,8 @@ def mean_scaled(
     decay: Any,
     active: jax.Array | bool | None,
     param_specs: Any = None,
-) -> tuple[Any, ScaledSignsMemory, jax.Array]:
-    """`pmean_scaled_signs` with checked options, and with leaves sharded over further axes.
-
-    Also returns whether this worker's values are finite, bool[].
-    """
+) -> tuple[Outcome, ScaledSignsMemory]:
+    """`pmean_scaled_signs` with checked options, and with leaves sharded over further axes."""
     worker = find_worker(axis_name, RULES, step)
     check_votable(tree, axis_name)
     num_workers, length = lax.axis_size(axis_name), None if block == "leaf" else block
@@ -172,20 +170,23 @@ def mean_scaled(
     takes_part = take_part(finite, active)
     header = make_header(worker.index, worker.tie, takes_part)
 
-    means = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like]
+    means, voters = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like], jnp.uint32(0)
     server = None if memory.server is None else jax.tree.leaves(memory.server)
     for group, find, message in zip(groups, finders, messages, strict=True):
         own = [leaves[n] for n in group.positions]
         if server is None:
-            rows = PartitionSpec(None, group.axes or None)
+            rows, flat = PartitionSpec(None, group.axes or None), PartitionSpec(group.axes or None)
             settle = partial(_settle_in_full, axis_name=axis_name, find=find)
-            settle = locally(settle, group.axes, (group.specs, rows, whole), group.specs)
-            settled = settle(own, message, header)
+            specs = (group.specs, rows, whole), (group.specs, flat)
+            settled, found = locally(settle, group.axes, *specs)(own, message, header)
         else:
             kept = [server[n] for n in group.positions]
-            settled, errors = _settle(find(own), message, header, kept, worker, decay, axis_name)
+            settled, found, errors = _settle(
+                find(own), message, header, kept, worker, decay, axis_name
+            )
             _put(server, group.positions, errors)
         _put(means, group.positions, settled)
+        voters = found[0]
 
     means = [mean.astype(leaf.dtype) for mean, leaf in zip(means, like, strict=True)]
     if memory.worker is not None:
@@ -194,7 +195,7 @@ def mean_scaled(
         memory = memory._replace(worker=structure.unflatten(left))
     if server is not None:
         memory = memory._replace(server=structure.unflatten(server))
-    return structure.unflatten(means), memory, finite
+    return Outcome(structure.unflatten(means), voters, takes_part, finite), memory
 
 
 def _put(array: list, positions: Sequence[int], values: Sequence) -> None:
@@ -240,18 +241,18 @@ def _settle_in_full(
     header: jax.Array,
     axis_name: Hashable,
     find: FindBatches,
-) -> list[jax.Array]:
-    """The mean of what was sent, in full precision, like each leaf."""
+) -> tuple[list[jax.Array], jax.Array]:
+    """The mean of what was sent, in full precision, like each leaf, and the voters, u32[1]."""
     batches = find(leaves)
     means, voters = _average(batches, message, header, axis_name)
     means = [mean.astype(batch.dtype) for mean, batch in zip(means, batches, strict=True)]
     words = [to_words(mean.reshape(1, -1)) for mean in means]
-    down = _share(jnp.concatenate(words, axis=1), voters, axis_name)
+    down, voters = _share(jnp.concatenate(words, axis=1), voters, axis_name)
     settled, edges = list(leaves), np.cumsum([part.shape[1] for part in words])[:-1]
     for batch, mean, part in zip(batches, means, jnp.split(down, edges, axis=1), strict=True):
         numbers = from_words(part, mean.size, batch.dtype).reshape(-1, *mean.shape)
         _put(settled, batch.positions, take_apart(numbers, batch.blocks))
-    return settled
+    return settled, voters
 
 
 def _settle(
@@ -262,8 +263,11 @@ def _settle(
     worker: Worker,
     decay: Any,
     axis_name: Hashable,
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The compressed mean of what was sent, for each leaf, and the new memory of this server."""
+) -> tuple[list[jax.Array], jax.Array, list[jax.Array]]:
+    """The compressed mean of what was sent, for each leaf, the voters, u32[1], and the new memory.
+
+    The memory is that of this server.
+    """
     means, voters = _average(batches, message, header, axis_name)
     words, scales, memory = [], [], list(kept)
     for batch, mean in zip(batches, means, strict=True):
@@ -281,7 +285,7 @@ def _settle(
         error = jnp.where(real & (voters > 0), left[0], error)
         edges = np.cumsum(blocks.columns)[:-1]
         _put(memory, batch.positions, jnp.split(error, edges, axis=1))
-    down = _share(write(words, scales), voters, axis_name)
+    down, voters = _share(write(words, scales), voters, axis_name)
     settled = list(kept)
     for batch, (word, scale) in zip(batches, read(down, batches), strict=True):
         blocks = batch.blocks
@@ -290,7 +294,7 @@ def _settle(
         else:
             updates = [expand_leaf(word, scale, blocks.shapes[0])]
         _put(settled, batch.positions, updates)
-    return settled, memory
+    return settled, voters, memory
 
 
 def _average(
@@ -307,7 +311,13 @@ def _average(
     return means, voters
 
 
-def _share(message: jax.Array, voters: jax.Array, axis_name: Hashable) -> jax.Array:
-    """Hands everybody what every server made of its part: u32[1, words] to u32[M, words]."""
+def _share(
+    message: jax.Array, voters: jax.Array, axis_name: Hashable
+) -> tuple[jax.Array, jax.Array]:
+    """Hands everybody what every server made of its part: u32[1, words] to u32[M, words].
+
+    Also the number of voters, u32[1], which is the same on every worker by type too.
+    """
     parts = gather(seal([message], voters)[0], axis_name)  # u32[M, part], 0 without voters
-    return unseal(parts, 1, message.shape[1])[0][0]
+    (messages,), found = unseal(parts, 1, message.shape[1])
+    return messages, found[:1]

@@ -9,9 +9,21 @@ import optax
 from jax import lax
 
 from signax._ballots import Rules, Ties, Zeros
-from signax._collectives import VoteOptions, check_votable, check_vote_options, vote
+from signax._collectives import (
+    Outcome,
+    VoteOptions,
+    check_votable,
+    check_vote_options,
+    vote,
+)
 from signax._exchange import Transport
 from signax._packing import in_blocks
+from signax._participation import (
+    Participation,
+    admitted,
+    next_participation,
+    no_participation,
+)
 from signax._specs import spec_axes, specs_like
 from signax._transforms import hold, is_like_tree, mark_nonfinite
 
@@ -21,9 +33,11 @@ class MajorityVoteState(NamedTuple):
 
     Attributes:
       count: int32[], the steps taken, the same on every worker; it drives the dither.
+      participation: who took part, see `Participation`.
     """
 
     count: jax.typing.ArrayLike
+    participation: Participation
 
 
 def majority_vote(
@@ -78,19 +92,27 @@ def majority_vote(
     options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over)
     check_vote_options(options)
 
-    def update_fn(updates, state, params=None, *, active=None, param_specs=None, **extra_args):
+    def update_fn(
+        updates, state, params=None, *, active=None, raw=None, param_specs=None, **extra_args
+    ):
         del params, extra_args
-        updates, _ = vote(
-            updates, options, step=state.count, active=active, param_specs=param_specs
-        )
-        return updates, MajorityVoteState(count=optax.safe_increment(state.count))
+        active = admitted(updates, active, raw)
+        outcome = vote(updates, options, step=state.count, active=active, param_specs=param_specs)
+        return outcome.updates, _next_state(state, outcome)
 
     return optax.GradientTransformationExtraArgs(_init_vote, update_fn)
 
 
 def _init_vote(params: optax.Params) -> MajorityVoteState:
     del params
-    return MajorityVoteState(count=jnp.zeros([], jnp.int32))
+    return MajorityVoteState(jnp.zeros([], jnp.int32), no_participation())
+
+
+def _next_state(state: MajorityVoteState, outcome: Outcome) -> MajorityVoteState:
+    return MajorityVoteState(
+        optax.safe_increment(state.count),
+        next_participation(state.participation, outcome.voters, outcome.takes_part),
+    )
 
 
 def voted(
@@ -106,15 +128,18 @@ def voted(
     def init_fn(params):
         return signs.init(params), _init_vote(params)
 
-    def update_fn(updates, state, params=None, *, active=None, param_specs=None, **extra_args):
+    def update_fn(
+        updates, state, params=None, *, active=None, raw=None, param_specs=None, **extra_args
+    ):
         del params, extra_args
+        active = admitted(updates, active, raw)
         check_votable(updates, options.axis_name)  # behind a momentum types would not tell
         old_state, vote_state = state
         _, new_state = signs.update(updates, old_state)
         # The same once more for packing: a momentum that is used twice would be kept in between.
         blocks, old_blocks = _in_blocks(updates, old_state, param_specs)
         new_updates, new_blocks = signs.update(blocks, old_blocks)
-        decided, finite = vote(
+        outcome = vote(
             mark_nonfinite(new_updates, blocks, new_blocks),
             options,
             step=vote_state.count,
@@ -122,8 +147,8 @@ def voted(
             param_specs=param_specs,
             like=updates,
         )
-        count = optax.safe_increment(vote_state.count)
-        return decided, (hold(finite, old_state, new_state), MajorityVoteState(count=count))
+        new_state = hold(outcome.finite, old_state, new_state)
+        return outcome.updates, (new_state, _next_state(vote_state, outcome))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -91,6 +91,9 @@ REGISTRY = {
         },
     ),
     "hold_if_nonfinite": Case(signax.hold_if_nonfinite, others={"inner": signax.scale_by_signum()}),
+    "leave_out_nonfinite": Case(
+        signax.leave_out_nonfinite, others={"inner": signax.majority_vote(AXIS)}, voted=True
+    ),
     "majority_vote": Case(signax.majority_vote, others=VOTE, voted=True),
     "majority_vote abstain": Case(
         signax.majority_vote, others={**VOTE, "zeros": "abstain"}, voted=True

@@ -987,8 +987,8 @@ def test_a_state_without_rows_is_refused_for_scalar_parameters_too(mesh):
 
 
 def test_an_extra_argument_that_is_insisted_on_is_named(mesh):
-    def update(updates, state, params=None, *, value):
-        del params, value
+    def update(updates, state, params=None, *, value, **extra_args):
+        del params, value, extra_args
         return updates, state
 
     inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -167,7 +167,15 @@ def placed(tx, mesh, params=PARAMS, **options):
     for path, sharding in jax.tree.leaves_with_path(shardings):
         assert sharding.spec in (PartitionSpec("data"), PartitionSpec())
         (own if sharding.spec else shared).add(jax.tree_util.keystr(path))
-    return own, shared
+    told = [of_participation(paths) for paths in (own, shared)]
+    if any(leaf.size for leaf in jax.tree.leaves(params)):  # else nothing is exchanged
+        missed, voters = ({path.rpartition(".")[0] for path in paths} for paths in told)
+        assert missed == voters
+    return own - told[0], shared - told[1]
+
+
+def of_participation(paths):
+    return {path for path in paths if ".participation." in path}
 
 
 def differing(tx):
@@ -187,11 +195,12 @@ def differing(tx):
         return jax.tree.map(lambda *leaves: jnp.stack([raw(leaf) for leaf in leaves]), *states)
 
     rows = jax.jit(jax.vmap(run, in_axes=1, axis_name="data", axis_size=WORKERS))(grads)
-    return {
+    paths = {
         jax.tree_util.keystr(path)
         for path, leaf in jax.tree.leaves_with_path(rows)
         if np.any(np.asarray(leaf != leaf[:1]))
     }
+    return paths - of_participation(paths)
 
 
 def raw(leaf):
@@ -288,6 +297,8 @@ def test_override_is_asked_with_each_leaf_and_its_shape_on_one_worker(mesh):
         "[0].momentum['w']": ((3, 2), jnp.float32),
         "[0].momentum['b']": ((2,), jnp.float32),
         "[1].count": ((), jnp.int32),
+        "[1].participation.voters": ((), jnp.int32),
+        "[1].participation.missed": ((), jnp.int32),
     }
 
 

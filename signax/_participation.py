@@ -1,0 +1,104 @@
+"""Who takes part in votes and means: judged on all updates at once, remembered in their states."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from signax._ballots import all_finite
+from signax._checks import check_flag, check_transformation
+from signax._specs import is_masked
+
+
+class Participation(NamedTuple):
+    """Who took part.
+
+    Attributes:
+      voters: int32[], how many workers did in the last step, the same on every worker.
+      missed: int32[], how many steps this worker has been out of.
+    """
+
+    voters: jax.typing.ArrayLike
+    missed: jax.typing.ArrayLike
+
+
+def no_participation() -> Participation:
+    """That of a run that has not begun."""
+    return Participation(voters=jnp.zeros([], jnp.int32), missed=jnp.zeros([], jnp.int32))
+
+
+def next_participation(
+    before: Participation, voters: jax.Array, takes_part: jax.Array
+) -> Participation:
+    """That after one more step."""
+    missed = jnp.where(takes_part, before.missed, optax.safe_increment(before.missed))
+    return Participation(voters=voters.astype(jnp.int32), missed=missed)
+
+
+def leave_out_nonfinite(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Leaves a worker out of every vote and mean in `inner` if any of its updates is not finite.
+
+    By itself each vote and mean judges the leaves that it is given. Under `optax.partition` and
+    `optax.masked` that is a group of them: this lets all groups know of all leaves, as they are
+    before any transformation. It needs no communication, and reads those leaves once more that a
+    group would not see. :class:`signax.DataParallel` does this by itself; inside of
+    `optax.MultiSteps`, which hands on means of several steps, it is still of use.
+
+    Args:
+      inner: a transformation with votes or means in it, for one worker's updates.
+
+    Returns:
+      A transformation with the inner one's state; extra arguments are passed on, and with them
+      `raw`, the updates.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, signax
+      >>> vote, mean = signax.majority_vote("workers"), signax.average_updates("workers")
+      >>> groups = optax.partition({"w": vote, "b": mean}, {"w": "w", "b": "b"})
+      >>> tx = signax.leave_out_nonfinite(groups)
+      >>> gradients = {"w": jnp.array([1.0, 1.0, -5.0]), "b": jnp.array([2.0, 4.0, jnp.nan])}
+      >>> update = lambda g: tx.update(g, tx.init(g))
+      >>> updates, state = jax.vmap(update, axis_name="workers")(gradients)
+      >>> print(updates["w"], updates["b"])
+      [1. 1. 1.] [3. 3. 3.]
+    """
+    check_transformation("inner", inner)
+    inner = optax.with_extra_args_support(inner)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        return inner.update(updates, state, params, **{**extra_args, "raw": updates})
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def admitted(updates: Any, active: Any, raw: Any) -> Any:
+    """`active`, and whether all is finite in those of the raw updates that are masked here.
+
+    Where updates are laid out in another way, as by `optax.flatten`, all raw ones are looked at.
+    """
+    if raw is None:
+        return active
+    hidden, is_alike = [], True
+
+    def look(node, raw_node):
+        nonlocal is_alike
+        if is_masked(node):
+            hidden.append(raw_node)
+        elif jnp.shape(node) != getattr(raw_node, "shape", None):
+            is_alike = False
+
+    try:
+        jax.tree.map(look, updates, raw, is_leaf=is_masked)
+    except ValueError:
+        is_alike = False
+    hidden = hidden if is_alike else [raw]
+    if not jax.tree.leaves(hidden):
+        return active
+    finite = all_finite(hidden)
+    if active is None:
+        return finite
+    check_flag("active", active)
+    return finite & active

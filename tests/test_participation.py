@@ -1,0 +1,173 @@
+"""Who takes part: the same in every vote and mean of a step, and remembered in their states."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from workers import AXIS, auto_mesh, rows_of_workers
+
+import signax
+from signax import diagnostics
+
+PARAMS = {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(5), "scale": jnp.zeros(2)}
+MEANS = {
+    "vote": lambda: signax.majority_vote("data"),
+    "gather": lambda: signax.majority_vote("data", transport="gather"),
+    "packed": lambda: signax.majority_vote("data", transport="packed"),
+    "int8": lambda: signax.majority_vote("data", transport="int8"),
+    "abstain": lambda: signax.majority_vote("data", zeros="abstain"),
+    "mean of signs": lambda: signax.mean_signs("data"),
+    "both memories": lambda: signax.mean_scaled_signs("data"),
+    "no memory": lambda: signax.mean_scaled_signs("data", feedback="none"),
+    "mean": lambda: signax.average_updates("data"),
+}
+
+
+def random_rows(num_workers, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: rng.standard_normal((num_workers, *leaf.shape)).astype(np.float32), PARAMS
+    )
+
+
+def partitioned(kernel, others):
+    """Two groups, of one leaf and of two."""
+    labels = {"kernel": "kernel", "bias": "others", "scale": "others"}
+    return optax.partition({"kernel": kernel, "others": others}, labels)
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_voters_and_missed_steps_are_in_the_state(name):
+    num_workers, steps = 5, 7
+    tx = signax.DataParallel(MEANS[name](), auto_mesh({"data": num_workers}))
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    rng = np.random.default_rng(3)
+    finite, active = rng.random((2, steps, num_workers)) > 0.3
+    active[4] = False
+    missed = np.zeros(num_workers, int)
+    assert optax.tree.get(state, "voters") == 0
+    for t in range(steps):
+        rows = random_rows(num_workers, t)
+        rows["bias"][~finite[t], 2] = [np.nan, np.inf, -np.inf][t % 3]
+        updates, state = update(rows, state, PARAMS, active=jnp.asarray(active[t]))
+        votes = finite[t] & active[t]
+        missed += ~votes
+        voters = optax.tree.get(state, "voters")
+        assert voters == votes.sum()
+        assert voters.shape == ()  # one for all, as types have proved
+        np.testing.assert_array_equal(optax.tree.get(state, "missed"), missed)
+        moved = any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+        assert moved == (voters > 0)
+
+
+@pytest.mark.parametrize("leaf", PARAMS)
+@pytest.mark.parametrize("kernel", ["vote", "int8", "both memories", "mean of signs"])
+def test_a_worker_is_out_of_all_groups_if_it_is_of_one(leaf, kernel):
+    num_workers = 3
+    tx = partitioned(MEANS[kernel](), MEANS["mean"]())
+    parallel = signax.DataParallel(tx, auto_mesh({"data": num_workers}))
+    rows, active = random_rows(num_workers), jnp.array([True, False, True])
+    expected, expected_state = jax.jit(parallel.update)(
+        rows, parallel.init(PARAMS), PARAMS, active=active
+    )
+    rows[leaf][1].flat[0] = np.inf
+    found, state = jax.jit(parallel.update)(rows, parallel.init(PARAMS), PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, state, expected_state)
+    for field, value in [("voters", 2), ("missed", [0, 1, 0])]:
+        kept = [found for _, found in optax.tree.get_all_with_path(state, field)]
+        assert len(kept) == 2
+        for each in kept:
+            np.testing.assert_array_equal(each, value)
+
+
+@pytest.mark.parametrize("kind", ["shard_map", "vmap"])
+def test_loops_of_your_own_have_one_verdict_too(kind):
+    others = optax.chain(optax.clip_by_global_norm(1.0), signax.average_updates(AXIS))
+    tx = partitioned(signax.majority_vote(AXIS), others)
+    rows = jax.tree.map(lambda leaf: np.ones((4, *leaf.shape), np.float32), PARAMS)
+    for leaf in rows.values():
+        leaf[2:] = -1  # two against two, or against one
+    rows["bias"][2, 0] = np.nan
+
+    def update(tx):
+        return rows_of_workers(kind, lambda g: tx.update(g, tx.init(g))[0], 4)(rows)["kernel"]
+
+    assert np.all(update(signax.leave_out_nonfinite(tx)) == 1)
+    assert not np.all(update(tx) == 1)  # without it the worker votes
+
+
+def test_whoever_rearranges_the_tree_is_judged_on_all_of_it():
+    tx = optax.flatten(optax.chain(optax.identity(), signax.majority_vote(AXIS)))
+    masked = optax.masked(tx, {"kernel": True, "bias": False, "scale": False})
+    rows = random_rows(3)
+    rows["scale"][0, 1] = np.nan
+
+    def update(g):
+        tx = signax.leave_out_nonfinite(masked)
+        return tx.update(g, tx.init(g))[1]
+
+    state = rows_of_workers("vmap", update, 3)(rows)
+    np.testing.assert_array_equal(optax.tree.get(state, "missed"), [1, 0, 0])
+
+
+def test_a_common_verdict_takes_no_more_collectives_than_the_groups_do():
+    tx = partitioned(MEANS["packed"](), MEANS["mean"]())
+    parallel = signax.DataParallel(tx, auto_mesh({"data": 4}))
+    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, random_rows(4)))
+    state = jax.eval_shape(parallel.init, PARAMS)
+    program = jax.jit(parallel.update).lower(shapes, state, PARAMS).compile()
+    found = sorted(record.operation for record in diagnostics.collectives(program))
+    assert sorted(set(found)) == ["all-gather", "all-reduce", "all-to-all"]
+    assert found.count("all-gather") == found.count("all-to-all") == 1
+
+
+def test_one_vote_on_everything_is_judged_once():
+    tx = signax.DataParallel(signax.majority_vote("data"), auto_mesh({"data": 2}))
+    bare = jax.make_jaxpr(tx.update)(random_rows(2), tx.init(PARAMS), PARAMS)
+    groups = signax.DataParallel(
+        partitioned(MEANS["vote"](), MEANS["vote"]()), auto_mesh({"data": 2})
+    )
+    both = jax.make_jaxpr(groups.update)(random_rows(2), groups.init(PARAMS), PARAMS)
+    assert str(bare).count(" is_finite ") < str(both).count(" is_finite ")
+
+
+def test_a_loss_scale_is_lowered_when_somebody_is_out():
+    """Half precision: unscale first, and lower the scale where a gradient overflowed."""
+    num_workers = 4
+    target = jnp.linspace(-1, 1, 6)
+    tx = signax.DataParallel(signax.signum(0.05, 0.5, axis_name="data"), auto_mesh({"data": 4}))
+
+    def loss_fn(params, noise, scale):
+        error = params["x"] - target + noise.mean(axis=0)
+        # The gradient is an f16 as it flows back through the scaled loss.
+        return (jnp.sum(error.astype(jnp.float16) ** 2) * scale.astype(jnp.float16)).astype(
+            jnp.float32
+        )
+
+    gradient = tx.value_and_grad(loss_fn)
+
+    @jax.jit
+    def step(params, state, noise, scale):
+        _, grads = gradient(params, noise, scale)
+        grads = jax.tree.map(lambda g: g / scale, grads)
+        updates, state = tx.update(grads, state, params)
+        somebody_out = optax.tree.get(state, "voters") < num_workers
+        return (
+            optax.apply_updates(params, updates),
+            state,
+            jnp.where(somebody_out, scale / 2, scale),
+        )
+
+    params = {"x": jnp.zeros(6)}
+    state, scale = tx.init(params), jnp.float32(2.0**15)
+    rng, scales = np.random.default_rng(0), []
+    for _ in range(60):
+        noise = 0.3 * rng.standard_normal((num_workers, 6)).astype(np.float32)
+        params, state, scale = step(params, state, noise, scale)
+        scales.append(float(scale))
+    assert 2.0 < scales[-1] == scales[-20] < 2.0**15  # it has settled
+    np.testing.assert_allclose(params["x"], target, atol=0.25)  # a few steps
+    assert np.all(np.isfinite(optax.tree.get(state, "momentum")["x"]))
+    assert np.sum(optax.tree.get(state, "missed")) > 0
