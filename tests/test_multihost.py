@@ -197,6 +197,8 @@ def test_a_run_of_other_settings_is_not_continued(start, tmp_path):
     assert code == 0
     for name, old, changes in [
         ("workers", 2, {"devices": 4}),
+        ("steps", 4, {"steps": 5}),
+        ("batch_size", 8, {"batch_size": 16}),
         ("seed", 0, {"seed": 1}),
     ]:
         code, stderr = run_with(**changes)
@@ -209,7 +211,7 @@ def test_a_run_of_other_settings_is_not_continued(start, tmp_path):
 
 @pytest.mark.parametrize(
     ("processes", "victim"),
-    [(2, 1), pytest.param(4, 0, marks=slow)],
+    [(2, 1), pytest.param(2, 0, marks=slow), pytest.param(4, 2, marks=slow)],
 )
 def test_a_process_that_dies_ends_the_run(start, processes, victim):
     run = start("--processes", processes, "--steps", 1_000_000)
