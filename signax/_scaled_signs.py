@@ -186,7 +186,7 @@ def mean_scaled(
             )
             _put(server, group.positions, errors)
         _put(means, group.positions, settled)
-        voters = found[0]
+        voters = jnp.max(found)
 
     means = [mean.astype(leaf.dtype) for mean, leaf in zip(means, like, strict=True)]
     if memory.worker is not None:
