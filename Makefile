@@ -14,7 +14,7 @@ OLDEST = $(shell sed -n '/^dependencies/,/^]/s/.*"\(.*\)>=\(.*\)".*/\1==\2/p' py
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --upgrade
 PYTEST = -m pytest -n 2 -q
 
-.PHONY: help demo test check lint test-newest test-oldest test-accelerators clean
+.PHONY: help demo notebooks test check lint test-newest test-oldest test-accelerators clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -22,6 +22,9 @@ help:  ## show this list
 
 demo: .venv/examples  ## train on eight simulated workers, averaged and voted, and compare
 	.venv/bin/python examples/train_digits.py
+
+notebooks: .venv/notebooks  ## run the notebooks' paired text, and write them with what it gives
+	cd notebooks && ../.venv/bin/jupytext --quiet --to ipynb --execute [0-9]*.py
 
 test: lint test-newest test-oldest test-accelerators  ## run everything, at the newest jax and at the oldest
 
@@ -48,7 +51,7 @@ clean:  ## remove the environments and every cache
 	find signax tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp says that its environment holds what pyproject.toml asks for.
-.venv/examples .venv/test: .venv/%: .venv/pyvenv.cfg pyproject.toml
+.venv/examples .venv/notebooks .venv/test: .venv/%: .venv/pyvenv.cfg pyproject.toml
 	.venv/bin/python $(PIP_INSTALL) jax jaxlib --editable ".[$*]"
 	@touch $@
 

@@ -1,17 +1,13 @@
 """What methods learn of scikit-learn's digits when each is tuned alike."""
 
 import functools
-import itertools
 from typing import get_args
 
 import jax
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from workers import auto_mesh
+from digits import learn, warmup_cosine
 
 import signax
 from signax import adversaries
@@ -20,52 +16,6 @@ from signax.adversaries import adversary
 pytestmark = pytest.mark.slow
 
 SEEDS = (0, 1, 2)
-
-
-class Network(nnx.Module):
-    """Two hidden layers, 26,122 parameters."""
-
-    def __init__(self, rngs):
-        widths = (64, 128, 128, 10)
-        self.layers = nnx.List([nnx.Linear(n, m, rngs=rngs) for n, m in itertools.pairwise(widths)])
-
-    def __call__(self, x):
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = nnx.relu(layer(x))
-        return last(x)
-
-
-@functools.cache
-def load_data():
-    images, labels = load_digits(return_X_y=True)
-    images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)
-    return train_test_split(images, labels, test_size=400, stratify=labels, random_state=0)
-
-
-def learn(tx, num_workers, steps, batch_size, seed, local=None, **options):
-    """Trains, and gives the loss on images that were held out and the share of them recognised."""
-    images, others, labels, other_labels = load_data()
-    graph, params = nnx.split(Network(nnx.Rngs(seed)))
-
-    def loss_fn(params, batch):
-        inputs, targets = batch
-        logits = nnx.merge(graph, params)(inputs)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-    parallel = signax.DataParallel(tx, auto_mesh({"data": num_workers}), local=local)
-    state, step = parallel.init(params), parallel.train_step(loss_fn, **options)
-    rng = np.random.default_rng(seed)
-    for _ in range(steps):
-        chosen = rng.integers(len(images), size=batch_size)
-        params, state, _ = step(params, state, (images[chosen], labels[chosen]))
-    params = jax.device_get(params)
-    recognised = nnx.merge(graph, params)(others).argmax(axis=-1) == other_labels
-    return float(loss_fn(params, (others, other_labels))), float(recognised.mean())
-
-
-def warmup_cosine(peak, steps):
-    return optax.warmup_cosine_decay_schedule(0.0, peak, steps // 20, steps)
 
 
 def test_with_small_batches_error_feedback_keeps_up_with_sgd_and_scaled_signs_do_not():
