@@ -173,7 +173,7 @@ def ballot_box(workers: int, share: int, *, out: np.ndarray | bool = False) -> j
 
 def majority(parts: jax.Array, share: int) -> jax.Array:
     """The decided words, as the vote counts them: u32[M, part] to u32[share]."""
-    (decided,), _ = decide(parts, 1, share)
+    (decided,) = decide(parts, 1, share).planes
     return decided
 
 
@@ -181,7 +181,7 @@ def majority_by_sums(
     parts: jax.Array, share: int, add_up: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
     """The same by adding up one integer for each bit, which `add_up` does: to int[32, share]."""
-    (rows,), headers = unseal(parts, 1, share)
+    (rows,), headers = unseal(parts, [share])
     voters = jnp.sum(headers > 0, dtype=jnp.int32)
     coin = jnp.where(voters % 2 == 0, jnp.max(headers & 1), 0)
     plus = add_up(rows)

@@ -3,6 +3,7 @@
 from optax import scale_by_sign
 
 from signax import adversaries, diagnostics
+from signax._agreement import Agreement
 from signax._averaging import AverageUpdatesState, MeanSignsState, average_updates, mean_signs
 from signax._averaging_scaled import MeanScaledSignsState, mean_scaled_signs
 from signax._collectives import pvote
@@ -34,6 +35,7 @@ from signax._voting import MajorityVoteState, majority_vote
 __version__ = "0.1.0"
 
 __all__ = [
+    "Agreement",
     "AverageUpdatesState",
     "DataParallel",
     "ErrorFeedbackState",

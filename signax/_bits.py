@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+WORD_BITS = 32
 ALL_BITS = np.uint32(0xFFFFFFFF)
 
 # Rows that are added without a loop: more of them compile slowly, fewer pass on more carries.
@@ -69,6 +70,14 @@ def _add(columns: list[list[jax.Array]]) -> list[jax.Array]:
                 carries.append(a & b)
         planes += pending
     return planes
+
+
+def add_number(planes: Sequence[jax.Array], number: int) -> list[jax.Array]:
+    """Adds a number below 2^len(planes) to every counted one: one more plane comes out."""
+    ones = jnp.full_like(planes[0], ALL_BITS)
+    columns = [[plane, ones] if number >> n & 1 else [plane] for n, plane in enumerate(planes)]
+    added = _add(columns)
+    return added + [jnp.zeros_like(ones)] * (len(planes) + 1 - len(added))
 
 
 def at_least(planes: Sequence[jax.Array], threshold: jax.Array | int) -> jax.Array:

@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from signax import _packing
+from signax._agreement import LEAST_VOTERS, compare_sums
 from signax._ballots import Rules, Ties, Zeros, all_finite, take_part, toss
 from signax._blocks import find_blocks, locally
 from signax._checks import check_axis_name, check_floating, check_mode
@@ -17,6 +18,7 @@ from signax._exchange import (
     TRANSPORTS,
     Transport,
     decide,
+    decide_and_compare,
     make_header,
     send,
     send_in_parts,
@@ -108,6 +110,7 @@ class VoteOptions(NamedTuple):
     transport: Transport
     split_over: Hashable | None
     mean: bool = False  # of the ballots, not their majority
+    agreement: bool = False  # whether to measure how far each worker agrees with the others
 
 
 def check_vote_options(options: VoteOptions) -> None:
@@ -116,6 +119,8 @@ def check_vote_options(options: VoteOptions) -> None:
     check_mode("zeros", options.rules.zeros, ("dither", "abstain", "plus"))
     check_mode("ties", options.rules.ties, ("dither", "plus"))
     check_mode("transport", options.transport, TRANSPORTS)
+    if not isinstance(options.agreement, bool):
+        raise TypeError(f"agreement={options.agreement!r} must be True or False")
     if options.split_over is None:
         return
     if isinstance(options.split_over, (tuple, list, set)):
@@ -153,6 +158,19 @@ def check_votable(tree: Any, axis_name: Hashable, split_over: Hashable | None = 
                 f"{name} varies over split_over={split_over!r}, along which devices must hold the "
                 f"same: average it first, jax.lax.pmean(updates, {split_over!r})"
             )
+
+
+def check_enough_workers(options: VoteOptions) -> None:
+    """Refuses to compare a worker with a clear majority of others where there cannot be one."""
+    if not options.agreement:
+        return
+    worker_index(options.axis_name)  # refuses an axis that is not bound
+    if lax.axis_size(options.axis_name) < LEAST_VOTERS:
+        raise ValueError(
+            f"agreement=True compares each worker with a clear majority of the others, which takes "
+            f"{LEAST_VOTERS} workers; {options.axis_name!r} has "
+            f"{lax.axis_size(options.axis_name)}: leave it out"
+        )
 
 
 def worker_index(axis_name: Hashable) -> jax.Array:
@@ -206,12 +224,15 @@ class Outcome(NamedTuple):
       voters: u32[], how many workers took part, the same on every worker.
       takes_part: bool[], whether this worker did.
       finite: bool[], whether its own updates are.
+      agreed: u32[2], on how many coordinates it agrees and disagrees with a clear majority of the
+        others, with `agreement`.
     """
 
     updates: Any
     voters: jax.Array
     takes_part: jax.Array
     finite: jax.Array
+    agreed: jax.Array | None = None
 
 
 def vote(
@@ -229,6 +250,7 @@ def vote(
     `tree` before they were cut into blocks.
     """
     check_votable(tree, options.axis_name, options.split_over)
+    check_enough_workers(options)
     worker = find_worker(options.axis_name, options.rules, step)
     leaves, structure = jax.tree.flatten(tree)
     like = leaves if like is None else jax.tree.leaves(like)
@@ -253,16 +275,20 @@ def vote(
     header = make_header(worker.index, worker.tie, takes_part)
     split, place, place_spec = _split_axes(options.split_over)
     voted, voters = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like], jnp.uint32(0)
+    agreed = jnp.zeros(2, jnp.uint32)
     for block, message, message_spec in zip(blocks, messages, message_specs, strict=True):
         settle = partial(_settle, options=options)
         in_specs = block.specs, message_spec, whole, place_spec
-        out_specs = block.specs, PartitionSpec(block.axes or None)
+        flag_spec = PartitionSpec(block.axes or None)
+        out_specs = block.specs, flag_spec, flag_spec
         settle = locally(settle, (*block.axes, *split), in_specs, out_specs)
-        signs, found = settle([like[n] for n in block.positions], message, header, place)
+        signs, found, counts = settle([like[n] for n in block.positions], message, header, place)
         for position, sign in zip(block.positions, signs, strict=True):
             voted[position] = sign
         voters = jnp.max(found)  # each block found the same; older JAX cannot take one of them
-    return Outcome(structure.unflatten(voted), voters, takes_part, finite)
+        agreed += jnp.sum(counts, axis=0)
+    outcome = Outcome(structure.unflatten(voted), voters, takes_part, finite)
+    return outcome._replace(agreed=agreed) if options.agreement else outcome
 
 
 def _cast(
@@ -288,33 +314,37 @@ def _settle(
     header: jax.Array,
     place: jax.Array,
     options: VoteOptions,
-) -> tuple[list[jax.Array], jax.Array]:
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
     """What the workers decide like each leaf, whose values are not used: signs, or their means.
 
-    Of the devices of `split_over`, this is the one at `place`, i32[1]. Also how many voted, u32[1].
+    Of the devices of `split_over`, this is the one at `place`, i32[1]. Also how many voted, u32[1],
+    and how far this worker agrees with the others, u32[1, 2].
     """
     if options.transport == "int8":
-        outcomes, voters = _settle_sums(message, header, options)
+        outcomes, voters, agreed = _settle_sums(message, header, options)
     else:
-        outcomes, voters = _settle_words(leaves, message, header, place, options)
+        outcomes, voters, agreed = _settle_words(leaves, message, header, place, options)
     if options.mean:
         finish = partial(_mean_ballot, voters=voters)
     else:
         finish = partial(_signs, voters=voters, rules=options.rules)
     settled = [finish(outcome, leaf) for outcome, leaf in zip(outcomes, leaves, strict=True)]
-    return settled, voters[None]
+    return settled, voters[None], agreed[None]
 
 
 def _settle_sums(
     ballots: Sequence[jax.Array], header: jax.Array, options: VoteOptions
-) -> tuple[list[Any], jax.Array]:
-    """For each leaf the sum of the ballots, or the bits of what is decided; and the voters."""
+) -> tuple[list[Any], jax.Array, jax.Array]:
+    """For each leaf the sum of the ballots, or the bits of what is decided; and the rest."""
     totals, voters, tie = send_summed(ballots, header, options.axis_name)
+    agreed = compare_sums(ballots, totals) if options.agreement else jnp.zeros(2, jnp.uint32)
     if options.mean:
-        return totals, voters
-    if options.rules.planes == 2:
-        return [[total > 0, total < 0] for total in totals], voters
-    return [[(total > 0) | ((total == 0) & (tie == 1))] for total in totals], voters
+        outcomes = totals
+    elif options.rules.planes == 2:
+        outcomes = [[total > 0, total < 0] for total in totals]
+    else:
+        outcomes = [[(total > 0) | ((total == 0) & (tie == 1))] for total in totals]
+    return outcomes, voters, agreed
 
 
 def _settle_words(
@@ -323,13 +353,22 @@ def _settle_words(
     header: jax.Array,
     place: jax.Array,
     options: VoteOptions,
-) -> tuple[list[Any], jax.Array]:
+) -> tuple[list[Any], jax.Array, jax.Array]:
     """The same from packed words."""
-    axis_name, rules, transport, split_over, mean = options
+    rules, split_over = options.rules, options.split_over
     exchange = send if split_over is None else partial(send_in_parts, split_over, place[0])
-    planes, voters = exchange(message, header, axis_name, transport, tally if mean else decide)
-    bits = _packing.unpack(planes, leaves)
-    return [rules.total(digits, voters) for digits in bits] if mean else bits, voters
+    settle = decide_and_compare if options.agreement else tally if options.mean else decide
+    settled = exchange(message, header, options.axis_name, options.transport, settle)
+    agreed = jnp.zeros(2, jnp.uint32)
+    if settled.agreed is not None:
+        agreed = settled.agreed[:, (header >> 1) - 1]  # its place; who is out has none
+        if rules.planes == 1:  # bits that are padding agree everywhere
+            padding = settled.padding + _packing.num_padding(leaves, rules.zeros == "plus")
+            agreed -= jnp.array([padding, 0], jnp.uint32)
+    bits = _packing.unpack(settled.planes, leaves)
+    if options.mean:
+        bits = [rules.total(digits, settled.voters) for digits in bits]
+    return bits, settled.voters, agreed
 
 
 def _mean_ballot(total: jax.Array, leaf: jax.Array, voters: jax.Array) -> jax.Array:

@@ -19,7 +19,8 @@ and M / 2 times the bytes. `"int8"` sums ballots as small integers in an all-red
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,33 @@ import numpy as np
 from jax import lax
 
 from signax import _bits
+from signax._agreement import compare
 from signax._specs import axis_names, varies
 
 Transport = Literal["auto", "packed", "gather", "int8"]
 Planes = Sequence[jax.Array]  # u32[words] each: one for +1, or two, for +1 and for -1
-# What whoever counts makes of M workers' parts, u32[M, part], of so many planes of u32[share].
-Settle = Callable[[jax.Array, int, int], tuple[Planes, jax.Array]]
+
+
+class Settled(NamedTuple):
+    """What whoever counts makes of the workers' parts.
+
+    Attributes:
+      planes: u32[share] each, of what was decided or counted.
+      voters: u32[], how many workers took part.
+      agreed: u32[2, M], on how many coordinates each worker agrees and disagrees with the others,
+        see `compare`; `None` where nobody asks. Bits that are padding, and so the same for all,
+        are among the former.
+      padding: the bits that a worker's message was padded with here.
+    """
+
+    planes: Planes
+    voters: jax.Array
+    agreed: jax.Array | None = None
+    padding: int = 0
+
+
+# Of M workers' parts, u32[M, part], of so many planes of u32[share].
+Settle = Callable[[jax.Array, int, int], Settled]
 
 TRANSPORTS = ("auto", "packed", "gather", "int8")
 LANES = 128  # words: parts of this multiple become a true all-gather on TPU, and need no new layout
@@ -61,35 +83,49 @@ def choose_transport(words: int, num_workers: int, digits: int = 1) -> Literal["
     return "gather" if more <= GATHER_WORDS else "packed"
 
 
-def send_packed(
-    message: Planes, header: jax.Array, axis_name: Hashable, settle: Settle
-) -> tuple[Planes, jax.Array]:
+def send_packed(message: Planes, header: jax.Array, axis_name: Hashable, settle: Settle) -> Settled:
     """Cuts the message into parts, of which each worker counts one.
 
     Args:
       message: this worker's ballots.
       header: u32[], as `make_header` gives it.
       axis_name: the axis of the workers.
-      settle: `decide` or `tally`.
+      settle: `decide`, `decide_and_compare` or `tally`.
 
     Returns:
-      The planes that `settle` gives, and the number of voters, u32[]: the same on every worker.
+      What `settle` makes of the whole, the same on every worker.
     """
     num_workers = lax.axis_size(axis_name)
     (words,) = message[0].shape
     share = share_words(words, num_workers)
     rows = [_pad(plane, num_workers * share).reshape(num_workers, share) for plane in message]
     ballot_box = swap(seal(rows, header), axis_name)  # u32[M, part]
-    decided, voters = settle(ballot_box, len(message), share)
-    parts = gather(seal([plane[None] for plane in decided], voters)[0], axis_name)  # u32[M, part]
-    # Read here the voters are the same on every worker, by type too; above they are not.
-    decided, found = unseal(parts, len(decided), share)
-    return [plane.reshape(-1)[:words] for plane in decided], found[0]
+    return _share(settle(ballot_box, len(message), share), axis_name, words)
+
+
+def _share(part: Settled, axis_name: Hashable, words: int) -> Settled:
+    """Hands what each has settled of its part to all, who join it to planes of so many words.
+
+    What they read is the same for all by type too, which a part's voters are not.
+    """
+    rows = [plane[None] for plane in part.planes]
+    if part.agreed is not None:
+        rows.append(part.agreed.reshape(1, -1))
+    parts = gather(seal(rows, part.voters)[0], axis_name)  # u32[M, part]
+    planes, voters = unseal(parts, [row.shape[1] for row in rows])
+    agreed = None
+    if part.agreed is not None:
+        *planes, counts = planes
+        agreed = jnp.sum(counts, axis=0).reshape(part.agreed.shape)
+    joined = [plane.reshape(-1)[:words] for plane in planes]
+    added = len(parts) * planes[0].shape[1] - words
+    padding = len(parts) * part.padding + _bits.WORD_BITS * added
+    return Settled(joined, voters[0], agreed, padding)
 
 
 def send_gathered(
     message: Planes, header: jax.Array, axis_name: Hashable, settle: Settle
-) -> tuple[Planes, jax.Array]:
+) -> Settled:
     """Hands the whole message to everybody: arguments and results as in `send_packed`."""
     sealed = seal([plane[None] for plane in message], header)[0]  # u32[part]
     return settle(gather(sealed, axis_name), len(message), message[0].size)
@@ -103,7 +139,7 @@ def send_in_parts(
     axis_name: Hashable,
     transport: Transport,
     settle: Settle,
-) -> tuple[Planes, jax.Array]:
+) -> Settled:
     """Shares the exchange among devices that hold the same message, then gathers its result.
 
     This one takes the part at its place along `split_over`.
@@ -115,10 +151,7 @@ def send_in_parts(
         lax.dynamic_slice_in_dim(_pad(plane, devices * share), place * share, share)
         for plane in message
     ]
-    decided, voters = send(part, header, axis_name, transport, settle)
-    parts = gather(seal([plane[None] for plane in decided], voters)[0], split_over)
-    decided, found = unseal(parts, len(decided), share)
-    return [plane.reshape(-1)[:words] for plane in decided], found[0]
+    return _share(send(part, header, axis_name, transport, settle), split_over, words)
 
 
 def _pad(plane: jax.Array, words: int) -> jax.Array:
@@ -131,7 +164,7 @@ def send(
     axis_name: Hashable,
     transport: Transport,
     settle: Settle,
-) -> tuple[Planes, jax.Array]:
+) -> Settled:
     """Sends a packed message by `"packed"`, `"gather"`, or whichever of them is faster."""
     if transport == "auto":
         words, num_workers = len(message) * message[0].size, lax.axis_size(axis_name)
@@ -188,16 +221,18 @@ def seal(planes: Planes, header: jax.Array) -> jax.Array:
     return jnp.where(is_header, header, jnp.where(header > 0, parts, 0))
 
 
-def unseal(parts: jax.Array, planes: int, share: int) -> tuple[Planes, jax.Array]:
-    """What was sealed: u32[n, part] to planes of u32[n, share], and the headers, u32[n]."""
-    row, lane = divmod(planes * share, LANES)
+def unseal(parts: jax.Array, widths: Sequence[int]) -> tuple[Planes, jax.Array]:
+    """What was sealed: u32[n, part] to planes of u32[n, width] each, and the headers, u32[n]."""
+    stops = np.cumsum(widths).tolist()
+    row, lane = divmod(stops[-1], LANES)
     flat = parts[:, : row + (lane > 0)].reshape(len(parts), -1)
-    return [flat[:, n * share : (n + 1) * share] for n in range(planes)], parts[:, row, lane]
+    planes = [flat[:, stop - width : stop] for width, stop in zip(widths, stops, strict=True)]
+    return planes, parts[:, row, lane]
 
 
-def decide(parts: jax.Array, planes: int, share: int) -> tuple[Planes, jax.Array]:
-    """Counts what M workers sealed: u32[M, part] to planes of u32[share] and the voters, u32[]."""
-    _, found = unseal(parts, planes, share)
+def decide(parts: jax.Array, planes: int, share: int, compares: bool = False) -> Settled:
+    """Counts what M workers sealed: u32[M, part] to planes of u32[share] of the majority."""
+    ballots, found = unseal(parts, [share] * planes)
     voters = jnp.sum(found > 0, dtype=jnp.uint32)
     # Among an even number of voters the coin is one more vote, which decides ties and only ties.
     coin = jnp.where(voters % 2 == 0, _bits.spread(jnp.max(found & 1)), 0)
@@ -205,21 +240,53 @@ def decide(parts: jax.Array, planes: int, share: int) -> tuple[Planes, jax.Array
     # Whole parts are counted, whose length suits vectors of any processor, headers and all.
     if planes == 2:
         counted = lax.optimization_barrier(jnp.stack(_bits.count(parts)))  # u32[digits, part]
-        (plus, minus), _ = unseal(counted, planes, share)
+        (plus, minus), _ = unseal(counted, [share] * planes)
         plus, minus = list(plus), list(minus)
-        return [_bits.exceeds(plus, minus), _bits.exceeds(minus, plus)], voters
-    counted = _bits.count(parts, jnp.broadcast_to(coin, parts.shape[1:]))
-    result = lax.optimization_barrier(_bits.at_least(counted, voters // 2 + 1))  # u32[part]
-    ((decided,), _) = unseal(result[None], planes, share)
-    return [decided[0]], voters
+        decided = [_bits.exceeds(plus, minus), _bits.exceeds(minus, plus)]
+        lead = partial(_lead_of_two, plus, minus)
+    else:
+        counted = _bits.count(parts, jnp.broadcast_to(coin, parts.shape[1:]))
+        result = lax.optimization_barrier(_bits.at_least(counted, voters // 2 + 1))  # u32[part]
+        ((majority,), _) = unseal(result[None], [share])
+        decided = [majority[0]]
+        lead = partial(_lead, counted, voters, coin & 1, share)
+    if not compares:
+        return Settled(decided, voters)
+    return Settled(decided, voters, compare(ballots, lead))
 
 
-def tally(parts: jax.Array, planes: int, share: int) -> tuple[Planes, jax.Array]:
+decide_and_compare = partial(decide, compares=True)
+
+
+def _lead(
+    counted: Planes, voters: jax.Array, coin: jax.Array, share: int, least: int
+) -> tuple[jax.Array, jax.Array]:
+    """Where the sum of ballots is at least a number, and where at most its negative: u32[share].
+
+    With C votes for +1 among A voters it is 2 C - A.
+    """
+    up = _bits.at_least(counted, (voters + least + 1) // 2 + coin)
+    not_down = _bits.at_least(counted, (voters - least) // 2 + 1 + coin)
+    ((rows,), _) = unseal(lax.optimization_barrier(jnp.stack([up, ~not_down])), [share])
+    return rows[0], rows[1]
+
+
+def _lead_of_two(plus: Planes, minus: Planes, least: int) -> tuple[jax.Array, jax.Array]:
+    """The same from the counts of votes for +1 and for -1."""
+
+    def leads(counted, others):
+        return _bits.exceeds(_bits.add_number(counted, 0), _bits.add_number(others, least - 1))
+
+    return leads(plus, minus), leads(minus, plus)
+
+
+def tally(parts: jax.Array, planes: int, share: int) -> Settled:
     """Counts like `decide`, and gives the counts: the digits of each plane's, the lowest first."""
-    _, found = unseal(parts, planes, share)
+    _, found = unseal(parts, [share] * planes)
     counted = lax.optimization_barrier(jnp.stack(_bits.count(parts)))  # u32[digits, part]
-    counts, _ = unseal(counted, planes, share)
-    return [digit for count in counts for digit in count], jnp.sum(found > 0, dtype=jnp.uint32)
+    counts, _ = unseal(counted, [share] * planes)
+    voters = jnp.sum(found > 0, dtype=jnp.uint32)
+    return Settled([digit for count in counts for digit in count], voters)
 
 
 def swap(parts: jax.Array, axis_name: Hashable) -> jax.Array:

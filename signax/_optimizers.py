@@ -54,8 +54,9 @@ def _voted(
     if options != VoteOptions(None, Rules("dither", "dither"), "auto", None):
         raise ValueError(
             f"zeros={options.rules.zeros!r}, ties={options.rules.ties!r}, "
-            f"transport={options.transport!r} and split_over={options.split_over!r} are options of "
-            "the vote, which axis_name=None leaves out: pass axis_name, or drop them"
+            f"transport={options.transport!r}, split_over={options.split_over!r} and "
+            f"agreement={options.agreement!r} are options of the vote, which "
+            "axis_name=None leaves out: pass axis_name, or drop them"
         )
     return signs
 
@@ -70,6 +71,7 @@ def sign_sgd(
     ties: Ties = "dither",
     transport: Transport = "auto",
     split_over: Hashable | None = None,
+    agreement: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""signSGD, over the workers of an axis by majority vote.
 
@@ -88,6 +90,7 @@ def sign_sgd(
       ties: see :func:`signax.majority_vote`.
       transport: see :func:`signax.majority_vote`.
       split_over: see :func:`signax.majority_vote`.
+      agreement: see :func:`signax.majority_vote`.
 
     Returns:
       The optimiser.
@@ -107,7 +110,7 @@ def sign_sgd(
       Bernstein et al., `signSGD: Compressed Optimisation for Non-Convex Problems
       <https://arxiv.org/abs/1802.04434>`_, 2018
     """
-    options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over)
+    options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over, agreement=agreement)
     direction = _voted(checked(optax.scale_by_sign()), options)
     return _descend(direction, learning_rate, weight_decay, mask)
 
@@ -126,6 +129,7 @@ def signum(
     ties: Ties = "dither",
     transport: Transport = "auto",
     split_over: Hashable | None = None,
+    agreement: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Signum, signSGD with momentum, over the workers of an axis by majority vote.
 
@@ -150,6 +154,7 @@ def signum(
       ties: see :func:`signax.majority_vote`.
       transport: see :func:`signax.majority_vote`.
       split_over: see :func:`signax.majority_vote`.
+      agreement: see :func:`signax.majority_vote`.
 
     Returns:
       The optimiser.
@@ -174,7 +179,7 @@ def signum(
     signs = scale_by_signum(
         b1, warmup=warmup, nesterov=nesterov, accumulator_dtype=accumulator_dtype
     )
-    options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over)
+    options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over, agreement=agreement)
     direction = _voted(signs, options)
     return _descend(direction, learning_rate, weight_decay, mask)
 
@@ -192,6 +197,7 @@ def lion(
     ties: Ties = "dither",
     transport: Transport = "auto",
     split_over: Hashable | None = None,
+    agreement: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lion, over the workers of an axis by majority vote.
 
@@ -216,6 +222,7 @@ def lion(
       ties: see :func:`signax.majority_vote`.
       transport: see :func:`signax.majority_vote`.
       split_over: see :func:`signax.majority_vote`.
+      agreement: see :func:`signax.majority_vote`.
 
     Returns:
       The optimiser.
@@ -239,7 +246,7 @@ def lion(
     check_number("b2", b2, low=0, high=1)
     check_accumulator_dtype(accumulator_dtype)
     signs = checked(optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=accumulator_dtype), memory="mu")
-    options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over)
+    options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over, agreement=agreement)
     direction = _voted(signs, options)
     return _descend(direction, learning_rate, weight_decay, mask)
 

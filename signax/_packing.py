@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-WORD_BITS = 32
+from signax._bits import WORD_BITS
+
 SMALL = 1 << 14  # coordinates: smaller leaves are packed together, which saves compile time
 MOST_WASTE = 1 / 64  # of the words: the padding that a better layout may cost
 
@@ -86,6 +87,18 @@ def num_words(leaves: Sequence[Any]) -> int:
     large, small = _by_size(leaves)
     shapes = [leaves[n].shape for n in large]
     return sum(fold(shape).words for shape in [*shapes, *_batch_shapes(leaves, small)])
+
+
+def num_padding(leaves: Sequence[Any], zeros_alike: bool) -> int:
+    """How many bits of those words all workers set alike, since they are no coordinate's.
+
+    A zero behind a small leaf of odd length is voted on, alike only if all zeros are.
+    """
+    _, small = _by_size(leaves)
+    sizes = [math.prod(leaf.shape) for leaf in leaves]
+    if not zeros_alike:
+        sizes += [sizes[n] % 2 for n in small]
+    return WORD_BITS * num_words(leaves) - sum(sizes)
 
 
 def pack(

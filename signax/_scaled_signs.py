@@ -302,7 +302,7 @@ def _average(
 ) -> tuple[list[jax.Array], jax.Array]:
     """The means of what the voters sent of this worker's parts, f[32, S], and their number."""
     ballot_box = swap(seal([message], header), axis_name)  # u32[M, part]
-    (received,), headers = unseal(ballot_box, 1, message.shape[1])
+    (received,), headers = unseal(ballot_box, [message.shape[1]])
     voters = jnp.sum(headers > 0, dtype=jnp.uint32)
     means = []
     for batch, (words, scales) in zip(batches, read(received, batches), strict=True):
@@ -319,5 +319,5 @@ def _share(
     Also the number of voters, u32[1], which is the same on every worker by type too.
     """
     parts = gather(seal([message], voters)[0], axis_name)  # u32[M, part], 0 without voters
-    (messages,), found = unseal(parts, 1, message.shape[1])
+    (messages,), found = unseal(parts, [message.shape[1]])
     return messages, found[:1]

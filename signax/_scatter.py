@@ -87,10 +87,10 @@ def pvote_scatter(
     )([rows[n] for n in nonempty])  # planes of u32[M, words], bool[M]
     header = make_header(worker.index, worker.tie, take_part(jnp.all(finite), active))
     ballot_box = swap(seal(messages, header), axis_name)  # u32[M, part]
-    decided, voters = decide(ballot_box, rules.planes, messages[0].shape[1])
-    bits = _packing.unpack(decided, parts)
+    settled = decide(ballot_box, rules.planes, messages[0].shape[1])
+    bits = _packing.unpack(settled.planes, parts)
     return structure.unflatten(
-        rules.signs(planes, _packing.odd(part.shape), voters, part.dtype)
+        rules.signs(planes, _packing.odd(part.shape), settled.voters, part.dtype)
         for planes, part in zip(bits, parts, strict=True)
     )
 

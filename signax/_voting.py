@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from signax._agreement import next_agreement, no_agreement
 from signax._ballots import Rules, Ties, Zeros
 from signax._collectives import (
     Outcome,
@@ -34,10 +35,12 @@ class MajorityVoteState(NamedTuple):
     Attributes:
       count: int32[], the steps taken, the same on every worker; it drives the dither.
       participation: who took part, see `Participation`.
+      agreement: how far this worker agrees with the others, `Agreement` or `None`.
     """
 
     count: jax.typing.ArrayLike
     participation: Participation
+    agreement: Any = None
 
 
 def majority_vote(
@@ -47,6 +50,7 @@ def majority_vote(
     ties: Ties = "dither",
     transport: Transport = "auto",
     split_over: Hashable | None = None,
+    agreement: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces updates by the majority of the workers' signs, one bit each way.
 
@@ -66,6 +70,9 @@ def majority_vote(
       transport: how votes travel: `"packed"`, `"gather"`, `"int8"` or `"auto"`.
       split_over: an axis along which devices hold the same updates, each of which then votes on its
         own part. Under `DataParallel` a further axis of the mesh, over which it averages.
+      agreement: whether to measure at every step how far each worker agrees with the others, and
+        keep it in the state: see :class:`signax.Agreement` and :func:`signax.diagnostics.opposes`.
+        It is counted on packed words and takes no further collective (with `"int8"`, on the sums).
 
     Returns:
       A transformation whose updates are +1 and -1 in each leaf's dtype (with `zeros="abstain"` 0
@@ -89,7 +96,7 @@ def majority_vote(
       Bernstein et al., `signSGD with Majority Vote is Communication Efficient and Fault Tolerant
       <https://arxiv.org/abs/1810.05291>`_, 2019
     """
-    options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over)
+    options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over, agreement=agreement)
     check_vote_options(options)
 
     def update_fn(
@@ -100,18 +107,29 @@ def majority_vote(
         outcome = vote(updates, options, step=state.count, active=active, param_specs=param_specs)
         return outcome.updates, _next_state(state, outcome)
 
-    return optax.GradientTransformationExtraArgs(_init_vote, update_fn)
+    def init_fn(params):
+        del params
+        return _init_vote(options)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _init_vote(params: optax.Params) -> MajorityVoteState:
-    del params
-    return MajorityVoteState(jnp.zeros([], jnp.int32), no_participation())
+def _init_vote(options: VoteOptions) -> MajorityVoteState:
+    return MajorityVoteState(
+        jnp.zeros([], jnp.int32),
+        no_participation(),
+        no_agreement() if options.agreement else None,
+    )
 
 
 def _next_state(state: MajorityVoteState, outcome: Outcome) -> MajorityVoteState:
+    agreement = state.agreement
+    if agreement is not None:
+        agreement = next_agreement(agreement, outcome.agreed, outcome.voters, outcome.takes_part)
     return MajorityVoteState(
         optax.safe_increment(state.count),
         next_participation(state.participation, outcome.voters, outcome.takes_part),
+        agreement,
     )
 
 
@@ -126,7 +144,7 @@ def voted(
     check_vote_options(options)
 
     def init_fn(params):
-        return signs.init(params), _init_vote(params)
+        return signs.init(params), _init_vote(options)
 
     def update_fn(
         updates, state, params=None, *, active=None, raw=None, param_specs=None, **extra_args

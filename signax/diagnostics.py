@@ -1,4 +1,4 @@
-"""When one bit pays: how dense gradients are, and what a step sends."""
+"""When one bit pays: how dense gradients are, what a step sends, and who opposes the others."""
 
 import math
 from collections.abc import Sequence
@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from signax import _packing
-from signax._checks import check_floating, check_mode
+from signax._agreement import THRESHOLD
+from signax._checks import check_floating, check_mode, check_number
 from signax._exchange import choose_transport, part_words, share_words
 from signax._hlo import Collective, collective_bytes, collectives
 from signax._numerics import relative_to_peak, wide_dtype, words_of
@@ -20,6 +22,7 @@ __all__ = [
     "collectives",
     "density",
     "exchange_seconds",
+    "opposes",
     "wire_bytes",
 ]
 
@@ -193,3 +196,58 @@ def exchange_seconds(
     _, number = _exchanged(leaves, num_workers, scheme)
     read = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / memory_bandwidth
     return wire + number * latency + read
+
+
+def opposes(state: Any, *, threshold: float = THRESHOLD) -> jax.Array:
+    r"""Whether each worker has opposed the majority of the others for longer than chance explains.
+
+    With :math:`a_t` the share of a step's coordinates on which the worker agrees with a clear
+    majority of the others (:class:`signax.Agreement`), a vote with `agreement=True` keeps
+
+    .. math:: s_t = \max(0,\ s_{t-1} + \tfrac{1}{2} - a_t - 0.1)
+
+    (Page's test for a mean of a below 0.4) and a worker opposes the others once s is above the
+    threshold. The best that a worker with nothing but noise can do is to agree on half. Workers
+    whose shares are independent with mean 1/2 and standard deviation :math:`\sigma` get so far in a
+    step with a chance of about :math:`\exp(-0.2 \cdot 1.25 / \sigma^2)`, 3e-8 at
+    :math:`\sigma = 0.12`, which small batches have at the end of training; momentum makes shares of
+    successive steps alike and the chance larger.
+
+    On scikit-learn's digits, 8 workers with 16 images each, no worker came above 0.78 in six clean
+    runs of 1,000 steps (48,000 shares, with and without momentum), and one that inverts its
+    gradient was above 1.25 after 7 steps with momentum, and after 16 without. Where three of eight
+    invert theirs and go on voting, honest ones pass the threshold in the end too: leave flagged
+    workers out, by passing `active=~opposes(state)` to the next update. Who is out is not measured
+    any more and stays out.
+
+    Args:
+      state: the state of a transformation or optimiser with one or more votes with `agreement=True`
+        in it, of one worker or, from :class:`signax.DataParallel`, of all.
+      threshold: what s must exceed, above 0.
+
+    Returns:
+      bool[] for the state of one worker, bool[M] for that of all: true if by any of the votes.
+
+    Raises:
+      ValueError: no vote in the state measures agreement, or `threshold` is not above 0.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, signax
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> optimizer = signax.signum(1e-3, axis_name="data", agreement=True)
+      >>> tx = signax.DataParallel(optimizer, mesh)
+      >>> bool(signax.diagnostics.opposes(tx.init(jnp.zeros(3))).any())
+      False
+
+    Reference:
+      Page, Continuous Inspection Schemes, Biometrika 41, 1954,
+      https://doi.org/10.1093/biomet/41.1-2.100
+    """
+    check_number("threshold", threshold, low=0)
+    found = [score for _, score in optax.tree.get_all_with_path(state, "opposition")]
+    if not found:
+        raise ValueError(
+            "state holds no agreement: make its vote with agreement=True, as in "
+            "signax.signum(1e-3, axis_name='data', agreement=True)"
+        )
+    return jnp.any(jnp.stack(found) > threshold, axis=0)

@@ -55,6 +55,23 @@ def vote(values, step=0, zeros="dither", ties="dither", active=None):
     return np.where(result == 0, coin, result)
 
 
+def agreements(values, step=0, zeros="dither", active=None):
+    """For each worker of [M, d] values, on how many coordinates it agrees with the others, [M, 2].
+
+    And on how many it does not: of those where the ballots of the others who take part add up to
+    three or more, or to minus three or less. Who is out has none.
+    """
+    values = np.asarray(values, np.float64)
+    takes_part = np.isfinite(values).all(axis=1)
+    if active is not None:
+        takes_part &= np.asarray(active)
+    every = np.zeros_like(values)
+    every[takes_part] = cast(values, step, zeros, active)
+    others = every.sum(axis=0) - every
+    product = np.where(np.abs(others) >= 3, every * others, 0)
+    return np.stack([(product > 0).sum(axis=1), (product < 0).sum(axis=1)], axis=1)
+
+
 def mean_of_signs(values, step=0, zeros="dither", active=None):
     """The mean ballot of those who take part, from [M, d] values; 0 if nobody does."""
     ballots = cast(values, step, zeros, active)

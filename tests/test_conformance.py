@@ -28,15 +28,18 @@ class Case(NamedTuple):
     others: Mapping[str, Any] = NOTHING
     voted: bool = False  # runs inside a mapped axis
     needs_params: bool = False
+    num_workers: int = 2
 
     def make(self, **changes):
         return self.wrap(self.factory(**{**self.numbers, **self.others, **changes}))
 
     def wrap(self, tx):
-        return over_workers(tx) if self.voted else optax.with_extra_args_support(tx)
+        return (
+            over_workers(tx, self.num_workers) if self.voted else optax.with_extra_args_support(tx)
+        )
 
 
-def over_workers(tx, num_workers=2):
+def over_workers(tx, num_workers):
     """`tx` on workers with the same updates each, as a transformation of one worker's."""
     tx = optax.with_extra_args_support(tx)
 
@@ -97,6 +100,9 @@ REGISTRY = {
     "majority_vote": Case(signax.majority_vote, others=VOTE, voted=True),
     "majority_vote abstain": Case(
         signax.majority_vote, others={**VOTE, "zeros": "abstain"}, voted=True
+    ),
+    "majority_vote agreement": Case(
+        signax.majority_vote, others={**VOTE, "agreement": True}, voted=True, num_workers=4
     ),
     "mean_signs": Case(signax.mean_signs, others=VOTE, voted=True),
     "mean_scaled_signs": Case(

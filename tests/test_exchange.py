@@ -60,7 +60,7 @@ def test_what_was_sealed_is_unsealed(share, planes):
     rows = np.random.default_rng(share).integers(1, 2**32, (planes, 3, share), dtype=np.uint32)
     sealed = _exchange.seal(list(jnp.asarray(rows)), jnp.uint32(7))
     assert sealed.shape == (3, _exchange.part_words(planes * share) // LANES, LANES)
-    found, headers = _exchange.unseal(sealed, planes, share)
+    found, headers = _exchange.unseal(sealed, [share] * planes)
     np.testing.assert_array_equal(found, rows)
     np.testing.assert_array_equal(headers, [7, 7, 7])
 
@@ -87,7 +87,8 @@ def send_by(sender):
 
     def local(message, worker, tie, takes_part):
         header = _exchange.make_header(worker, tie, takes_part)
-        return sender(list(message), header, AXIS, _exchange.decide)
+        settled = sender(list(message), header, AXIS, _exchange.decide)
+        return settled.planes, settled.voters
 
     return local
 

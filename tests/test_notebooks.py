@@ -1,4 +1,4 @@
-"""The notebooks: their paired text is what they hold, they show what it gives, and it still runs."""
+"""The notebooks: they hold their paired text, show what it gives, and their claims still hold."""
 
 from pathlib import Path
 

@@ -1,0 +1,91 @@
+"""How far each worker agrees with the others, measured where ballots are counted.
+
+A worker's own ballot moves the result, so it is compared with the majority of the *others*, and
+only where that is clear, by three ballots or more. There a worker that has nothing to say agrees on
+half of the coordinates, however many workers there are. Coordinates that are zero on all workers
+are never among them, since dithered ballots cancel.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+MARGIN = 3  # ballots by which the others' majority is clear
+LEAST_VOTERS = MARGIN + 1
+
+# Of the rule for who opposes the others, see `signax.diagnostics.opposes`.
+SLACK = 0.1
+THRESHOLD = 1.25
+
+# The bits at which the sum of all ballots is at least a number, and at most its negative.
+Lead = Callable[[int], tuple[jax.Array, jax.Array]]
+
+
+class Agreement(NamedTuple):
+    """How far a worker agrees with the others, in the state of a vote with `agreement=True`.
+
+    Attributes:
+      share: float32[], of the coordinates on which the other voters had a majority of three ballots
+        or more, the share on which this worker's ballot was the same; of the last step that it took
+        part in, and a half before that or if there were none.
+      opposition: float32[], how far this share has been below a half, summed up: see
+        :func:`signax.diagnostics.opposes`.
+    """
+
+    share: jax.typing.ArrayLike
+    opposition: jax.typing.ArrayLike
+
+
+def no_agreement() -> Agreement:
+    """That of a run that has not begun."""
+    return Agreement(share=jnp.full([], 0.5), opposition=jnp.zeros([]))
+
+
+def next_agreement(
+    before: Agreement, agreed: Any, voters: jax.Array, takes_part: jax.Array
+) -> Agreement:
+    """That after a step on which `agreed` says what `compare` has counted: u32[2]."""
+    agree, disagree = agreed.astype(jnp.float32)
+    share = agree / jnp.maximum(agree + disagree, 1)
+    measured = takes_part & (voters >= LEAST_VOTERS) & (agree + disagree > 0)
+    opposition = jnp.maximum(before.opposition + 0.5 - share - SLACK, 0)
+    return Agreement(
+        share=jnp.where(measured, share, before.share),
+        opposition=jnp.where(measured, opposition, before.opposition),
+    )
+
+
+def compare(ballots: Sequence[jax.Array], lead: Lead) -> jax.Array:
+    """Counts for each worker the coordinates on which it is with the others, and against them.
+
+    With S the sum of all ballots, the others' is S - 1 for a worker with ballot +1: it agrees where
+    S is 4 or more, and disagrees where S is -2 or less.
+
+    Args:
+      ballots: u32[M, n] for +1, and with two planes for -1.
+      lead: where S is how large, in words of n.
+
+    Returns:
+      u32[2, M].
+    """
+    plus, *minus = ballots
+    against = minus[0] if minus else ~plus
+    up, down = lead(MARGIN - 1)
+    far_up, far_down = lead(MARGIN + 1)
+    agree = (plus & far_up) | (against & far_down)
+    disagree = (against & up) | (plus & down)
+    return jnp.stack([jnp.sum(lax.population_count(x), axis=1) for x in (agree, disagree)])
+
+
+def compare_sums(ballots: Sequence[jax.Array], totals: Sequence[jax.Array]) -> jax.Array:
+    """The same of one worker, from its ballots of -1, 0 and +1 and from their sums: u32[2]."""
+    agreed = jnp.zeros(2, jnp.uint32)
+    for ballot, total in zip(ballots, totals, strict=True):
+        others = total - ballot
+        clear = jnp.abs(others) >= MARGIN
+        same, opposite = (ballot * jnp.sign(others) == sign for sign in (1, -1))
+        agreed += jnp.stack([jnp.sum(clear & x, dtype=jnp.uint32) for x in (same, opposite)])
+    return agreed

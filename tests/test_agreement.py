@@ -1,0 +1,221 @@
+"""How far workers agree with the others: the measure, and the rule for who opposes them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import references
+from digits import Network, load_data, warmup_cosine
+from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
+from workers import AXIS, auto_mesh, rows_of_workers
+
+import signax
+from signax import adversaries, diagnostics
+
+THRESHOLD = 1.25  # of diagnostics.opposes, by default
+SHAPES = {"odd": (5,), "matrix": (33, 31), "large": (141, 128), "number": (), "none": (0, 2)}
+
+
+def random_rows(num_workers, seed=0):
+    """Gradients that workers have in part in common, with zeros of one and of all."""
+    rng = np.random.default_rng(seed)
+    rows = {}
+    for name, shape in SHAPES.items():
+        leaf = rng.standard_normal((num_workers, *shape)) + 0.7 * rng.standard_normal(shape)
+        leaf *= rng.random(leaf.shape) > 0.1
+        rows[name] = (leaf * (rng.random(shape) > 0.2)).astype(np.float32)
+    return rows
+
+
+def expected_share(rows, zeros, active):
+    counts = sum(
+        references.agreements(leaf.reshape(len(leaf), -1), 0, zeros, active)
+        for leaf in rows.values()
+    )
+    total = counts.sum(axis=1)
+    measured = (total > 0) & (active.sum() >= 4)
+    return np.where(measured, counts[:, 0] / np.maximum(total, 1), 0.5)
+
+
+@pytest.mark.parametrize("transport", ["packed", "gather", "int8"])
+@pytest.mark.parametrize("zeros", ["dither", "abstain", "plus"])
+@pytest.mark.parametrize("num_workers", [4, 5, 8])
+def test_shares_are_those_of_clear_majorities_of_the_others(num_workers, zeros, transport):
+    tx = signax.majority_vote(AXIS, zeros=zeros, transport=transport, agreement=True)
+
+    def update(gradient, active):
+        return tx.update(gradient, tx.init(gradient), active=active)[1].agreement
+
+    measure = rows_of_workers("vmap", update, num_workers)
+    for out in (0, 1, num_workers - 3):  # at last too few are left
+        rows, active = random_rows(num_workers, out), np.arange(num_workers) >= out
+        # Behind leaves of odd sizes there are zeros, which all dither: they cancel if all do.
+        exact = out == 0 or zeros != "dither" or transport == "int8"
+        share = measure(rows, active).share
+        wanted = expected_share(rows, zeros, active)
+        np.testing.assert_allclose(share[active], wanted[active], atol=1e-6 if exact else 1e-3)
+        np.testing.assert_array_equal(share[~active], 0.5)
+
+
+@pytest.mark.parametrize("kind", ["shard_map", "pmap"])
+def test_shares_are_the_same_under_every_map(kind):
+    rows = random_rows(6)
+    tx = signax.majority_vote(AXIS, agreement=True)
+    measure = rows_of_workers(kind, lambda g: tx.update(g, tx.init(g))[1].agreement.share, 6)
+    wanted = expected_share(rows, "dither", np.ones(6, bool))
+    np.testing.assert_allclose(measure(rows), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_blocks_of_sharded_leaves_are_measured_together(kind):
+    mesh = jax.make_mesh(
+        (4, 2), ("data", "model"), axis_types=(kind, kind), devices=jax.devices()[:8]
+    )
+    rows = {"matrix": random_rows(4)["matrix"][:, :32], "odd": random_rows(4)["odd"]}
+    specs = {"matrix": PartitionSpec("model"), "odd": PartitionSpec()}
+    tx = signax.DataParallel(
+        signax.majority_vote("data", zeros="abstain", agreement=True), mesh, param_specs=specs
+    )
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:]), rows)
+    params = {
+        name: jax.device_put(leaf, jax.NamedSharding(mesh, specs[name]))
+        for name, leaf in params.items()
+    }
+    rows = {
+        name: jax.device_put(leaf, jax.NamedSharding(mesh, PartitionSpec("data", *specs[name])))
+        for name, leaf in rows.items()
+    }
+    _, state = jax.jit(tx.update)(rows, tx.init(params), params)
+    wanted = expected_share(jax.tree.map(np.asarray, rows), "abstain", np.ones(4, bool))
+    np.testing.assert_allclose(optax.tree.get(state, "share"), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("zeros", ["dither", "abstain"])
+def test_devices_that_share_an_exchange_measure_the_whole(zeros):
+    mesh = auto_mesh({"data": 4, "chip": 2})
+    vote = signax.majority_vote(
+        "data", zeros=zeros, transport="packed", split_over="chip", agreement=True
+    )
+    tx, rows = signax.DataParallel(vote, mesh), random_rows(4)
+    params = jax.tree.map(lambda leaf: leaf[0], rows)
+    _, state = jax.jit(tx.update)(rows, tx.init(params), params)
+    wanted = expected_share(rows, zeros, np.ones(4, bool))
+    np.testing.assert_allclose(optax.tree.get(state, "share"), wanted, atol=1e-6)
+
+
+def test_votes_are_the_same_and_take_no_more_collectives():
+    rows = random_rows(8)
+    params = jax.tree.map(lambda leaf: leaf[0], rows)
+    found = []
+    for agreement in (False, True):
+        tx = signax.DataParallel(
+            signax.signum(0.1, axis_name="data", transport="packed", agreement=agreement),
+            auto_mesh({"data": 8}),
+        )
+        step = jax.jit(tx.update).lower(rows, tx.init(params), params).compile()
+        updates, _ = step(rows, tx.init(params), params)
+        kinds = sorted(record.operation for record in diagnostics.collectives(step))
+        found.append((updates, kinds, diagnostics.collective_bytes(step)))
+    (without, kinds, sent), (measured, kinds_measured, sent_measured) = found
+    jax.tree.map(np.testing.assert_array_equal, measured, without)
+    assert kinds_measured == kinds == ["all-gather", "all-to-all"]
+    assert sent_measured - sent in (0, 7 * 512)  # parts are multiples of 512 bytes
+
+
+def oppositions(shares):
+    """Page's test: what has been below .4, summed up, and never below 0."""
+    sums = [np.zeros(len(shares[0]))]
+    for share in shares:
+        sums.append(np.maximum(0, sums[-1] + 0.5 - share - 0.1))
+    return sums[1:]
+
+
+def test_opposition_adds_up_and_is_kept_by_who_is_out():
+    num_workers = 6
+    tx = signax.DataParallel(
+        signax.majority_vote("data", agreement=True), auto_mesh({"data": num_workers})
+    )
+    params = jax.tree.map(jnp.zeros_like, jax.tree.map(lambda leaf: leaf[0], random_rows(1)))
+    state, update, shares = tx.init(params), jax.jit(tx.update), []
+    assert not np.any(diagnostics.opposes(state))
+    for t in range(40):
+        rows = random_rows(num_workers, t)
+        rows = jax.tree.map(lambda leaf: np.concatenate([-leaf[:1], leaf[1:]]), rows)
+        _, state = update(rows, state, params)
+        shares.append(np.asarray(optax.tree.get(state, "share")))
+    np.testing.assert_allclose(
+        optax.tree.get(state, "opposition"), oppositions(shares)[-1], rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_array_equal(diagnostics.opposes(state), np.arange(num_workers) == 0)
+    assert not np.any(diagnostics.opposes(state, threshold=99.0))
+    _, later = update(
+        random_rows(num_workers, 3), state, params, active=~diagnostics.opposes(state)
+    )
+    before, after = (optax.tree.get(tree, "agreement") for tree in (state, later))
+    assert before.opposition[0] == after.opposition[0]
+    assert before.share[0] == after.share[0]
+    assert np.all(before.share[1:] != after.share[1:])
+    assert optax.tree.get(later, "voters") == num_workers - 1
+
+
+def opposition_on_digits(b1, attackers, steps, num_workers=8, images_each=16):
+    """The opposition of each worker after each step: f[steps, M]."""
+    images, _, labels, _ = map(jnp.asarray, load_data())
+    graph, params = nnx.split(Network(nnx.Rngs(0)))
+    signum = signax.signum(warmup_cosine(1e-3, 1000), b1, axis_name=AXIS, agreement=True)
+    tx = optax.chain(adversaries.adversary(AXIS, attackers, "invert"), signum)
+
+    def loss_fn(params, chosen):
+        logits = nnx.merge(graph, params)(images[chosen])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean()
+
+    def of_worker(params, state, chosen):
+        updates, state = tx.update(jax.grad(loss_fn)(params, chosen), state, params)
+        return optax.apply_updates(params, updates), state
+
+    def step(carry, key):
+        chosen = jax.random.randint(key, (num_workers, images_each), 0, len(images))
+        carry = jax.vmap(of_worker, axis_name=AXIS)(*carry, chosen)
+        return carry, optax.tree.get(carry[1], "opposition")
+
+    @jax.jit
+    def run(params):
+        params = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_workers), params)
+        start = params, jax.vmap(tx.init, axis_name=AXIS)(params)
+        return jax.lax.scan(step, start, jax.random.split(jax.random.key(1), steps))[1]
+
+    return np.asarray(run(params))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("b1", [0.0, 0.9])
+def test_who_inverts_is_found_within_twenty_steps(b1):
+    found = opposition_on_digits(b1, [3], 20)[-1] > THRESHOLD
+    np.testing.assert_array_equal(found, np.arange(8) == 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("b1", [0.0, 0.9])
+def test_nobody_is_suspected_in_a_thousand_clean_steps(b1):
+    found = opposition_on_digits(b1, [], 1000)
+    assert found.max() < THRESHOLD
+    assert (
+        found.max() > 0
+    )  # late in training gradients are noise: there was something to tell apart
+
+
+def test_what_cannot_be_measured_is_refused():
+    rows = random_rows(3)
+    tx = signax.majority_vote(AXIS, agreement=True)
+    with pytest.raises(ValueError, match="takes 4 workers; 'workers' has 3"):
+        rows_of_workers("vmap", lambda g: tx.update(g, tx.init(g))[0], 3)(rows)
+    with pytest.raises(TypeError, match="agreement='yes' must be True or False"):
+        signax.majority_vote(AXIS, agreement="yes")
+    with pytest.raises(ValueError, match="agreement=True are options of the vote"):
+        signax.signum(0.1, agreement=True)
+    with pytest.raises(ValueError, match="state holds no agreement"):
+        diagnostics.opposes(signax.majority_vote(AXIS).init(rows))
+    with pytest.raises(ValueError, match=r"threshold=-1 is outside \[0"):
+        diagnostics.opposes(tx.init(rows), threshold=-1)
