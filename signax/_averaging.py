@@ -15,6 +15,7 @@ from signax._means import mean_options
 from signax._participation import (
     Participation,
     admitted,
+    finite_elsewhere,
     next_participation,
     no_participation,
 )
@@ -83,7 +84,7 @@ def mean_signs(
         updates, state, params=None, *, active=None, raw=None, param_specs=None, **extra_args
     ):
         del params, extra_args
-        active = admitted(updates, active, raw)
+        active = admitted(active, finite_elsewhere(updates, raw))
         outcome = vote(updates, options, step=state.count, active=active, param_specs=param_specs)
         return outcome.updates, MeanSignsState(
             optax.safe_increment(state.count),
@@ -142,7 +143,7 @@ def average_updates(axis_name: Hashable) -> optax.GradientTransformationExtraArg
     def update_fn(updates, state, params=None, *, active=None, raw=None, **extra_args):
         del params, extra_args
         check_votable(updates, axis_name)
-        active = admitted(updates, active, raw)
+        active = admitted(active, finite_elsewhere(updates, raw))
         takes_part = take_part(all_finite(updates), active)
         updates, voters = mean_active(updates, axis_name, takes_part)
         participation = next_participation(state.participation, voters, takes_part)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from signax._ballots import take_part
 from signax._checks import (
     check_accumulator_dtype,
     check_axis_name,
@@ -21,6 +22,7 @@ from signax._error_memory import FEEDBACKS, Feedback, ScaledSignsMemory, scaled_
 from signax._participation import (
     Participation,
     admitted,
+    finite_elsewhere,
     next_participation,
     no_participation,
 )
@@ -130,7 +132,7 @@ def mean_scaled_signs(
         updates, state, params=None, *, active=None, raw=None, param_specs=None, **extra_args
     ):
         del params, extra_args
-        active = admitted(updates, active, raw)
+        active = admitted(active, finite_elsewhere(updates, raw))
         return _update_mean(updates, state, options, active, param_specs)[:2]
 
     return optax.GradientTransformationExtraArgs(partial(_init_mean, options=options), update_fn)
@@ -198,13 +200,17 @@ def averaged(
         updates, state, params=None, *, active=None, raw=None, param_specs=None, **extra_args
     ):
         del params, extra_args
-        active = admitted(updates, active, raw)
+        elsewhere = finite_elsewhere(updates, raw)
+        active = admitted(active, elsewhere)
         check_votable(updates, options.axis_name)  # behind a momentum types would not tell
         old_state, mean_state = state
         directions, new_state = momentum.update(updates, old_state)
         marked = mark_nonfinite(directions, updates, new_state)
         updates, mean_state, finite = _update_mean(marked, mean_state, options, active, param_specs)
-        return updates, (hold(finite, old_state, new_state), mean_state)
+        return updates, (
+            hold(take_part(finite, elsewhere), old_state, new_state),
+            mean_state,
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -73,13 +73,21 @@ def check_axis_name(axis_name: Hashable) -> None:
 
 
 def check_floating(tree: Any, name: str = "updates") -> None:
-    """Refuses leaves whose dtype is not a real floating one."""
+    """Refuses leaves that are not arrays of real floating-point numbers of 16 bits or more.
+
+    A parameter, which is looked at for its shape and dtype only, may be a number of Python's.
+    """
     for path, leaf in jax.tree.leaves_with_path(tree):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        place = f"{name}{jax.tree_util.keystr(path)}"
+        if not hasattr(leaf, "dtype"):
+            if name != "updates" and isinstance(leaf, float):
+                continue
+            raise TypeError(f"{place}={leaf!r} is not an array: make one with jnp.asarray")
+        dtype = leaf.dtype
+        if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
             raise TypeError(
-                f"{name}{jax.tree_util.keystr(path)} has dtype {dtype}: signs are taken of real "
-                "floating-point leaves only; leave other leaves out with optax.masked"
+                f"{place} has dtype {dtype}: signs are taken of real floating-point leaves of 16, "
+                "32 or 64 bits only; leave other leaves out with optax.masked"
             )
 
 
@@ -100,6 +108,29 @@ def check_alike(name: str, tree: Any, other_name: str, other: Any) -> None:
                 f"{name}{place} has shape {jnp.shape(leaf)}, but {other_name}{place} has "
                 f"{jnp.shape(other_leaf)}; the state must come from init on the same parameters"
             )
+
+
+def check_params(updates: Any, params: Any) -> None:
+    """Refuses parameters that are not like the updates; an update may be `None`, as for Optax."""
+
+    def check(path, update, param):
+        if update is not None and jnp.shape(update) != jnp.shape(param):
+            place = jax.tree_util.keystr(path)
+            wrong.append(
+                f"updates{place} has shape {jnp.shape(update)}, but params{place} has "
+                f"{jnp.shape(param)}"
+            )
+
+    wrong = []
+    try:
+        jax.tree.map_with_path(check, updates, params, is_leaf=lambda node: node is None)
+    except (ValueError, TypeError):
+        wrong = [
+            f"updates and params differ in structure: updates is {jax.tree.structure(updates)}, "
+            f"params is {jax.tree.structure(params)}"
+        ]
+    if wrong:
+        raise ValueError(f"{wrong[0]}; pass the parameters that the updates are for")
 
 
 def check_transformation(name: str, value: Any) -> None:

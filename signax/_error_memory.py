@@ -86,6 +86,11 @@ def scaled_signs_memory(
 
 def check_memory(tree: Any, memory: ScaledSignsMemory, num_workers: int) -> None:
     """Refuses a memory of other values or of another number of workers."""
+    if not isinstance(memory, ScaledSignsMemory):
+        raise TypeError(
+            f"memory is of type {type(memory).__name__}: start with signax.scaled_signs_memory, "
+            "then pass what the step before returned"
+        )
     if memory.worker is not None:
         check_alike("updates", tree, "memory.worker", memory.worker)
     if memory.server is None:

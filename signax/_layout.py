@@ -88,6 +88,11 @@ def _find_per_worker(
     try:
         update = jax.make_jaxpr(tx.update, axis_env=axes)(params, state, params)
     except TypeError as error:
+        if "unexpected keyword argument" in str(error):
+            raise TypeError(
+                f"a part of tx takes extra arguments, but not all of them ({error}): Optax wants a "
+                "GradientTransformationExtraArgs to accept any, by **extra_args"
+            ) from error
         if "required keyword-only argument" not in str(error):
             raise
         raise TypeError(

@@ -10,7 +10,7 @@ import optax
 from signax._averaging import mean_signs
 from signax._averaging_scaled import MeanOptions, averaged
 from signax._ballots import Rules, Ties, Zeros
-from signax._checks import check_accumulator_dtype, check_number
+from signax._checks import check_accumulator_dtype, check_number, check_params
 from signax._collectives import VoteOptions
 from signax._compressors import Block, scale_by_scaled_sign, scale_by_stochastic_sign
 from signax._error_memory import Feedback
@@ -41,8 +41,20 @@ def _descend(
         check_number("weight_decay", weight_decay, low=0)
         decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
     # Without a decay no parameters are needed.
-    decay = optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity()
+    decay = _add_decay(weight_decay, mask) if decays else optax.identity()
     return optax.chain(direction, decay, optax.scale_by_learning_rate(learning_rate))
+
+
+def _add_decay(weight_decay: Any, mask: Mask) -> optax.GradientTransformation:
+    """Optax's, but it refuses parameters of other shapes, which broadcast in silence."""
+    decay = optax.add_decayed_weights(weight_decay, mask)
+
+    def update_fn(updates, state, params=None):
+        if params is not None:
+            check_params(updates, params)
+        return decay.update(updates, state, params)
+
+    return optax.GradientTransformation(decay.init, update_fn)
 
 
 def _voted(

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from signax._ballots import all_finite
-from signax._checks import check_flag, check_transformation
+from signax._ballots import all_finite, take_part
+from signax._checks import check_transformation
 from signax._specs import is_masked
 
 
@@ -43,9 +43,12 @@ def leave_out_nonfinite(
 
     By itself each vote and mean judges the leaves that it is given. Under `optax.partition` and
     `optax.masked` that is a group of them: this lets all groups know of all leaves, as they are
-    before any transformation. It needs no communication, and reads those leaves once more that a
-    group would not see. :class:`signax.DataParallel` does this by itself; inside of
-    `optax.MultiSteps`, which hands on means of several steps, it is still of use.
+    before any transformation. A worker that is out for them keeps what votes and means have
+    remembered of it in every group, and what :func:`signax.hold_if_nonfinite` holds.
+
+    It needs no communication, and reads those leaves once more that a group would not see.
+    :class:`signax.DataParallel` does this by itself; inside of `optax.MultiSteps`, which hands on
+    means of several steps, it is still of use.
 
     Args:
       inner: a transformation with votes or means in it, for one worker's updates.
@@ -74,13 +77,13 @@ def leave_out_nonfinite(
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
-def admitted(updates: Any, active: Any, raw: Any) -> Any:
-    """`active`, and whether all is finite in those of the raw updates that are masked here.
+def finite_elsewhere(updates: Any, raw: Any) -> jax.Array | None:
+    """Whether those of the raw updates that are masked here are finite; `None` if there are none.
 
     Where updates are laid out in another way, as by `optax.flatten`, all raw ones are looked at.
     """
     if raw is None:
-        return active
+        return None
     hidden, is_alike = [], True
 
     def look(node, raw_node):
@@ -95,10 +98,9 @@ def admitted(updates: Any, active: Any, raw: Any) -> Any:
     except ValueError:
         is_alike = False
     hidden = hidden if is_alike else [raw]
-    if not jax.tree.leaves(hidden):
-        return active
-    finite = all_finite(hidden)
-    if active is None:
-        return finite
-    check_flag("active", active)
-    return finite & active
+    return all_finite(hidden) if jax.tree.leaves(hidden) else None
+
+
+def admitted(active: Any, elsewhere: jax.Array | None) -> Any:
+    """`active`, of a worker whose updates are finite elsewhere."""
+    return active if elsewhere is None else take_part(elsewhere, active)

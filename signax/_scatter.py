@@ -1,6 +1,7 @@
 """The vote of which each worker gets its own part: one bit up, nothing down."""
 
 from collections.abc import Hashable
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -97,7 +98,7 @@ def pvote_scatter(
 
 def _scatter_dimensions(tree: Any, scatter_dimension: Any, num_workers: int) -> list[int]:
     """One dimension for each leaf, which M divides."""
-    if isinstance(scatter_dimension, int):
+    if isinstance(scatter_dimension, Integral):
         scatter_dimension = jax.tree.map(lambda _: scatter_dimension, tree)
     if jax.tree.structure(scatter_dimension) != jax.tree.structure(tree):
         raise ValueError(
@@ -106,6 +107,8 @@ def _scatter_dimensions(tree: Any, scatter_dimension: Any, num_workers: int) -> 
         )
     dimensions = jax.tree.leaves(scatter_dimension)
     for (path, leaf), dimension in zip(jax.tree.leaves_with_path(tree), dimensions, strict=True):
+        if not isinstance(dimension, Integral):
+            raise TypeError(f"scatter_dimension={dimension!r} is not an integer")
         if not -leaf.ndim <= dimension < leaf.ndim or leaf.shape[dimension] % num_workers:
             raise ValueError(
                 f"updates{jax.tree_util.keystr(path)} of shape {leaf.shape} cannot be cut into "

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from signax._agreement import next_agreement, no_agreement
-from signax._ballots import Rules, Ties, Zeros
+from signax._ballots import Rules, Ties, Zeros, take_part
 from signax._collectives import (
     Outcome,
     VoteOptions,
@@ -22,6 +22,7 @@ from signax._packing import in_blocks
 from signax._participation import (
     Participation,
     admitted,
+    finite_elsewhere,
     next_participation,
     no_participation,
 )
@@ -103,7 +104,7 @@ def majority_vote(
         updates, state, params=None, *, active=None, raw=None, param_specs=None, **extra_args
     ):
         del params, extra_args
-        active = admitted(updates, active, raw)
+        active = admitted(active, finite_elsewhere(updates, raw))
         outcome = vote(updates, options, step=state.count, active=active, param_specs=param_specs)
         return outcome.updates, _next_state(state, outcome)
 
@@ -150,7 +151,7 @@ def voted(
         updates, state, params=None, *, active=None, raw=None, param_specs=None, **extra_args
     ):
         del params, extra_args
-        active = admitted(updates, active, raw)
+        elsewhere = finite_elsewhere(updates, raw)
         check_votable(updates, options.axis_name)  # behind a momentum types would not tell
         old_state, vote_state = state
         _, new_state = signs.update(updates, old_state)
@@ -161,11 +162,11 @@ def voted(
             mark_nonfinite(new_updates, blocks, new_blocks),
             options,
             step=vote_state.count,
-            active=active,
+            active=admitted(active, elsewhere),
             param_specs=param_specs,
             like=updates,
         )
-        new_state = hold(outcome.finite, old_state, new_state)
+        new_state = hold(take_part(outcome.finite, elsewhere), old_state, new_state)
         return outcome.updates, (new_state, _next_state(vote_state, outcome))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
