@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -26,7 +27,7 @@ from signax._exchange import (
     sum_dtype,
     tally,
 )
-from signax._numerics import wide_dtype
+from signax._numerics import power_below, wide_dtype
 from signax._specs import axis_names, explicit_axes, varies
 
 
@@ -208,11 +209,12 @@ def find_worker(axis_name: Hashable, rules: Rules, step: jax.Array | int | None)
                 "dither: pass the number of the step, the same on every worker"
             )
         step = 0
-    step = jnp.asarray(step)
-    if step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
+    if jnp.shape(step) or not jnp.issubdtype(getattr(step, "dtype", type(step)), jnp.integer):
         raise TypeError(f"step={step!r} must be one integer")
+    if isinstance(step, int):
+        step = np.uint32(step % 2**32)
     index = worker_index(axis_name).astype(jnp.uint32)
-    coins = toss(step, index, lax.axis_size(axis_name))
+    coins = toss(jnp.asarray(step), index, lax.axis_size(axis_name))
     return Worker(index, coins.zero, rules.tie(coins.tie))
 
 
@@ -417,8 +419,10 @@ def mean_active(tree: Any, axis_name: Hashable, active: jax.Array) -> tuple[Any,
     leaves, structure = jax.tree.flatten(tree)
     wide = [leaf.astype(wide_dtype(leaf.dtype)) for leaf in leaves]
     # Not a product: an infinity times zero is NaN.
-    counted = [jnp.where(active, leaf, 0) for leaf in wide]
+    share = power_below(lax.axis_size(axis_name))
+    counted = [jnp.where(active, leaf * share, 0) for leaf in wide]
     sums, voters = lax.psum((counted, active.astype(jnp.float32)), axis_name)
-    means = [total / jnp.maximum(voters, 1).astype(total.dtype) for total in sums]
+    divisor = jnp.maximum(voters, 1) * share
+    means = [total / divisor.astype(total.dtype) for total in sums]
     means = [mean.astype(leaf.dtype) for mean, leaf in zip(means, leaves, strict=True)]
     return structure.unflatten(means), voters.astype(jnp.uint32)

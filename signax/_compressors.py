@@ -14,7 +14,7 @@ from jax import lax
 
 from signax._checks import check_axis_name, check_floating, check_key, check_number, is_traced
 from signax._collectives import worker_index
-from signax._numerics import common_dtype, relative_to_peak, wide_dtype
+from signax._numerics import common_dtype, mean, power_below, relative_to_peak, wide_dtype
 
 Block = Literal["leaf", "tree", "row"] | int
 
@@ -80,8 +80,12 @@ def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformati
 def _tree_mean_magnitude(tree: Any) -> jax.Array:
     leaves = jax.tree.leaves(tree)
     dtype = functools.reduce(common_dtype, (leaf.dtype for leaf in leaves), jnp.float32)
-    total = sum((jnp.sum(jnp.abs(leaf), dtype=dtype) for leaf in leaves), jnp.zeros([], dtype))
-    return total / max(1, sum(leaf.size for leaf in leaves))
+    count = max(1, sum(leaf.size for leaf in leaves))
+    share = power_below(count)
+    total = jnp.zeros([], dtype)
+    for leaf in leaves:
+        total += jnp.sum(jnp.abs(leaf).astype(dtype) * share)
+    return total / (count * share)
 
 
 def _scaled_sign(p: jax.Array, block: Block) -> jax.Array:
@@ -91,9 +95,9 @@ def _scaled_sign(p: jax.Array, block: Block) -> jax.Array:
     if isinstance(block, int):
         scale = _block_means(magnitude.reshape(-1), min(block, p.size)).reshape(p.shape)
     elif block == "row" and p.ndim:
-        scale = jnp.mean(magnitude, axis=-1, keepdims=True)
+        scale = mean(magnitude, axis=-1, keepdims=True)
     else:
-        scale = jnp.mean(magnitude)
+        scale = mean(magnitude)
     return _signed(scale, p)
 
 
@@ -106,7 +110,9 @@ def _block_means(values: jax.Array, block: int) -> jax.Array:
     blocks = math.ceil(values.size / block)
     padded = jnp.pad(values, (0, blocks * block - values.size))
     sizes = jnp.minimum(block, values.size - block * jnp.arange(blocks))
-    means = jnp.sum(padded.reshape(blocks, block), axis=1) / sizes.astype(values.dtype)
+    share = power_below(block)
+    totals = jnp.sum(padded.reshape(blocks, block) * share, axis=1)
+    means = totals / (sizes.astype(values.dtype) * share)
     return jnp.repeat(means, block)[: values.size]
 
 

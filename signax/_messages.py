@@ -16,7 +16,7 @@ from jax import lax
 
 from signax import _packing
 from signax._ballots import Rules
-from signax._numerics import from_words, to_words, wide_dtype
+from signax._numerics import from_words, narrow, to_words, wide_dtype
 from signax._parts import cut, cut_columns, join, join_columns, matrix
 from signax._scales import Blocks
 
@@ -154,7 +154,7 @@ def _signed(bits: jax.Array, scales: jax.Array, blocks: Blocks) -> jax.Array:
 
 def _rounded(scales: jax.Array, dtype: Any) -> jax.Array:
     """Scales as they are sent; else whatever uses one might compute it for every coordinate."""
-    return lax.optimization_barrier(scales.astype(dtype).astype(scales.dtype))
+    return lax.optimization_barrier(narrow(scales, dtype).astype(scales.dtype))
 
 
 def write(words: Sequence[jax.Array], scales: Sequence[jax.Array]) -> jax.Array:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from signax._numerics import wide_dtype
+from signax._numerics import mean, wide_dtype
 
 
 def resize_state(state: Any, per_worker: Any, num_workers: int) -> Any:
@@ -54,7 +54,7 @@ def resize_rows(rows: jax.Array, num_workers: int) -> jax.Array:
         each = math.lcm(old, num_workers)
         shares = jnp.repeat(rows, each // old, axis=0)
         shares = shares.reshape(num_workers, each // num_workers, *rows.shape[1:])
-        return jnp.mean(shares, axis=1, dtype=wide_dtype(rows.dtype)).astype(rows.dtype)
+        return mean(shares.astype(wide_dtype(rows.dtype)), axis=1).astype(rows.dtype)
     workers = jnp.arange(num_workers)
     taken = rows[workers * old // num_workers]
     if jnp.issubdtype(rows.dtype, jax.dtypes.prng_key):

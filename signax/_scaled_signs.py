@@ -39,7 +39,7 @@ from signax._messages import (
     take_apart,
     write,
 )
-from signax._numerics import from_words, to_words
+from signax._numerics import add_memory, from_words, narrow, to_words
 from signax._parts import is_real
 
 
@@ -144,7 +144,7 @@ def mean_scaled(
     check_memory(tree, memory, num_workers)
     values = tree
     if memory.worker is not None:
-        values = jax.tree.map(partial(_correct, decay=decay), tree, memory.worker)
+        values = jax.tree.map(partial(add_memory, decay=decay), tree, memory.worker)
     groups = find_blocks(tree, param_specs)
     if memory.server is not None and any(group.axes for group in groups):
         raise ValueError(
@@ -188,7 +188,7 @@ def mean_scaled(
         _put(means, group.positions, settled)
         voters = jnp.max(found)
 
-    means = [mean.astype(leaf.dtype) for mean, leaf in zip(means, like, strict=True)]
+    means = [narrow(mean, leaf.dtype) for mean, leaf in zip(means, like, strict=True)]
     if memory.worker is not None:
         kept = jax.tree.leaves(memory.worker)
         left = [jnp.where(takes_part, new, old) for new, old in zip(left, kept, strict=True)]
@@ -201,10 +201,6 @@ def mean_scaled(
 def _put(array: list, positions: Sequence[int], values: Sequence) -> None:
     for position, value in zip(positions, values, strict=True):
         array[position] = value
-
-
-def _correct(value: jax.Array, error: jax.Array, decay: Any) -> jax.Array:
-    return (value.astype(error.dtype) + decay * error).astype(error.dtype)
 
 
 def _cast(
@@ -275,7 +271,7 @@ def _settle(
         real = jnp.concatenate(
             [is_real(shape, blocks.num_workers, worker.index) for shape in blocks.shapes], axis=1
         )
-        part = jnp.where(real, _correct(mean, error, decay), 0)[None]
+        part = jnp.where(real, add_memory(mean, error, decay), 0)[None]
         sizes = jnp.asarray(blocks.sizes())[worker.index][None]
         word, scale, left = compress_parts(
             part, sizes, worker.coin, batch.rounds_to, blocks, shared=False

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from signax._ballots import all_finite
+from signax._ballots import all_finite, take_part
 from signax._checks import (
     check_accumulator_dtype,
     check_alike,
@@ -17,7 +18,8 @@ from signax._checks import (
     check_transformation,
     is_traced,
 )
-from signax._numerics import common_dtype
+from signax._numerics import add_memory, common_dtype, narrow, short_of_infinity
+from signax._participation import finite_elsewhere
 
 
 class ScaleBySignumState(NamedTuple):
@@ -218,13 +220,11 @@ def error_feedback(
         check_alike("updates", updates, "state.error", state.error)
         rate = current_rate(learning_rate, state.count)
         memory = in_units_of(rate, state.error)
-        corrected = jax.tree.map(
-            lambda g, e: (g.astype(e.dtype) + decay * e).astype(e.dtype), updates, memory
-        )
+        corrected = jax.tree.map(partial(add_memory, decay=decay), updates, memory)
         compressed, inner_state = compressor.update(
             corrected, state.inner_state, params, **extra_args
         )
-        emitted = jax.tree.map(lambda g, u: u.astype(g.dtype), updates, compressed)
+        emitted = jax.tree.map(lambda g, u: narrow(u, g.dtype), updates, compressed)
         left = jax.tree.map(lambda p, u: p - u.astype(p.dtype), corrected, emitted)
         error = in_gradient_units(rate, left, memory, state.error)
         count = optax.safe_increment(state.count)
@@ -259,7 +259,8 @@ def in_gradient_units(rate: Any, left: Any, scaled: Any, memory: Any) -> Any:
     def divide(new, before, old):
         divisor = jnp.asarray(rate, new.dtype)
         kept = (divisor == 0) | (new == before)
-        return jnp.where(kept, old, new / jnp.where(divisor == 0, jnp.ones_like(divisor), divisor))
+        quotient = new / jnp.where(divisor == 0, jnp.ones_like(divisor), divisor)
+        return jnp.where(kept, old, short_of_infinity(quotient, new))
 
     return jax.tree.map(divide, left, scaled, memory)
 
@@ -273,6 +274,7 @@ def hold_if_nonfinite(
     a NaN or an infinity, its floating-point state stays as it was (counts and keys advance, so that
     they stay the same on every worker), and every update that comes out is NaN: a vote or a mean
     that follows leaves this worker out for the step, and a bad batch is forgotten by the next.
+    The same if updates of another group are not finite, see :func:`signax.leave_out_nonfinite`.
 
     Args:
       inner: the transformation to protect; put the vote after this, not into it.
@@ -294,7 +296,8 @@ def hold_if_nonfinite(
     def update_fn(updates, state, params=None, **extra_args):
         new_updates, new_state = inner.update(updates, state, params, **extra_args)
         marked = mark_nonfinite(new_updates, updates, new_state)
-        finite = all_finite(marked)
+        elsewhere = finite_elsewhere(updates, extra_args.get("raw"))
+        finite = take_part(all_finite(marked), elsewhere)
         marked = jax.tree.map(lambda u: jnp.where(finite, u, jnp.nan).astype(u.dtype), marked)
         return marked, hold(finite, state, new_state)
 
@@ -357,6 +360,11 @@ def checked(
     and updates keep their dtypes.
     """
 
+    def init_fn(params):
+        if memory is not None:
+            check_floating(params, "params")
+        return inner.init(params)
+
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         check_floating(updates)
@@ -366,4 +374,4 @@ def checked(
             new_updates, state = inner.update(updates, state, params)
         return optax.tree.cast_like(new_updates, updates), state
 
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

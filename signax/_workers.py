@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from signax._numerics import wide_dtype
 from signax._specs import (
     axis_names,
     entry_axes,
@@ -51,9 +52,10 @@ class Workers(NamedTuple):
     def mean_of_finite(self, loss: jax.Array) -> jax.Array:
         """The mean over the workers without those that their loss shows to be in trouble."""
         finite = jnp.isfinite(loss)
-        counted = jnp.where(finite, loss, 0), finite.astype(loss.dtype)
+        wide = wide_dtype(loss.dtype)  # a sum in f16 overflows, and a count in bf16 ends at 256
+        counted = jnp.where(finite, loss, 0).astype(wide), finite.astype(wide)
         total, number = lax.psum(counted, self.axis_name)
-        return total / number
+        return (total / number).astype(loss.dtype)
 
     def row(self, array: Any) -> jax.Array:
         """One worker's row of a global array, typed as varying: [...] to [1, ...]."""

@@ -10,7 +10,7 @@ from jax import lax
 
 from signax._checks import check_axis_name, check_floating, check_key
 from signax._collectives import worker_index
-from signax._numerics import wide_dtype
+from signax._numerics import narrow, relative_to_peak, wide_dtype
 
 Attack = Literal["invert", "random", "zero", "nan", "inf", "scale", "collude"]
 
@@ -136,9 +136,11 @@ _ALONE: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def _noise(leaf: jax.Array, key: jax.Array) -> jax.Array:
-    wide = wide_dtype(leaf.dtype)
-    size = jnp.sqrt(jnp.sum(jnp.square(leaf.astype(wide))) / max(1, leaf.size))
-    return (size * jax.random.normal(key, leaf.shape, wide)).astype(leaf.dtype)
+    wide = leaf.astype(wide_dtype(leaf.dtype))
+    if not leaf.size:
+        return leaf
+    size = jnp.max(jnp.abs(wide)) * jnp.sqrt(jnp.mean(jnp.square(relative_to_peak(wide))))
+    return narrow(size * jax.random.normal(key, leaf.shape, wide.dtype), leaf.dtype)
 
 
 def _collude(leaf: jax.Array, axis_name: Hashable, attacks: jax.Array) -> jax.Array:
