@@ -126,8 +126,8 @@ def packed(bits, axis=0, rows=None):
 
 def packed_neighbours(bits):
     """Words of a flat array: bit b of word w is coordinate 32 w + b."""
-    rows = np.pad(bits, (0, -bits.size % 32)).reshape(-1, 32)
-    return np.array([sum(int(bit) << b for b, bit in enumerate(row)) for row in rows], np.uint32)
+    padded = np.pad(bits, (0, -bits.size % 32))
+    return np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32)
 
 
 def unpacked(words):
