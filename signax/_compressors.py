@@ -14,7 +14,14 @@ from jax import lax
 
 from signax._checks import check_axis_name, check_floating, check_key, check_number, is_traced
 from signax._collectives import worker_index
-from signax._numerics import common_dtype, mean, power_below, relative_to_peak, wide_dtype
+from signax._numerics import (
+    common_dtype,
+    mean,
+    narrow,
+    power_below,
+    relative_to_peak,
+    wide_dtype,
+)
 
 Block = Literal["leaf", "tree", "row"] | int
 
@@ -102,7 +109,8 @@ def _scaled_sign(p: jax.Array, block: Block) -> jax.Array:
 
 
 def _signed(scale: jax.Array, p: jax.Array) -> jax.Array:
-    return (scale * jnp.sign(p).astype(scale.dtype)).astype(p.dtype)
+    # The scale of a tree may be beyond the range of one of its leaves.
+    return narrow(scale * jnp.sign(p).astype(scale.dtype), p.dtype)
 
 
 def _block_means(values: jax.Array, block: int) -> jax.Array:

@@ -150,3 +150,15 @@ def test_wrong_arguments_are_named():
     tx = adversary(AXIS, [0], "invert")
     with pytest.raises(NameError, match="axis_name='workers' is not bound"):
         tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("float32", 1e30), ("float32", 1e-30), ("float16", 6e4)]
+)
+def test_noise_is_as_large_as_updates_whose_squares_leave_the_range(dtype, size):
+    attack = signax.adversaries.adversary(AXIS, [0], "random", jax.random.key(0))
+    updates = jnp.full((1, 400), size, dtype)
+    forged = jax.vmap(lambda g: attack.update(g, attack.init(g))[0], axis_name=AXIS)(updates)
+    noise = np.asarray(forged, np.float64) / size
+    assert np.isfinite(noise).all()
+    assert 0.8 < np.sqrt((noise**2).mean()) < 1.1

@@ -575,3 +575,28 @@ def test_parts_of_an_empty_tree_are_empty():
         "vmap", lambda t: signax.pvote_scatter(t, AXIS, scatter_dimension=1, step=0), 2
     )(tree)
     assert jax.tree.map(jnp.shape, parts) == {"e": (2, 0, 2), "none": None}
+
+
+@pytest.mark.parametrize("step", [2**31, 2**32 + 5, -3])
+def test_steps_beyond_32_bits_are_counted_modulo_them(step):
+    values = jnp.zeros((3, 9))
+
+    def vote(step):
+        return jax.vmap(lambda g: signax.pvote(g, AXIS, step=step), axis_name=AXIS)(values)
+
+    np.testing.assert_array_equal(vote(step), vote(jnp.uint32(step % 2**32)))
+
+
+@pytest.mark.parametrize("step", ["1", 1.5, True, [1], jnp.ones(1, jnp.int32)], ids=str)
+def test_what_is_no_step_is_refused(step):
+    with pytest.raises(TypeError, match=r"step=.* must be one integer"):
+        jax.vmap(lambda g: signax.pvote(g, AXIS, step=step), axis_name=AXIS)(jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("dimension", [0.5, "0"])
+def test_what_is_no_dimension_to_scatter_along_is_refused(dimension):
+    def scatter(g):
+        return signax.pvote_scatter(g, AXIS, step=0, scatter_dimension=dimension)
+
+    with pytest.raises(TypeError, match=f"scatter_dimension={dimension!r} is not an integer"):
+        jax.vmap(scatter, axis_name=AXIS)(jnp.ones((2, 4)))

@@ -11,6 +11,7 @@ import optax
 import pytest
 import references
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from workers import auto_mesh
 
 import signax
 from signax import diagnostics
@@ -1015,3 +1016,25 @@ def test_what_is_no_mesh_or_no_key_is_named(mesh):
         signax.DataParallel(VOTE, None)
     with pytest.raises(TypeError, match="key=0 is not a random key"):
         signax.DataParallel(VOTE, mesh).value_and_grad(jnp.sum)(jnp.ones(2), jnp.ones(8), key=0)
+
+
+def test_a_transformation_that_takes_only_some_extra_arguments_is_named():
+    def update_fn(updates, state, params=None, *, value=None):
+        del params, value
+        return updates, state
+
+    strict = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+    plain = optax.GradientTransformation(
+        strict.init, lambda updates, state, params=None: (updates, state)
+    )
+    with pytest.raises(TypeError, match=r"unexpected keyword.*by \*\*extra_args"):
+        signax.DataParallel(optax.chain(strict, VOTE), auto_mesh({"data": 2})).init(PARAMS)
+    signax.DataParallel(optax.chain(plain, VOTE), auto_mesh({"data": 2})).init(PARAMS)
+
+
+def test_losses_in_half_precision_are_averaged_beyond_it():
+    tx = signax.DataParallel(VOTE, auto_mesh({"data": WORKERS}))
+    batch = jnp.full((WORKERS, 1), 3e4, jnp.float16)  # the sum is beyond the range
+    loss, _ = tx.value_and_grad(lambda p, b: jnp.sum(p * b))(jnp.ones(1, jnp.float16), batch)
+    assert loss.dtype == jnp.float16
+    assert loss == jnp.float16(3e4)

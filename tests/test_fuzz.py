@@ -177,8 +177,8 @@ def bits_of(words):
 
 
 def test_ten_thousand_sums_are_counted_and_compared():
-    rng, seen, each = np.random.default_rng(2), 0, 1300
-    workers = [1, 2, 3, 4, 7, 8, 33, 129]
+    rng, seen, each = np.random.default_rng(2), 0, 2000
+    workers = [1, 3, 8, 33, 129]
     for num_workers in workers:
         words = rng.integers(0, 2**32, (2, each, num_workers, 2), dtype=np.uint32)
         # Shares of set bits from few to nearly all.
@@ -209,7 +209,7 @@ def test_ten_thousand_sums_are_counted_and_compared():
 
 
 def test_ten_thousand_messages_are_sealed_and_unsealed():
-    rng, seen, each = np.random.default_rng(3), 0, 1000
+    rng, seen, each = np.random.default_rng(3), 0, 2000
     while seen < CASES:
         planes, rows = int(rng.integers(1, 9)), int(rng.integers(1, 4))
         share = max(1, int(rng.choice([1, 32, 64, 128, 256]) + rng.integers(-2, 3)))

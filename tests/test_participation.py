@@ -171,3 +171,39 @@ def test_a_loss_scale_is_lowered_when_somebody_is_out():
     np.testing.assert_allclose(params["x"], target, atol=0.25)  # a few steps
     assert np.all(np.isfinite(optax.tree.get(state, "momentum")["x"]))
     assert np.sum(optax.tree.get(state, "missed")) > 0
+
+
+REMEMBERING = {
+    "signum": lambda: signax.signum(0.1, axis_name="data"),
+    "error feedback": lambda: signax.ef_sign_sgd(0.1, momentum=0.9, axis_name="data"),
+    "ssdm": lambda: signax.ssdm(0.1, key=jax.random.key(0), axis_name="data"),
+    "chain": lambda: optax.chain(
+        signax.hold_if_nonfinite(signax.scale_by_signum()), signax.majority_vote("data")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_a_bad_leaf_of_another_group_leaves_no_trace_in_momenta_and_memories(name):
+    num_workers = 3
+    tx = partitioned(REMEMBERING[name](), MEANS["mean"]())
+    parallel = signax.DataParallel(tx, auto_mesh({"data": num_workers}))
+    update, state = jax.jit(parallel.update), parallel.init(PARAMS)
+    for t in range(2):
+        before, rows = state, random_rows(num_workers, t)
+        rows["bias"][1, 4] = np.nan
+        _, state = update(rows, state, PARAMS)
+    own = jax.tree.map(lambda leaf: leaf.ndim > 1 and leaf.shape[1:] == (4, 3), state)
+    assert any(jax.tree.leaves(own))
+    for old, new, is_own in zip(*map(jax.tree.leaves, (before, state, own)), strict=True):
+        if is_own:
+            np.testing.assert_array_equal(new[1], 0)
+            assert np.all(np.any(new[::2] != old[::2], axis=(1, 2)))
+
+
+def test_who_is_left_out_by_a_flag_goes_on_with_its_momentum():
+    tx = signax.DataParallel(signax.signum(0.1, axis_name="data"), auto_mesh({"data": 2}))
+    rows = random_rows(2)
+    _, state = tx.update(rows, tx.init(PARAMS), PARAMS, active=jnp.array([True, False]))
+    for leaf in jax.tree.leaves(optax.tree.get(state, "momentum")):
+        assert np.all(np.asarray(leaf))

@@ -251,3 +251,30 @@ def test_wrong_arguments_are_named():
         signax.scaled_signs_memory(tree, 2, feedback="all")
     with pytest.raises(ValueError, match="num_workers=0"):
         signax.scaled_signs_memory(tree, 0)
+
+
+@pytest.mark.parametrize("memory_dtype", [None, jnp.float32])
+@pytest.mark.parametrize("feedback", ["both", "worker", "none"])
+def test_memories_of_sparse_f16_gradients_never_become_infinite(feedback, memory_dtype):
+    """A leaf's one coordinate outgrows what a scaled sign of it sends, up to the range's end."""
+    num_workers = 2
+    gradients = jnp.zeros((num_workers, 64), jnp.float16).at[:, 5].set(3e4)
+    memory = signax.scaled_signs_memory(
+        gradients[0], num_workers, feedback=feedback, dtype=memory_dtype
+    )
+    memory = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_workers), memory)
+    one_step = jax.jit(
+        jax.vmap(partial(signax.pmean_scaled_signs, axis_name=AXIS, step=0), axis_name=AXIS)
+    )
+    for _ in range(100):
+        updates, memory = one_step(gradients, memory=memory)
+        for leaf in (updates, *jax.tree.leaves(memory)):
+            assert np.isfinite(leaf).all()
+        assert (updates[:, 5] > 0).all()  # nobody is out for it
+
+
+def test_a_memory_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match="memory is of type dict: start with"):
+        jax.vmap(
+            lambda g: signax.pmean_scaled_signs(g, AXIS, {"worker": g}, step=0), axis_name=AXIS
+        )(jnp.ones((2, 3)))

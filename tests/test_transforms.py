@@ -506,3 +506,46 @@ def test_a_state_of_other_shapes_is_refused(tx):
     state = tx.init({"kernel": jnp.zeros(3)})
     with pytest.raises(ValueError, match=r"\['kernel'\].*\(2, 3\).*\(3,\)"):
         tx.update({"kernel": jnp.ones((2, 3))}, state)
+
+
+# --- the end of the range --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulator_dtype", [None, jnp.float32])
+def test_the_memory_of_a_sparse_f16_gradient_never_becomes_infinite(accumulator_dtype):
+    """A scaled sign sends a 64th of the one coordinate, so that the memory soon fills the range."""
+    tx = signax.error_feedback(signax.scale_by_scaled_sign(), accumulator_dtype=accumulator_dtype)
+    gradient = jnp.zeros(64, jnp.float16).at[5].set(3e4)
+    state, update = tx.init(gradient), jax.jit(tx.update)
+    for _ in range(100):
+        before = state.error
+        updates, state = update(gradient, state)
+        assert np.isfinite(updates).all()
+        assert np.isfinite(state.error).all()
+    assert updates[5] > 0
+    if accumulator_dtype is None:
+        assert state.error[5] > 0.9 * jnp.finfo(jnp.float16).max
+    else:  # nothing is lost, though the memory is beyond what updates can hold
+        assert before[5] > jnp.finfo(jnp.float16).max
+        sent = state.error + updates.astype(jnp.float32)
+        np.testing.assert_allclose(sent, before + gradient.astype(jnp.float32), rtol=1e-6)
+
+
+def test_an_update_beyond_a_narrower_dtype_is_emitted_at_its_end_and_the_rest_remembered():
+    tx = signax.error_feedback(signax.scale_by_top_k(0.5), accumulator_dtype=jnp.float32)
+    gradient = jnp.array([5e4, 1.0], jnp.float16)
+    state = tx.init(gradient)._replace(error=jnp.array([4e4, 0.0]))
+    updates, state = tx.update(gradient, state)
+    most = float(jnp.finfo(jnp.float16).max)
+    np.testing.assert_array_equal(updates, [most, 0])
+    np.testing.assert_array_equal(state.error, [9e4 - most + (float(gradient[0]) - 5e4), 1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_is_not_finite_is_not_made_finite(bad, dtype):
+    tx = signax.error_feedback(signax.scale_by_scaled_sign())
+    gradient = jnp.array([1.0, bad], dtype)
+    updates, state = tx.update(gradient, tx.init(gradient))
+    assert not np.isfinite(updates).all()
+    assert not np.isfinite(state.error).all()
