@@ -209,7 +209,7 @@ def find_worker(axis_name: Hashable, rules: Rules, step: jax.Array | int | None)
                 "dither: pass the number of the step, the same on every worker"
             )
         step = 0
-    if jnp.shape(step) or not jnp.issubdtype(getattr(step, "dtype", type(step)), jnp.integer):
+    if np.shape(step) or not jnp.issubdtype(getattr(step, "dtype", type(step)), jnp.integer):
         raise TypeError(f"step={step!r} must be one integer")
     if isinstance(step, int):
         step = np.uint32(step % 2**32)
