@@ -211,10 +211,9 @@ def find_worker(axis_name: Hashable, rules: Rules, step: jax.Array | int | None)
         step = 0
     if np.shape(step) or not jnp.issubdtype(getattr(step, "dtype", type(step)), jnp.integer):
         raise TypeError(f"step={step!r} must be one integer")
-    if isinstance(step, int):
-        step = np.uint32(step % 2**32)
+    number = jnp.asarray(np.uint32(step % 2**32) if isinstance(step, int) else step)
     index = worker_index(axis_name).astype(jnp.uint32)
-    coins = toss(jnp.asarray(step), index, lax.axis_size(axis_name))
+    coins = toss(number, index, lax.axis_size(axis_name))
     return Worker(index, coins.zero, rules.tie(coins.tie))
 
 

@@ -189,6 +189,7 @@ def test_a_bad_leaf_of_another_group_leaves_no_trace_in_momenta_and_memories(nam
     tx = partitioned(REMEMBERING[name](), MEANS["mean"]())
     parallel = signax.DataParallel(tx, auto_mesh({"data": num_workers}))
     update, state = jax.jit(parallel.update), parallel.init(PARAMS)
+    before = state
     for t in range(2):
         before, rows = state, random_rows(num_workers, t)
         rows["bias"][1, 4] = np.nan

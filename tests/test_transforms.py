@@ -517,6 +517,7 @@ def test_the_memory_of_a_sparse_f16_gradient_never_becomes_infinite(accumulator_
     tx = signax.error_feedback(signax.scale_by_scaled_sign(), accumulator_dtype=accumulator_dtype)
     gradient = jnp.zeros(64, jnp.float16).at[5].set(3e4)
     state, update = tx.init(gradient), jax.jit(tx.update)
+    before, updates = state.error, gradient
     for _ in range(100):
         before = state.error
         updates, state = update(gradient, state)
