@@ -121,7 +121,8 @@ def toss(step: jax.Array, worker: jax.Array, num_workers: int) -> Coins:
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether no floating leaf holds a NaN or an infinity: a tree to bool[]."""
-    floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    leaves = jax.tree.leaves(tree)
+    floating = [x for x in leaves if jnp.issubdtype(getattr(x, "dtype", type(x)), jnp.floating)]
     if not floating:
         return jnp.bool_(True)
     flags = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floating])

@@ -330,10 +330,10 @@ COLLECTIVES = {
 }
 
 
+@pytest.mark.parametrize("name", [*OURS, *COLLECTIVES])
 @given(st.data())
-@settings(max_examples=150)
-def test_a_leaf_of_another_kind_is_refused_by_its_name(data):
-    name = data.draw(st.sampled_from([*OURS, *COLLECTIVES]))
+@few
+def test_a_leaf_of_another_kind_is_refused_by_its_name(name, data):
     wrong = data.draw(st.sampled_from(list(WRONG)))
     number = data.draw(st.integers(0, 4))
     tree = awkward(lambda shape, dtype: jnp.ones(shape, dtype))
