@@ -6,10 +6,15 @@ ends with the same parameters bit for bit:
     python examples/multihost.py --processes 4
     python examples/multihost.py --devices 4
 
-With checkpoints, stopped on the way and continued in new processes:
+With checkpoints, stopped on the way, continued in new processes, and on another number of workers:
 
     python examples/multihost.py --processes 4 --checkpoint /tmp/digits --stop-at 100
-    python examples/multihost.py --processes 4 --checkpoint /tmp/digits
+    python examples/multihost.py --processes 4 --checkpoint /tmp/digits --stop-at 200
+    python examples/multihost.py --processes 2 --checkpoint /tmp/digits --resize
+
+With all processes started anew from the last checkpoint whenever one of them is killed or hangs:
+
+    python examples/multihost.py --processes 4 --checkpoint /tmp/digits --resume
 
 On a TPU pod, under Slurm or under Open MPI, on every host, where jax.distributed.initialize()
 finds the others by itself (on a machine that belongs to no cluster, the same line is one process
@@ -22,14 +27,18 @@ On hosts that JAX knows nothing of, on each of them with its own --process-id fr
     python examples/multihost.py --coordinator 10.0.0.1:1234 --processes 2 --process-id 0
 
 A checkpoint holds the parameters, the momentum of every worker and all else that the next step
-depends on, so that a run that was stopped ends where an uninterrupted one does, bit for bit. A
-cluster that takes a machine away says so by SIGTERM: all processes then save the same step and end.
+depends on, so that a run that was stopped ends where an uninterrupted one does, bit for bit. With
+--checkpoint a run always continues from the last one that is whole, if there is any; on a cluster,
+whose scheduler starts processes anew, that is all it takes. A cluster that takes a machine away
+says so by SIGTERM: all processes then save the same step and end. Processes that wait in vain, for
+one that hangs or never came, end with an error and show where, after the seconds of --timeout.
 
 The data are scikit-learn's 1,797 handwritten digits of 8x8 pixels, which ship in its package.
 """
 
 import argparse
 import contextlib
+import faulthandler
 import os
 import signal
 import socket
@@ -89,24 +98,33 @@ class Checkpoints:
 
     def __init__(self, args):
         folder = args.checkpoint if "://" in args.checkpoint else os.path.abspath(args.checkpoint)
-        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2,
+            cleanup_tmp_directories=True,  # what a process was writing when it was killed
+            single_host_load_and_broadcast=True,  # all continue from the same step
+        )
         self.manager = ocp.CheckpointManager(folder, options=options)
         self.settings = {name: getattr(args, name) for name in ("steps", "batch_size", "seed")}
         self.settings["workers"] = jax.device_count()  # there is a momentum for each
+        self.resize = args.resize
 
-    def restore(self, number, laid_out):
+    def restore(self, number, tx, abstract_params):
         """Parameters and state, every process reading what its devices hold."""
-        settings = ocp.args.Composite(settings=ocp.args.JsonRestore())
-        training = ocp.args.Composite(training=ocp.args.StandardRestore(laid_out))
-        saved: Any = self.manager.restore(number, args=settings)
+        composite = ocp.args.Composite(settings=ocp.args.JsonRestore())
+        found: Any = self.manager.restore(number, args=composite)
+        saved = found.settings
         for name, value in self.settings.items():
-            if saved.settings[name] != value:
+            if saved[name] != value and not (self.resize and name == "workers"):
+                hint = "; --resize shares the momenta out anew" if name == "workers" else ""
                 sys.exit(
-                    f"error: {self.manager.directory} holds a run with {name} = "
-                    f"{saved.settings[name]}, this one has {value}: they would not continue exactly"
+                    f"error: {self.manager.directory} holds a run with {name} = {saved[name]}, "
+                    f"this one has {value}: they would not continue exactly{hint}"
                 )
-        restored: Any = self.manager.restore(number, args=training)
-        return restored.training
+        laid_out = abstract_params, tx.abstract_state(abstract_params, saved["workers"])
+        composite = ocp.args.Composite(training=ocp.args.StandardRestore(laid_out))
+        found = self.manager.restore(number, args=composite)
+        params, state = found.training
+        return params, tx.resize(state, params)
 
     def save(self, number, params, state):
         """Copies everything, and writes it in the background."""
@@ -144,17 +162,17 @@ def train(args):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
         jax.eval_shape(init, key)[0],
     )
-    laid_out = abstract_params, tx.abstract_state(abstract_params)
     checkpoints = Checkpoints(args) if args.checkpoint else None
     number = checkpoints.manager.latest_step() if checkpoints else None
     if checkpoints and number is not None:
-        params, state = checkpoints.restore(number, laid_out)
+        params, state = checkpoints.restore(number, tx, abstract_params)
     else:
         number = 0
         # Compiled, so that it comes into being on all devices of all processes.
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, laid_out)
+        shardings = replicated, tx.state_shardings(abstract_params)
         params, state = jax.jit(init, out_shardings=shardings)(key)
 
+    watch(args.timeout)
     stop = args.stop_at or args.steps
     step = tx.train_step(loss_fn)
     progress = tqdm(
@@ -169,7 +187,8 @@ def train(args):
         dropout_key = jax.random.fold_in(key, number)
         params, state, loss = step(params, state, batch, key=dropout_key)
         if number % 10 == 0:
-            progress.set_postfix(loss=float(loss))
+            progress.set_postfix(loss=float(loss))  # waits for it, and so for all processes
+            watch(args.timeout)
         preempted = multihost_utils.reached_preemption_sync_point(number)
         if checkpoints and (preempted or number == stop or number % args.checkpoint_every == 0):
             checkpoints.save(number, params, state)
@@ -195,8 +214,16 @@ def train(args):
                 np.savez(file, **named)
 
 
+def watch(seconds):
+    """Ends this process, after showing where it is, unless called again in so many seconds."""
+    # Both work without Python's lock, which whatever hangs may hold.
+    faulthandler.dump_traceback_later(seconds)
+    signal.alarm(seconds + 1)
+
+
 def join(args):
     """Makes this process one of the run's."""
+    watch(args.timeout)
     if args.devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.devices)
@@ -213,10 +240,22 @@ def join(args):
 
 
 def launch(args):
-    """Starts all processes on this machine, waits for them, and returns the exit code."""
+    """Runs all processes on this machine, anew when some died, and returns the exit code."""
     stopped = []  # by Ctrl-C; no exception, which might come between a start and its record
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stopped.append(number))
+    restarts_left = args.resume
+    while True:
+        codes = run_processes(args, stopped)
+        killed = any(code is not None and code < 0 for code in codes)
+        if stopped or not killed or not restarts_left:  # an error of its own would come again
+            return 128 + stopped[0] if stopped else int(any(codes))
+        restarts_left -= 1
+        print("all processes start anew, from the last checkpoint", file=sys.stderr, flush=True)
+
+
+def run_processes(args, stopped):
+    """Starts the processes, ends all when one fails, and returns their exit codes before that."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -241,11 +280,13 @@ def launch(args):
         for index, (code, log) in enumerate(zip(codes, logs, strict=True)):
             if code:
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+                if code == -signal.SIGALRM:
+                    how = f"got no further within the {args.timeout} seconds of --timeout"
                 print(f"error: process {index} {how}", file=sys.stderr)
             if code and log:
                 log.seek(0)
                 print(log.read()[-4000:], end="", file=sys.stderr)
-    return 128 + stopped[0] if stopped else int(any(codes))
+    return codes
 
 
 def wait(processes, stopped):
@@ -253,7 +294,8 @@ def wait(processes, stopped):
     while True:
         codes = [process.poll() for process in processes]
         if stopped or any(codes) or None not in codes:  # the others would wait for one that failed
-            return codes
+            # Asked again: what was seen first may have come of another's end just before.
+            return [process.poll() for process in processes]
         time.sleep(0.05)
 
 
@@ -269,15 +311,36 @@ def parse_arguments(parser):
     add("--seed", type=int, default=0, help="of weights, batches and dropout (default 0)")
     add("--checkpoint", metavar="DIR", help="save to DIR, and continue from what it holds")
     add("--checkpoint-every", type=int, default=50, metavar="STEPS", help="(default 50)")
+    add("--resize", action="store_true", help="continue what other numbers of workers saved")
+    add(
+        "--resume",
+        type=int,
+        nargs="?",
+        const=100,
+        default=0,
+        metavar="N",
+        help="when a process is killed or hangs start all anew, at most N times (100 if not given)",
+    )
+    add(
+        "--timeout",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="end with an error if starting, or ten steps, take longer (default 300)",
+    )
     add("--params", metavar="FILE", help="write the final parameters to FILE, as .npz")
     args = parser.parse_args()
 
-    for name in ("processes", "devices", "steps", "stop_at", "batch_size", "checkpoint_every"):
+    counts = "processes", "devices", "steps", "stop_at", "batch_size", "checkpoint_every", "timeout"
+    for name in counts:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed} must not be negative")
+    for name in ("seed", "resume"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} {getattr(args, name)} must not be negative")
+    if args.resume and None in (args.checkpoint, args.processes):
+        parser.error("--resume needs --checkpoint, and --processes for it to start")
     if args.stop_at is not None and args.stop_at > args.steps:
         parser.error(f"--stop-at {args.stop_at} is after the last of --steps {args.steps}")
     by_hand = args.coordinator, args.process_id

@@ -4,7 +4,9 @@ import contextlib
 import os
 import re
 import runpy
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,9 +52,10 @@ class Run:
             time.sleep(0.1)
         return found
 
-    def workers(self):
-        """The process ids of what the launcher has started."""
-        return [int(number) for number in self.wait_for("processes:(.*)\n")[1].split()]
+    def workers(self, restarts=0):
+        """The process ids of what the launcher has started, the last of so many times."""
+        pattern = rf"(?s)(?:processes:.*?){{{restarts}}}processes:(.*?)\n"
+        return [int(number) for number in self.wait_for(pattern)[1].split()]
 
 
 @pytest.fixture
@@ -89,6 +92,12 @@ def assert_same(actual, expected):
         np.testing.assert_array_equal(actual[name], expected[name], strict=True)
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def is_running(number):
     try:
         os.kill(number, 0)
@@ -115,6 +124,10 @@ def test_help_tells_the_commands_and_the_options(monkeypatch, capsys):
         ("--processes 0", "--processes 0 must be at least 1"),
         ("--seed -1", "--seed -1 must not be negative"),
         ("--stop-at 0", "--stop-at 0 must be at least 1"),
+        ("--timeout 0", "--timeout 0 must be at least 1"),
+        ("--resume -1", "--resume -1 must not be negative"),
+        ("--resume --processes 2", "--resume needs --checkpoint"),
+        ("--resume --checkpoint saved", "--resume needs --checkpoint, and --processes"),
         ("--steps 9 --stop-at 10", "--stop-at 10 is after the last of --steps 9"),
         ("--process-id 0 --processes 2", "belong together"),
         ("--coordinator localhost:1 --processes 2", "belong together"),
@@ -196,7 +209,6 @@ def test_a_run_of_other_settings_is_not_continued(start, tmp_path):
     code, _ = run_with()
     assert code == 0
     for name, old, changes in [
-        ("workers", 2, {"devices": 4}),
         ("steps", 4, {"steps": 5}),
         ("batch_size", 8, {"batch_size": 16}),
         ("seed", 0, {"seed": 1}),
@@ -206,21 +218,126 @@ def test_a_run_of_other_settings_is_not_continued(start, tmp_path):
         assert f"holds a run with {name} = {old}" in stderr
 
 
+@slow
+def test_another_number_of_workers_continues_if_asked_to(start, train, tmp_path):
+    options = "--steps", 8, "--batch-size", 24, "--checkpoint"
+    train("--devices", 2, *options, tmp_path / "saved", "--stop-at", 4)
+    shutil.copytree(tmp_path / "saved", tmp_path / "copy")
+
+    run = start("--devices", 3, *options, tmp_path / "saved")
+    assert run.wait() == 1
+    assert "holds a run with workers = 2, this one has 3" in run.stderr
+    assert "--resize" in run.stderr
+
+    resized = train("--processes", 3, *options, tmp_path / "saved", "--resize")
+    assert_same(resized, train("--devices", 3, *options, tmp_path / "copy", "--resize"))
+    # What it saved is of three workers, and nothing is left to ask for.
+    assert_same(train("--devices", 3, *options, tmp_path / "saved"), resized)
+
+
+def freeze_in_a_save(worker, saved):
+    """Stops a process while a checkpoint is being written, which stays half written."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        if half_written(saved):
+            os.kill(worker, signal.SIGSTOP)
+            time.sleep(0.2)  # for other processes to come to an end of it, if they can
+            if half_written(saved):
+                return
+            os.kill(worker, signal.SIGCONT)
+        time.sleep(0.005)
+    raise AssertionError("no save was seen")
+
+
+def half_written(saved):
+    return list(saved.glob("*.orbax-checkpoint-tmp"))
+
+
+def newest(saved):
+    return max((int(step.name) for step in saved.glob("*") if step.name.isdigit()), default=0)
+
+
+@slow
+def test_kills_at_any_moment_leave_the_parameters_as_they_were(start, train, tmp_path):
+    """Processes are killed while they start, between steps, and while a checkpoint is written.
+
+    Four times; the environment variable SIGNAX_KILLS sets another number.
+    """
+    kills, saved = int(os.environ.get("SIGNAX_KILLS", "4")), tmp_path / "saved"
+    rng = np.random.default_rng(0)
+    steps = 100 + 25 * kills
+    options = "--steps", steps, "--batch-size", 16
+    expected = train("--devices", 2, *options)
+    saving = "--checkpoint", saved, "--checkpoint-every", 5, "--params", tmp_path / "params.npz"
+    run = start("--processes", 2, "--resume", *saving, *options)
+    continued = []
+    for restarts in range(kills):
+        victim = int(rng.integers(2))
+        workers = run.workers(restarts)
+        continued.append(newest(saved))
+        if restarts % 3 == 0:
+            freeze_in_a_save(workers[victim], saved)
+        elif restarts % 3 == 1:
+            time.sleep(rng.uniform(0, 8))
+        else:
+            while newest(saved) == continued[-1]:
+                assert run.process.poll() is None, run.stderr
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.2))
+        os.kill(workers[victim], signal.SIGKILL)
+        written = newest(saved), half_written(saved)
+        print(f"process {victim} killed after step {written[0]}, half written: {written[1]}")
+        run.workers(restarts + 1)
+        assert run.stderr.count("was killed by signal 9") == restarts + 1
+    continued.append(newest(saved))
+    assert run.wait() == 0, run.stderr
+    for number in filter(None, continued):  # where a progress bar begins
+        assert f" {number}/{steps} [00:00<?" in run.stderr
+    assert not half_written(saved)
+    with np.load(tmp_path / "params.npz") as found:
+        assert_same(dict(found), expected)
+
+
 # How a run ends that does not reach its last step.
 
 
-@pytest.mark.parametrize(
-    ("processes", "victim"),
-    [(2, 1), pytest.param(2, 0, marks=slow), pytest.param(4, 2, marks=slow)],
-)
-def test_a_process_that_dies_ends_the_run(start, processes, victim):
-    run = start("--processes", processes, "--steps", 1_000_000)
+def test_a_process_that_dies_ends_the_run(start):
+    run = start("--processes", 2, "--steps", 1_000_000)
     workers = run.workers()
-    assert len(workers) == processes
+    assert len(workers) == 2
     run.wait_for("loss=")
-    os.kill(workers[victim], signal.SIGKILL)
+    os.kill(workers[1], signal.SIGKILL)
     assert run.wait() == 1
-    assert f"error: process {victim} was killed by signal 9" in run.stderr
+    assert "error: process 1 was killed by signal 9" in run.stderr
+    assert not any(map(is_running, workers))
+
+
+def test_a_process_that_never_comes_is_not_waited_for_for_ever(start):
+    run = start(
+        "--coordinator",
+        f"127.0.0.1:{free_port()}",
+        "--processes",
+        2,
+        "--process-id",
+        0,
+        "--timeout",
+        2,
+    )
+    assert run.wait() == -signal.SIGALRM
+    assert "Timeout (0:00:02)!" in run.stderr
+    assert "in initialize" in run.stderr  # where it was
+
+
+@slow
+def test_a_process_that_hangs_ends_the_run(start):
+    run = start("--processes", 2, "--steps", 1_000_000, "--timeout", 20)
+    workers = run.workers()
+    run.wait_for("loss=")
+    os.kill(workers[1], signal.SIGSTOP)
+    stopped = time.monotonic()
+    assert run.wait() == 1
+    assert time.monotonic() - stopped < 60
+    assert "error: process 0 got no further within the 20 seconds of --timeout" in run.stderr
     assert not any(map(is_running, workers))
 
 
