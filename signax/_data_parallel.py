@@ -206,7 +206,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         had = rows_in(state, self._layout(params, specs), self.num_workers)
         before, after = self._layout(params, specs, had), self._layout(params, specs, wanted)
         check_state(state, before, had)
-        leaves = jax.device_put(jax.tree.leaves(state), _auto_shardings(before, self.mesh))
+        leaves = _put(jax.tree.leaves(state), _auto_shardings(before, self.mesh))
         if had != wanted:
             flags = before.structure.unflatten(leaf.per_worker for leaf in before.leaves)
 
@@ -215,7 +215,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
                 return jax.tree.leaves(resize_state(state, flags, wanted))
 
             leaves = jax.jit(resized, out_shardings=_auto_shardings(after, self.mesh))(leaves)
-        return after.structure.unflatten(jax.device_put(leaves, [x.sharding for x in after.leaves]))
+        return after.structure.unflatten(_put(leaves, [x.sharding for x in after.leaves]))
 
     def value_and_grad(
         self, loss_fn: Callable, *, has_aux: bool = False, accumulate: int = 1
@@ -475,6 +475,17 @@ class DataParallel(optax.GradientTransformationExtraArgs):
                 self._workers.row(lax.optimization_barrier(leaf)) if place.per_worker else leaf
             )
         return rows
+
+
+def _put(leaves: list[Any], shardings: list[NamedSharding]) -> list[jax.Array]:
+    """`jax.device_put`, which takes keys that lie in several processes as their data only."""
+    is_key = [jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key) for leaf in leaves]
+    data = [jax.random.key_data(x) if key else x for x, key in zip(leaves, is_key, strict=True)]
+    data = jax.device_put(data, shardings)
+    return [
+        jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if key else new
+        for old, new, key in zip(leaves, data, is_key, strict=True)
+    ]
 
 
 def _auto_shardings(layout: Layout, mesh: Mesh) -> list[NamedSharding]:

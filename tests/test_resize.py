@@ -1,6 +1,9 @@
 """The state of some workers as that of others: what is kept, what is cut anew, what is refused."""
 
 import itertools
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -180,3 +183,37 @@ def test_what_does_not_fit_is_refused():
         tx.resize(state, {**PARAMS, "matrix": jnp.zeros((7, 5))})
     with pytest.raises(ValueError, match=r"rows for 4 workers.*DataParallel\.resize"):
         data_parallel(2).update(gradients(2, 0), state, PARAMS)
+
+
+ONE_OF_TWO_PROCESSES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, optax, signax
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+tx = signax.DataParallel(signax.ssdm(0.1, jax.random.key(7), axis_name="data"), mesh)
+params = jax.jit(lambda: jnp.zeros(3), out_shardings=jax.NamedSharding(mesh, jax.P()))()
+for num_workers in (8, 2):
+    state = tx.resize(tx.init(params), params, num_workers)
+    assert {leaf.shape for leaf in jax.tree.leaves(state)} >= {(), (num_workers, 3)}
+    key = jax.random.key_data(optax.tree.get(state, "key"))
+    np.testing.assert_array_equal(key, jax.random.key_data(jax.random.key(7)))
+    assert key.sharding.num_devices == 4
+"""
+
+
+@pytest.mark.slow
+def test_state_that_lies_in_several_processes_is_resized():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", ONE_OF_TWO_PROCESSES, coordinator, index])
+        for index in "01"
+    ]
+    try:
+        assert [process.wait(300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
