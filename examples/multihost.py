@@ -31,7 +31,7 @@ depends on, so that a run that was stopped ends where an uninterrupted one does,
 --checkpoint a run always continues from the last one that is whole, if there is any; on a cluster,
 whose scheduler starts processes anew, that is all it takes. A cluster that takes a machine away
 says so by SIGTERM: all processes then save the same step and end. Processes that wait in vain, for
-one that hangs or never came, end with an error and show where, after the seconds of --timeout.
+one that hangs or never came, end with an error and show where, after --timeout seconds at most.
 
 The data are scikit-learn's 1,797 handwritten digits of 8x8 pixels, which ship in its package.
 """
@@ -124,7 +124,7 @@ class Checkpoints:
         composite = ocp.args.Composite(training=ocp.args.StandardRestore(laid_out))
         found = self.manager.restore(number, args=composite)
         params, state = found.training
-        return params, tx.resize(state, params)
+        return params, tx.resize(state, params) if self.resize else state
 
     def save(self, number, params, state):
         """Copies everything, and writes it in the background."""
