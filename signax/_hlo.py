@@ -218,7 +218,8 @@ def _payload(operands: list[str], scope: dict[str, _Instruction]) -> dict[str, t
 
 
 def _group_size(rest: str, num_devices: int) -> int:
-    if match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
+    mesh = r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\}"
+    if match := re.search(mesh, rest):
         # mesh['a'=4,'b'=2] {'a','b':(1)2}: the product of the axes, or parts of axes, in braces.
         sizes = dict(re.findall(r"([^\s,=]+)=(\d+)", match[1]))
         axes = [axis for axis in match[2].split(",") if axis]

@@ -422,6 +422,7 @@ _P_BYTES = 64 * 128 * 4
         ("replica_groups=mesh['a'=4,'b'=2] {'a'}", 4),
         ("replica_groups=mesh['a'=4,'b'=2] {'a','b'}", 8),
         ("replica_groups=mesh['a'=4,'b'=2, device_ids=([1,0,3,2,5,4,7,6])] {'b'}", 2),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}", 2),
         ("replica_groups=mesh['a'=8] {'a':(2)4}", 4),
         ("replica_groups=mesh['a'=8,'b'=3] {'a':(1)2,'b'}", 6),
     ],
