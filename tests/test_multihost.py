@@ -266,7 +266,7 @@ def test_kills_at_any_moment_leave_the_parameters_as_they_were(start, train, tmp
     """
     kills, saved = int(os.environ.get("SIGNAX_KILLS", "4")), tmp_path / "saved"
     rng = np.random.default_rng(0)
-    steps = 100 + 25 * kills
+    steps = 200 + 25 * kills
     options = "--steps", steps, "--batch-size", 16
     expected = train("--devices", 2, *options)
     saving = "--checkpoint", saved, "--checkpoint-every", 5, "--params", tmp_path / "params.npz"
