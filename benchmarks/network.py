@@ -170,48 +170,57 @@ def join(setting: dict[str, Any]) -> contextlib.AbstractContextManager[Links]:
 
 def launch(library: str, links: Links, setting: dict[str, Any]) -> list[dict[str, Any]]:
     """Runs a process per worker and returns what each of them measured."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "XLA"))}
-    processes: list[subprocess.Popen] = []
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, f"{worker}.json") for worker in range(setting["workers"])]
-        try:
-            for worker, (prefix, output) in enumerate(zip(links.prefixes, outputs, strict=True)):
-                task = setting | {
-                    "library": library,
-                    "worker": worker,
-                    "coordinator": links.coordinator,
-                    "interface": links.interface,
-                    "output": str(output),
-                }
-                program = [sys.executable, str(here / "network_worker.py"), json.dumps(task)]
-                with open(output.with_suffix(".log"), "w") as log:
-                    processes.append(
-                        subprocess.Popen(
-                            [*prefix, *program],
-                            env=kept | worker_environment,
-                            stdout=log,
-                            stderr=log,
-                            start_new_session=True,  # Ctrl-C is ours, and we end them
-                        )
+        commands = []
+        for worker, output in enumerate(outputs):
+            task = setting | {
+                "library": library,
+                "worker": worker,
+                "coordinator": links.coordinator,
+                "interface": links.interface,
+                "output": str(output),
+            }
+            program = str(here / "network_worker.py")
+            commands.append([sys.executable, program, json.dumps(task)])
+        run_together(links, commands, Path(folder))
+        return [json.loads(output.read_text()) for output in outputs]
+
+
+def run_together(links: Links, commands: Sequence[Sequence[str]], folder: Path) -> None:
+    """Runs a command per worker on its link, logging to the folder, until all have ended."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "XLA"))}
+    processes: list[subprocess.Popen] = []
+    logs = [folder / f"{worker}.log" for worker in range(len(commands))]
+    try:
+        for prefix, command, path in zip(links.prefixes, commands, logs, strict=True):
+            with open(path, "w") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [*prefix, *command],
+                        env=kept | worker_environment,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,  # Ctrl-C is ours, and we end them
                     )
-            wait(processes, outputs)
-            return [json.loads(output.read_text()) for output in outputs]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+                )
+        wait(processes, logs)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
-def wait(processes: Sequence[subprocess.Popen], outputs: Sequence[Path]) -> None:
+def wait(processes: Sequence[subprocess.Popen], logs: Sequence[Path]) -> None:
     """Waits for all workers, or for the first that fails, which the others would wait for."""
     while any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes):
             break
         time.sleep(0.05)
-    for worker, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+    for worker, (process, log) in enumerate(zip(processes, logs, strict=True)):
         if process.poll():
-            log = output.with_suffix(".log").read_text()
-            sys.exit(f"error: worker {worker} ended with {process.returncode}:\n{log[-4000:]}")
+            end = log.read_text()[-4000:]
+            sys.exit(f"error: worker {worker} ended with {process.returncode}:\n{end}")
 
 
 def combine(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:

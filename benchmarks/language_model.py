@@ -1,0 +1,295 @@
+"""Trains the GPT of examples/train_language_model.py by AdamW and by votes, and compares.
+
+    python benchmarks/language_model.py tune
+    sudo python benchmarks/language_model.py network
+
+`tune` asks what one bit costs in loss. Every method gets the same steps, batches and schedule, and
+its step size from one grid, 0.001 times powers of two: from a first guess on, neighbours of the
+best one so far are tried until it has a worse one on either side. Further seeds run at the best.
+Results are saved after every run, and the same command goes on from there.
+
+`network` asks what that saves in time. The workers are processes, each behind a link of its own of
+the given rate (namespaces.py), with one thread of computation each, and train by AdamW on means in
+full precision and by votes, at the step sizes that `tune` has found. `seconds` is the time of all
+steps until a validation loss is seen that is no higher than that of AdamW at its end; validation
+itself, compiling and loading are left out on both sides. A vote may take `--voted-steps` for it.
+
+Options that are not listed here go to the example: `tune --layers 2 --batch-size 16`.
+"""
+
+import argparse
+import json
+import math
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from namespaces import Links, bits_per_second
+from network import join, run_together
+from report import print_table, save
+
+here = Path(__file__).parent
+program = here.parent / "examples" / "train_language_model.py"
+BASELINE = "adamw"
+
+# Where the search begins: step size 0.001 * 2**exponent.
+first_exponents = {BASELINE: 2, "lion": 0, "signum": 0, "ef": 5}
+
+# What of the example's report differs between runs; the rest is settings.
+varying = ("method", "step_size", "steps", "seed", "parameters", "bytes_per_step", "step_seconds")
+results_of = (*varying, "validation_loss", "curve")
+
+Run = dict[str, Any]
+
+
+def main() -> None:
+    """Runs one of the two commands."""
+    args = parse_arguments()
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that namespaces are deleted
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    runs = finished_runs(args)
+    if args.command == "tune":
+        tune(args, runs)
+    else:
+        try:
+            network(args, runs)
+        except OSError as error:
+            sys.exit(f"error: {error}")
+    print(f"\nResults are in {args.json}.")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads and checks the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("command", choices=("tune", "network"))
+    add("--methods", nargs="+", choices=[*first_exponents], default=[*first_exponents])
+    add("--steps", type=int, default=400, help="of each run (default 400)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first tunes (default 0 1 2)")
+    add("--evaluate-every", type=int, default=50, metavar="STEPS", help="(default 50)")
+    add("--workers", type=int, help="(default 8 to tune, 4 processes over the network)")
+    add("--rate", default="50mbit", help="network: of each link (default 50mbit)")
+    add("--voted-steps", type=int, metavar="STEPS", help="network: of votes (default: --steps)")
+    add(
+        "--tuned",
+        default=str(here / "results" / "language_model.json"),
+        metavar="FILE",
+        help="network: results of tune to take step sizes from",
+    )
+    add("--json", metavar="FILE", help="(default benchmarks/results/language_model*.json)")
+    args, args.options = parser.parse_known_args()
+    tunes = args.command == "tune"
+    name = "language_model" if tunes else "language_model_network"
+    args.json = args.json or str(here / "results" / f"{name}.json")
+    args.workers = args.workers or (8 if tunes else 4)
+    args.voted_steps = args.voted_steps or args.steps
+    if min(args.workers, args.steps, args.voted_steps, args.evaluate_every) < 1:
+        parser.error("--workers, --steps, --voted-steps and --evaluate-every must be at least 1")
+    try:
+        bits_per_second(args.rate)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What results belong to."""
+    names = ["command", "steps", "evaluate_every", "workers", "options"]
+    if args.command == "network":
+        names += ["rate", "voted_steps"]
+    return {name: getattr(args, name) for name in names}
+
+
+def finished_runs(args: argparse.Namespace) -> list[Run]:
+    """The runs that the results file holds already."""
+    if not Path(args.json).exists():
+        return []
+    found = json.loads(Path(args.json).read_text())
+    if found["settings"] != settings_of(args):
+        sys.exit(f"error: {args.json} holds results of other settings, {found['settings']}")
+    return found["results"]["runs"]
+
+
+def command_of(args: argparse.Namespace, **options: Any) -> list[str]:
+    """The example's command line."""
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    common = [f"--workers={args.workers}", f"--evaluate-every={args.evaluate_every}"]
+    return [sys.executable, str(program), *words, *common, *args.options]
+
+
+def record(report: dict[str, Any], command: Sequence[str]) -> Run:
+    """What is kept of the example's report, and the command that gave it."""
+    shown = [word for word in command[2:] if not word.startswith("--json")]
+    return {
+        "command": " ".join(["python examples/train_language_model.py", *shown]),
+        **{name: report[name] for name in results_of},
+        "settings": {name: value for name, value in report.items() if name not in results_of},
+    }
+
+
+def tune(args: argparse.Namespace, runs: list[Run]) -> None:
+    """Searches every method's step size by the first seed, and runs the others at the best."""
+    for method in args.methods:
+        exponent: int | None = first_exponents[method]
+        losses: dict[int, float] = {}
+        while exponent is not None:
+            losses[exponent] = loss_of(args, runs, method, exponent, args.seeds[0])
+            exponent = next_exponent(losses)
+        for seed in args.seeds[1:]:
+            loss_of(args, runs, method, min(losses, key=losses.__getitem__), seed)
+    found = tuned(runs)
+    if BASELINE in found:
+        print_tuned(found)
+
+
+def next_exponent(losses: Mapping[int, float]) -> int | None:
+    """The next one to try, or None if the best has a worse neighbour on either side."""
+    best = min(losses, key=losses.__getitem__)
+    for neighbour in (best - 1, best + 1):
+        if neighbour not in losses:
+            return neighbour
+    return None
+
+
+def loss_of(
+    args: argparse.Namespace, runs: list[Run], method: str, exponent: int, seed: int
+) -> float:
+    """The final validation loss of a run, which is trained unless it is among the finished ones."""
+    options = {"method": method, "step_size": 1e-3 * 2.0**exponent, "seed": seed}
+    same = [run for run in runs if all(run[name] == value for name, value in options.items())]
+    if not same:
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder, "report.json")
+            command = command_of(args, **options, steps=args.steps, json=output)
+            # Its progress is ours; its samples are not.
+            if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+                sys.exit(f"error: {' '.join(command)} ended with {code}")
+            same = [record(json.loads(output.read_text()), command)]
+        runs += same
+        save(args.json, "language_model", settings_of(args), {"tuned": tuned(runs), "runs": runs})
+        print(
+            f"{method} at {options['step_size']:g}, seed {seed}: {same[0]['validation_loss']:.4f}"
+        )
+    loss = same[0]["validation_loss"]
+    return loss if math.isfinite(loss) else math.inf
+
+
+def tuned(runs: Sequence[Run]) -> dict[str, Any]:
+    """For each method the best step size, the loss over all seeds that ran at it, and bytes."""
+    found = {}
+    for method in dict.fromkeys(run["method"] for run in runs):
+        own = [run for run in runs if run["method"] == method and run["validation_loss"] < math.inf]
+        # A step size is chosen by the seed that ran at all of them, which is the first one.
+        searched = [run for run in own if run["seed"] == own[0]["seed"]]
+        best = min(searched, key=lambda run: run["validation_loss"])
+        losses = [r["validation_loss"] for r in own if r["step_size"] == best["step_size"]]
+        found[method] = {
+            "step_size": best["step_size"],
+            "validation_losses": losses,
+            "validation_loss": statistics.mean(losses),
+            "bytes_per_step": best["bytes_per_step"],
+        }
+    baseline = found.get(BASELINE)
+    for one in found.values():
+        if baseline:
+            one["over_adamw"] = one["validation_loss"] / baseline["validation_loss"] - 1
+            one["times_fewer_bytes"] = baseline["bytes_per_step"] / one["bytes_per_step"]
+    return found
+
+
+def print_tuned(found: Mapping[str, Any]) -> None:
+    """Prints the table of `tune`."""
+    rows = []
+    for method, one in found.items():
+        losses = one["validation_losses"]
+        row = [method, f"{one['step_size']:g}", f"{one['validation_loss']:.4f}"]
+        row += [f"{min(losses):.4f}..{max(losses):.4f}", f"{one['over_adamw']:+.1%}"]
+        rows.append([*row, f"{one['bytes_per_step']:,}", f"{one['times_fewer_bytes']:.1f}"])
+    head = ("", "step size", "loss", "over seeds", "over AdamW", "bytes", "times fewer")
+    print_table(head, rows)
+
+
+def network(args: argparse.Namespace, runs: list[Run]) -> None:
+    """Trains every method over links of a rate, once per seed."""
+    found = json.loads(Path(args.tuned).read_text())["results"]["tuned"]
+    setting = {"workers": args.workers, "rate": args.rate, "delay": "0ms"}
+    for seed in args.seeds:
+        for method in args.methods:
+            if any((run["method"], run["seed"]) == (method, seed) for run in runs):
+                continue
+            steps = args.steps if method == BASELINE else args.voted_steps
+            options = {"method": method, "step_size": found[method]["step_size"]}
+            with join(setting) as links:
+                runs.append(train_together(args, links, **options, steps=steps, seed=seed))
+            results = {"times": times(runs), "runs": runs}
+            save(args.json, "language_model_network", settings_of(args), results)
+    print_times(times(runs))
+
+
+def train_together(args: argparse.Namespace, links: Links, **options: Any) -> Run:
+    """One run, a process per worker."""
+    options |= {"coordinator": links.coordinator, "processes": args.workers}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "report.json")  # which the first process writes
+        commands = [
+            command_of(args, **options, process_id=worker, json=output)
+            for worker in range(args.workers)
+        ]
+        run_together(links, commands, Path(folder))
+        run = record(json.loads(output.read_text()), commands[0])
+    return run | {"link": links.kind}
+
+
+def seconds_to(curve: Mapping[str, Sequence[float]], loss: float) -> float | None:
+    """When the validation loss was first no higher than that, or None if it never was."""
+    points = zip(curve["seconds"], curve["validation_loss"], strict=True)
+    return next((seconds for seconds, seen in points if seen <= loss), None)
+
+
+def times(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Each run's time to AdamW's final loss with the same seed, where AdamW has run."""
+    baselines = {run["seed"]: run for run in runs if run["method"] == BASELINE}
+    rows = []
+    for run in runs:
+        if (baseline := baselines.get(run["seed"])) is None:
+            continue
+        target = baseline["validation_loss"]
+        seconds = seconds_to(run["curve"], target)
+        baseline_seconds = seconds_to(baseline["curve"], target)
+        rows.append(
+            {
+                **{
+                    name: run[name] for name in ("method", "seed", "step_seconds", "bytes_per_step")
+                },
+                "validation_loss": run["validation_loss"],
+                "target": target,
+                "seconds": seconds,
+                "times_faster": seconds and baseline_seconds and baseline_seconds / seconds,
+            }
+        )
+    return rows
+
+
+def print_times(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints the table of `network`."""
+    head = ("", "seed", "loss", "AdamW's", "ms per step", "bytes", "seconds to it", "times faster")
+    table = []
+    for row in rows:
+        cells = [row["method"], str(row["seed"])]
+        cells += [f"{row[name]:.4f}" for name in ("validation_loss", "target")]
+        cells += [f"{1e3 * row['step_seconds']:,.0f}", f"{row['bytes_per_step']:,}"]
+        reached = row["seconds"] is not None
+        cells += [f"{row['seconds']:,.0f}", f"{row['times_faster']:.1f}"] if reached else ["-", "-"]
+        table.append(cells)
+    print_table(head, table)
+
+
+if __name__ == "__main__":
+    main()

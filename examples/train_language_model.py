@@ -1,0 +1,404 @@
+r"""Trains a GPT on the sources of Python's standard library, by votes or by the mean of gradients.
+
+Characters of the text that every machine with Python has, a transformer of a million parameters,
+eight simulated workers: voted Lion, one bit per parameter in each direction, and AdamW on gradients
+averaged in full precision, to compare it with.
+
+    python examples/train_language_model.py
+    python examples/train_language_model.py --method adamw --json adamw.json --figure adamw.png
+
+With checkpoints, stopped on the way and continued, which ends where an uninterrupted run does, bit
+for bit:
+
+    python examples/train_language_model.py --checkpoint /tmp/gpt --stop-at 200
+    python examples/train_language_model.py --checkpoint /tmp/gpt
+
+Wider and deeper, up to the 124 million parameters of GPT-2 small, where --accelerators puts a
+worker on every device that JAX finds, of all hosts of a cluster:
+
+    python examples/train_language_model.py --layers 8 --heads 6 --width 384 --context 256
+    python examples/train_language_model.py --size gpt2 --batch-size 64 --dtype bfloat16 \
+        --accelerators --step-size 1e-4
+
+On hosts that JAX knows nothing of, on each of them with its own --process-id from 0, two workers on
+either host:
+
+    python examples/train_language_model.py --workers 4 --coordinator 10.0.0.1:1234 \
+        --processes 2 --process-id 0
+
+Every leaf is voted on: the embedding serves as the output layer too, so that its gradient is not
+sparse, and norm scales are too few to matter. Losses are in nats per character. They depend on the
+version of Python, whose sources are the text.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import signax
+
+sizes = {
+    "small": {"layers": 5, "heads": 4, "width": 128, "context": 64, "vocabulary": 128},
+    "gpt2": {"layers": 12, "heads": 12, "width": 768, "context": 1024, "vocabulary": 50_304},
+}
+
+# What a vote moves, it moves by the whole step size, hence smaller ones than AdamW's; error
+# feedback takes those of gradient descent. Under all of them weights shrink by the same share per
+# step, step size times decay.
+step_sizes = {"adamw": 4e-3, "signum": 5e-4, "lion": 5e-4, "ef": 0.5}
+shrinkage = 1e-4
+
+sampled_characters = 300
+
+
+class Block(nnx.Module):
+    """Attention and a perceptron, each behind a norm and added to what comes in."""
+
+    def __init__(self, args, rngs: nnx.Rngs):
+        def linear(fan_in, fan_out, variance=1.0):
+            init = nnx.initializers.variance_scaling(variance, "fan_in", "normal")
+            options = {"use_bias": False, "dtype": args.dtype, "kernel_init": init}
+            return nnx.Linear(fan_in, fan_out, **options, rngs=rngs)
+
+        width, inner = args.width, 4 * args.width
+        residual = 1 / (2 * args.layers)  # so that their sum does not grow with depth
+        self.heads = args.heads
+        self.norm1 = nnx.LayerNorm(width, use_bias=False, dtype=args.dtype, rngs=rngs)
+        self.qkv = linear(width, 3 * width)
+        self.mix = linear(width, width, residual)
+        self.norm2 = nnx.LayerNorm(width, use_bias=False, dtype=args.dtype, rngs=rngs)
+        self.up = linear(width, inner)
+        self.down = linear(inner, width, residual)
+
+    def __call__(self, x):
+        batch, length, width = x.shape
+        heads = (batch, length, self.heads, width // self.heads)
+        q, k, v = (part.reshape(heads) for part in jnp.split(self.qkv(self.norm1(x)), 3, axis=-1))
+        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.mix(mixed.reshape(x.shape))
+        return x + self.down(nnx.relu(self.up(self.norm2(x))))
+
+
+class GPT(nnx.Module):
+    """GPT-2 without biases: f32 parameters, computed with in `args.dtype`."""
+
+    def __init__(self, args, rngs: nnx.Rngs):
+        options = {
+            "dtype": args.dtype,
+            "embedding_init": nnx.initializers.normal(args.width**-0.5),
+            "rngs": rngs,
+        }
+        self.characters = nnx.Embed(args.vocabulary, args.width, **options)
+        self.positions = nnx.Embed(args.context, args.width, **options)
+        self.blocks = nnx.List([Block(args, rngs) for _ in range(args.layers)])
+        self.norm = nnx.LayerNorm(args.width, use_bias=False, dtype=args.dtype, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.characters(tokens) + self.positions(jnp.arange(tokens.shape[-1]))
+        x = x * x.shape[-1] ** 0.5  # of size one, while logits of the same embedding begin small
+        for block in self.blocks:
+            x = block(x)
+        return self.characters.attend(self.norm(x)).astype(jnp.float32)
+
+
+def load_text():
+    """Characters for training and, from every tenth file, for validation, as u8."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+
+    def characters(files):
+        text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+        return np.frombuffer(text.encode("ascii", errors="replace"), np.uint8)  # others become "?"
+
+    training = [file for number, file in enumerate(files) if number % 10 != 9]
+    return characters(training), characters(files[9::10])
+
+
+def windows(text, starts, context):
+    """Rows of one character more than the model reads, which is the last one to be predicted."""
+    return text[starts[:, None] + np.arange(context + 1)].astype(np.int32)
+
+
+def load_batch(text, number, sharding, args):
+    """Step `number`'s batch, of which this process loads its own share only."""
+    # From the step alone, not from a stream: a run that continues needs no place in one.
+    rng = np.random.default_rng((args.seed, number))
+    starts = rng.integers(len(text) - args.context, size=args.batch_size)
+    own = np.split(starts, jax.process_count())[jax.process_index()]
+    return jax.make_array_from_process_local_data(sharding, windows(text, own, args.context))
+
+
+def make_optimizer(args):
+    """The whole update of one worker."""
+    # A vote's length never shrinks by itself: the schedule ends at zero.
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, args.step_size, max(1, args.steps // 10), args.steps
+    )
+    options: dict[str, Any] = {
+        "weight_decay": shrinkage / args.step_size,
+        "mask": lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
+    }
+    if args.method == "adamw":
+        adamw = optax.adamw(schedule, b1=0.9, b2=0.95, **options)
+        return optax.chain(signax.average_updates("data"), adamw)
+    if args.method == "signum":
+        return signax.signum(schedule, b1=0.9, axis_name="data", **options)
+    if args.method == "lion":
+        return signax.lion(schedule, b1=0.9, b2=0.98, axis_name="data", **options)
+    return signax.ef_sign_sgd(schedule, momentum=0.9, axis_name="data", **options)
+
+
+class Checkpoints:
+    """Parameters, optimiser state and curves by step, with the settings that they belong to."""
+
+    def __init__(self, args, settings):
+        folder = args.checkpoint if "://" in args.checkpoint else os.path.abspath(args.checkpoint)
+        self.manager = ocp.CheckpointManager(
+            folder, options=ocp.CheckpointManagerOptions(max_to_keep=2)
+        )
+        self.settings = settings
+
+    def restore(self, number, laid_out):
+        record = ocp.args.Composite(record=ocp.args.JsonRestore())
+        training = ocp.args.Composite(training=ocp.args.StandardRestore(laid_out))
+        saved: Any = self.manager.restore(number, args=record)
+        for name, value in self.settings.items():
+            if saved.record["settings"][name] != value:
+                sys.exit(
+                    f"error: {self.manager.directory} holds a run with {name} = "
+                    f"{saved.record['settings'][name]}, this one has {value}: they would not "
+                    "continue exactly"
+                )
+        restored: Any = self.manager.restore(number, args=training)
+        return *restored.training, saved.record["curve"]
+
+    def save(self, number, params, state, curve):
+        items = ocp.args.Composite(
+            training=ocp.args.StandardSave((params, state)),
+            record=ocp.args.JsonSave({"settings": self.settings, "curve": curve}),
+        )
+        self.manager.save(number, args=items, force=True)
+
+
+def train(args):
+    """One process of the run."""
+    first = jax.process_index() == 0
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    whole, split = PartitionSpec(), PartitionSpec("data")
+    replicated, divided = NamedSharding(mesh, whole), NamedSharding(mesh, split)
+    training_text, validation_text = load_text()
+    tx = signax.DataParallel(make_optimizer(args), mesh)
+
+    def init():
+        params = nnx.split(GPT(args, nnx.Rngs(args.seed)))[1]
+        return params, tx.init(params)
+
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: GPT(args, nnx.Rngs(args.seed))))
+    abstract_params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes
+    )
+
+    def loss_fn(params, batch):
+        logits = nnx.merge(graph, params)(batch[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+
+    def mean_loss(params, batch):
+        return lax.pmean(loss_fn(params, batch), "data")
+
+    evaluate = jax.jit(
+        jax.shard_map(mean_loss, mesh=mesh, in_specs=(whole, split), out_specs=whole)
+    )
+    starts = np.linspace(0, len(validation_text) - args.context - 1, args.validation_windows)
+    own = np.split(starts.astype(int), jax.process_count())[jax.process_index()]
+    held_out = jax.make_array_from_process_local_data(
+        divided, windows(validation_text, own, args.context)
+    )
+
+    laid_out = abstract_params, tx.abstract_state(abstract_params)
+    settings = settings_of(args, training_text)
+    checkpoints = Checkpoints(args, settings) if args.checkpoint else None
+    number = checkpoints.manager.latest_step() if checkpoints else None
+    if checkpoints and number is not None:
+        params, state, curve = checkpoints.restore(number, laid_out)
+    else:
+        number, curve = 0, {"step": [], "seconds": [], "loss": [], "validation_loss": []}
+        # Compiled, so that it comes into being on all devices of all processes.
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, laid_out)
+        params, state = jax.jit(init, out_shardings=shardings)()
+    batch = load_batch(training_text, 1, divided, args)
+    step = tx.train_step(loss_fn).lower(params, state, batch).compile()
+
+    stop = args.stop_at or args.steps
+    losses, seconds = [], []
+    progress = tqdm(
+        range(number + 1, stop + 1),
+        desc=args.method,
+        initial=number,
+        total=args.steps,
+        unit="step",
+        disable=not first,
+    )
+    for number in progress:
+        start = time.perf_counter()
+        batch = load_batch(training_text, number, divided, args)
+        params, state, loss = step(params, state, batch)
+        losses.append(float(loss))  # waits for the step
+        seconds.append(time.perf_counter() - start)
+        if number % args.evaluate_every == 0 or number == stop:
+            before = curve["seconds"][-1] if curve["seconds"] else 0.0
+            curve["step"].append(number)
+            curve["seconds"].append(before + sum(seconds[-len(losses) :]))
+            curve["loss"].append(float(np.mean(losses)))
+            curve["validation_loss"].append(float(evaluate(params, held_out)))
+            losses = []
+            progress.set_postfix(
+                loss=curve["loss"][-1], validation=curve["validation_loss"][-1], refresh=False
+            )
+            if checkpoints:
+                checkpoints.save(number, params, state, curve)
+    progress.close()
+    if checkpoints:
+        checkpoints.manager.close()  # waits for what is still being written
+    if not first:
+        return
+
+    report = {
+        **settings,
+        "processes": jax.process_count(),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
+        "bytes_per_step": signax.diagnostics.collective_bytes(step),
+        "step_seconds": float(np.median(seconds)) if seconds else None,
+        "validation_loss": curve["validation_loss"][-1],
+        "curve": curve,
+    }
+    print(sample(graph, jax.device_get(params), validation_text, args))
+    print_report(report)
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    if args.figure:
+        save_figure(report, args.figure)
+
+
+def settings_of(args, text):
+    """All that a run's numbers depend on."""
+    names = ("method", "step_size", "steps", "batch_size", "seed", "layers", "heads", "width")
+    settings = {name: getattr(args, name) for name in (*names, "context", "vocabulary", "dtype")}
+    digest = hashlib.sha256(text).hexdigest()[:16]  # another Python's text is another task
+    return {**settings, "workers": jax.device_count(), "text": digest}
+
+
+def sample(graph, params, text, args):
+    """What the model writes after the first characters of the validation text."""
+    prompt = jnp.asarray(text[: args.context], jnp.int32)
+
+    @jax.jit
+    def write(params, window, key):
+        model = nnx.merge(graph, params)
+
+        def one_more(window, key):
+            following = jax.random.categorical(key, model(window[None])[0, -1])
+            return jnp.append(window[1:], following), following
+
+        return lax.scan(one_more, window, jax.random.split(key, sampled_characters))[1]
+
+    written = write(params, prompt, jax.random.key(args.seed))
+    return "".join(map(chr, [*np.asarray(prompt), *np.asarray(written)]))
+
+
+def print_report(report):
+    print(
+        f"\n{report['method']}, {report['parameters']:,} parameters, {report['workers']} workers: "
+        f"validation loss {report['validation_loss']:.4f} after {report['curve']['step'][-1]} "
+        f"steps\n{report['bytes_per_step']:,} bytes sent by each worker per step"
+    )
+
+
+def save_figure(report, filename):
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    curve = report["curve"]
+    axes.plot(curve["step"], curve["loss"], "--", label="training")
+    axes.plot(curve["step"], curve["validation_loss"], label="validation")
+    sent = f"{report['bytes_per_step'] / 1000:,.0f} kB per step"
+    axes.set(xlabel="step", ylabel="nats per character", title=f"{report['method']}: {sent}")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(filename, dpi=150)
+
+
+def join(args):
+    """Makes this process one of the run's."""
+    if not args.accelerators:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.workers // (args.processes or 1))
+    if args.coordinator:
+        if not args.accelerators:
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(args.coordinator, args.processes, args.process_id)
+    elif args.accelerators:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            if "coordinator_address" not in str(error):
+                raise
+            # No cluster that JAX knows: this process is all there is.
+
+
+def parse_arguments(parser):
+    add = parser.add_argument
+    add("--method", choices=step_sizes, default="lion", help="(default lion)")
+    add("--step-size", type=float, help=f"at the peak (defaults: {step_sizes})")
+    add("--steps", type=int, default=500, help="of the whole run (default 500)")
+    add("--stop-at", type=int, metavar="STEP", help="end after this step, to be continued")
+    add("--batch-size", type=int, default=32, help="rows per step, all workers' (default 32)")
+    add("--seed", type=int, default=0, help="of weights, batches and samples (default 0)")
+    add("--size", choices=sizes, default="small", help="defaults of the next five")
+    for name, value in sizes["small"].items():
+        add(f"--{name}", type=int, help=f"(default {value:,}; gpt2 {sizes['gpt2'][name]:,})")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in")
+    add("--workers", type=int, default=8, help="simulated, in all processes together (default 8)")
+    add("--accelerators", action="store_true", help="a worker on each device of JAX instead")
+    add("--coordinator", metavar="HOST:PORT", help="a free port of process 0's host")
+    add("--processes", type=int, metavar="N", help="how many processes there are")
+    add("--process-id", type=int, metavar="I", help="which of them this one is, from 0")
+    add("--evaluate-every", type=int, default=50, metavar="STEPS", help="and save (default 50)")
+    add("--validation-windows", type=int, default=512, metavar="N", help="(default 512)")
+    add("--checkpoint", metavar="DIR", help="save to DIR, and continue from what it holds")
+    add("--json", metavar="FILE", help="write losses, curves and bytes to FILE")
+    add("--figure", metavar="FILE", help="draw the curves to FILE")
+    args = parser.parse_args()
+
+    for name, value in sizes[args.size].items():
+        setattr(args, name, getattr(args, name) or value)
+    args.step_size = args.step_size or step_sizes[args.method]
+    return args
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    args = parse_arguments(parser)
+    join(args)
+    train(args)
+
+
+if __name__ == "__main__":
+    main()
