@@ -318,7 +318,9 @@ def sample(graph, params, text, args):
         return lax.scan(one_more, window, jax.random.split(key, sampled_characters))[1]
 
     written = write(params, prompt, jax.random.key(args.seed))
-    return "".join(map(chr, [*np.asarray(prompt), *np.asarray(written)]))
+    characters = map(chr, [*np.asarray(prompt), *np.asarray(written)])
+    # An untrained model writes control characters, which are not for terminals.
+    return "".join(one if one.isprintable() or one == "\n" else "?" for one in characters)
 
 
 def print_report(report):
@@ -386,8 +388,30 @@ def parse_arguments(parser):
     args = parser.parse_args()
 
     for name, value in sizes[args.size].items():
-        setattr(args, name, getattr(args, name) or value)
-    args.step_size = args.step_size or step_sizes[args.method]
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    args.step_size = step_sizes[args.method] if args.step_size is None else args.step_size
+    at_least_1 = (*sizes["small"], "steps", "stop_at", "batch_size", "workers", "processes")
+    for name in (*at_least_1, "evaluate_every", "validation_windows"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed} must not be negative")
+    if not args.step_size > 0:
+        parser.error(f"--step-size {args.step_size} must be above 0")
+    if args.width % args.heads:
+        parser.error(f"--width {args.width} is no multiple of --heads {args.heads}")
+    if args.vocabulary < 128:
+        parser.error(f"--vocabulary {args.vocabulary} must be at least the 128 of ASCII")
+    if args.stop_at is not None and args.stop_at > args.steps:
+        parser.error(f"--stop-at {args.stop_at} is after the last of --steps {args.steps}")
+    by_hand = args.coordinator, args.processes, args.process_id
+    if any(option is not None for option in by_hand) and None in by_hand:
+        parser.error("--coordinator, --processes and --process-id belong together")
+    if args.processes is not None and not 0 <= args.process_id < args.processes:
+        parser.error(f"--process-id {args.process_id} is none of --processes {args.processes}")
+    if args.workers % (args.processes or 1):
+        parser.error(f"--workers {args.workers} is no multiple of --processes {args.processes}")
     return args
 
 
@@ -397,6 +421,10 @@ def main():
     )
     args = parse_arguments(parser)
     join(args)
+    for name in ("batch_size", "validation_windows"):
+        if (value := getattr(args, name)) % jax.device_count():
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} {value} is no multiple of {jax.device_count()} workers")
     train(args)
 
 

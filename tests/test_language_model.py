@@ -1,0 +1,255 @@
+"""The language model, example and benchmark, on something small, and the results committed."""
+
+import importlib
+import json
+import os
+import runpy
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from signax import diagnostics
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "train_language_model.py"
+BENCHMARKS = ROOT / "benchmarks"
+METHODS = ("adamw", "signum", "lion", "ef")
+
+small = ("--layers", 1, "--heads", 2, "--width", 16, "--context", 16, "--validation-windows", 16)
+short = ("--steps", 6, "--evaluate-every", 3, "--batch-size", 8, "--workers", 4, "--seed", 3)
+
+
+def run(program, *options):
+    # The test session's own choice of devices must not reach the program.
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "XLA"))}
+    command = [sys.executable, str(program), *map(str, options)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+def train(folder, *options):
+    finished = run(EXAMPLE, *small, *short, "--json", folder / "out.json", *options)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads((folder / "out.json").read_text()), finished
+
+
+def parse(monkeypatch, program, *options):
+    """Runs a program in this process, up to where it ends by itself."""
+    monkeypatch.setattr(sys, "argv", [program.name, *options])
+    monkeypatch.syspath_prepend(str(program.parent))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(program), run_name="__main__")
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("program", [EXAMPLE, BENCHMARKS / "language_model.py"])
+def test_help_tells_the_commands(monkeypatch, capsys, program):
+    assert parse(monkeypatch, program, "--help") == 0
+    assert f"python {program.parent.name}/{program.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--layers 0", "--layers 0 must be at least 1"),
+        ("--seed -1", "--seed -1 must not be negative"),
+        ("--step-size 0", "--step-size 0.0 must be above 0"),
+        ("--width 100 --heads 3", "--width 100 is no multiple of --heads 3"),
+        ("--vocabulary 100", "--vocabulary 100 must be at least the 128 of ASCII"),
+        ("--steps 9 --stop-at 10", "--stop-at 10 is after the last of --steps 9"),
+        ("--processes 2", "belong together"),
+        ("--coordinator a:1 --processes 2 --process-id 2", "--process-id 2 is none of"),
+        (
+            "--coordinator a:1 --processes 3 --process-id 0",
+            "--workers 8 is no multiple of --processes 3",
+        ),
+        ("--method sgd", "invalid choice: 'sgd'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(monkeypatch, capsys, options, message):
+    assert parse(monkeypatch, EXAMPLE, *options.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_batch_that_workers_cannot_share_is_refused():
+    finished = run(EXAMPLE, "--workers", 3)
+    assert finished.returncode == 2
+    assert "--batch-size 32 is no multiple of 3 workers" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=() if name == "lion" else pytest.mark.slow) for name in METHODS],
+)
+def test_a_short_run_reports_what_it_did(tmp_path, method):
+    report, finished = train(tmp_path, "--method", method, "--figure", tmp_path / "out.png")
+    assert (report["method"], report["workers"], report["seed"]) == (method, 4, 3)
+    # Embeddings of 128 characters and 16 positions, 12 matrices of the width, three norms.
+    assert report["parameters"] == (128 + 16) * 16 + 12 * 16 * 16 + 3 * 16
+    curve = report["curve"]
+    assert curve["step"] == [3, 6]
+    assert 0 < curve["seconds"][0] < curve["seconds"][1]
+    assert all(0 < loss < 10 for loss in curve["loss"])
+    assert report["validation_loss"] == curve["validation_loss"][-1] < 10
+    mean = 2 * 3 * report["parameters"]  # of f32 in a ring of four
+    assert (
+        mean <= report["bytes_per_step"] <= mean + 64
+        if method == "adamw"
+        else (0 < report["bytes_per_step"] < mean / 2)
+    )
+    assert f"{report['bytes_per_step']:,} bytes" in finished.stdout
+    assert "6/6" in finished.stderr  # the progress bar
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def load_arrays(folder):
+    """Every array of a checkpoint by its name, as NumPy's, for there are other devices here."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        tree = checkpointer.restore(folder, ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    expected, _ = train(tmp_path, "--checkpoint", whole)
+    train(tmp_path, "--checkpoint", stopped, "--stop-at", 3)
+    continued, _ = train(tmp_path, "--checkpoint", stopped)
+    assert continued["curve"]["step"] == [3, 6]
+    assert continued["validation_loss"] == expected["validation_loss"]
+    leaves = [load_arrays(folder / "6" / "training") for folder in (whole, stopped)]
+    assert leaves[0].keys() == leaves[1].keys()
+    assert len(leaves[0]) > 9
+    for name, leaf in leaves[0].items():
+        np.testing.assert_array_equal(leaf, leaves[1][name], strict=True)
+
+    other = run(EXAMPLE, *small, *short, "--checkpoint", stopped, "--step-size", 0.5)
+    assert other.returncode == 1
+    assert "holds a run with step_size = " in other.stderr
+
+
+# The benchmark.
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("language_model")
+
+
+def finished(method, step_size, seed, loss, curve=None):
+    costs = {"bytes_per_step": 3200 if method == "adamw" else 100, "step_seconds": 0.5}
+    run = {"method": method, "step_size": step_size, "seed": seed, "validation_loss": loss}
+    return {**run, **costs, "curve": curve}
+
+
+def test_the_search_ends_where_the_best_has_a_worse_neighbour_on_either_side(benchmark):
+    for lowest in (-3, 0, 4):
+        exponent, losses = 0, {}
+        while exponent is not None:
+            losses[exponent] = abs(exponent - lowest) if exponent < 3 else float("inf")
+            exponent = benchmark.next_exponent(losses)
+        best = min(losses, key=losses.__getitem__)
+        assert best == min(lowest, 2)
+        assert losses[best - 1] > losses[best] < losses[best + 1]
+
+
+def test_a_step_size_is_chosen_by_the_first_seed_and_judged_by_all(benchmark):
+    runs = [
+        *(finished("adamw", 2.0, seed, loss) for seed, loss in enumerate((2.0, 2.2, 2.4))),
+        finished("lion", 1.0, 0, 2.3),
+        finished("lion", 2.0, 0, 2.1),
+        finished("lion", 4.0, 0, float("nan")),
+        finished("lion", 2.0, 1, 2.5),
+    ]
+    found = benchmark.tuned(runs)
+    assert found["adamw"]["validation_losses"] == [2.0, 2.2, 2.4]
+    lion = found["lion"]
+    assert (lion["step_size"], lion["validation_losses"]) == (2.0, [2.1, 2.5])
+    assert lion["over_adamw"] == pytest.approx(2.3 / 2.2 - 1)
+    assert lion["times_fewer_bytes"] == 32
+
+
+def test_time_counts_up_to_the_loss_that_adamw_ends_with(benchmark):
+    slow = {"seconds": [10.0, 20.0, 30.0], "validation_loss": [3.0, 2.5, 2.0]}
+    fast = {"seconds": [2.0, 4.0, 6.0], "validation_loss": [2.9, 2.0, 1.9]}
+    never = {"seconds": [2.0, 4.0], "validation_loss": [2.9, 2.1]}
+    runs = [
+        finished("adamw", 1.0, 0, 2.0, slow),
+        finished("lion", 1.0, 0, 1.9, fast),
+        finished("ef", 1.0, 0, 2.1, never),
+        finished("lion", 1.0, 1, 1.9, fast),  # whose AdamW has not run yet
+    ]
+    rows = benchmark.times(runs)
+    assert [row["seconds"] for row in rows] == [30.0, 4.0, None]
+    assert [row["times_faster"] for row in rows] == [1.0, 7.5, None]
+
+
+@pytest.mark.slow
+def test_tune_goes_on_where_it_was(tmp_path):
+    options = ("tune", "--methods", "adamw", "--steps", 3, "--seeds", 0, 1, *small)
+    options += ("--evaluate-every", 3, "--workers", 2, "--json", tmp_path / "out.json")
+    program = BENCHMARKS / "language_model.py"
+    first = run(program, *options, "--batch-size", 4)
+    assert first.returncode == 0, first.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    found = report["results"]["tuned"]["adamw"]
+    assert len(found["validation_losses"]) == 2
+    # Without its last run, only that is done again, and comes out alike.
+    kept = json.loads((tmp_path / "out.json").read_text())
+    kept["results"]["runs"].pop()
+    (tmp_path / "out.json").write_text(json.dumps(kept))
+    second = run(program, *options, "--batch-size", 4)
+    assert second.stdout.count("seed") - second.stdout.count("over seeds") == 1
+    assert json.loads((tmp_path / "out.json").read_text())["results"]["tuned"]["adamw"] == found
+
+    other = run(program, *options, "--batch-size", 8)
+    assert other.returncode == 1
+    assert "holds results of other settings" in other.stderr
+
+
+# What is committed.
+
+
+@pytest.fixture(scope="module")
+def results():
+    return json.loads((BENCHMARKS / "results" / "language_model.json").read_text())
+
+
+def test_every_method_was_tuned_alike_and_ran_three_times(benchmark, results):
+    runs = results["results"]["runs"]
+    assert results["results"]["tuned"] == benchmark.tuned(runs)
+    assert {run["method"] for run in runs} == set(METHODS)
+    # One text, one model, one number of steps for all.
+    assert len({json.dumps(run["settings"], sort_keys=True) for run in runs}) == 1
+    assert {run["steps"] for run in runs} == {results["settings"]["steps"]}
+    assert {run["parameters"] for run in runs} == {1_009_024}
+    for method, found in results["results"]["tuned"].items():
+        own = [run for run in runs if run["method"] == method]
+        losses = {run["step_size"]: run["validation_loss"] for run in own if run["seed"] == 0}
+        best = found["step_size"]
+        for neighbour in (best / 2, best * 2):
+            assert not losses[neighbour] < losses[best]  # it may be no number at all
+        assert {run["seed"] for run in own if run["step_size"] == best} == {0, 1, 2}
+
+
+def test_a_vote_is_within_two_percent_of_adamw_with_31_times_fewer_bytes(results):
+    runs = results["results"]["runs"]
+    model = jax.ShapeDtypeStruct((runs[0]["parameters"],), jnp.float32)
+    ring = diagnostics.wire_bytes(model, 8, scheme="mean")
+    mean = {run["bytes_per_step"] for run in runs if run["method"] == "adamw"}
+    assert all(0 <= sent - ring <= 64 for sent in mean)  # and the mean of the losses
+    losses = {}
+    for method in ("adamw", "signum", "lion"):
+        best = results["results"]["tuned"][method]["step_size"]
+        own = [run for run in runs if (run["method"], run["step_size"]) == (method, best)]
+        losses[method] = statistics.mean(run["validation_loss"] for run in own)
+        assert method == "adamw" or all(31 * run["bytes_per_step"] <= min(mean) for run in own)
+    assert min(losses["signum"], losses["lion"]) <= 1.02 * losses["adamw"]
