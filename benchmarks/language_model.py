@@ -71,9 +71,9 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("command", choices=("tune", "network"))
     add("--methods", nargs="+", choices=[*first_exponents], default=[*first_exponents])
-    add("--steps", type=int, default=400, help="of each run (default 400)")
+    add("--steps", type=int, default=300, help="of each run (default 300)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first tunes (default 0 1 2)")
-    add("--evaluate-every", type=int, default=50, metavar="STEPS", help="(default 50)")
+    add("--evaluate-every", type=int, default=100, metavar="STEPS", help="(default 100)")
     add("--workers", type=int, help="(default 8 to tune, 4 processes over the network)")
     add("--rate", default="50mbit", help="network: of each link (default 50mbit)")
     add("--voted-steps", type=int, metavar="STEPS", help="network: of votes (default: --steps)")

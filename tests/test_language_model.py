@@ -98,11 +98,8 @@ def test_a_short_run_reports_what_it_did(tmp_path, method):
     assert all(0 < loss < 10 for loss in curve["loss"])
     assert report["validation_loss"] == curve["validation_loss"][-1] < 10
     mean = 2 * 3 * report["parameters"]  # of f32 in a ring of four
-    assert (
-        mean <= report["bytes_per_step"] <= mean + 64
-        if method == "adamw"
-        else (0 < report["bytes_per_step"] < mean / 2)
-    )
+    least, most = (mean, mean + 64) if method == "adamw" else (1, mean / 2)
+    assert least <= report["bytes_per_step"] <= most
     assert f"{report['bytes_per_step']:,} bytes" in finished.stdout
     assert "6/6" in finished.stderr  # the progress bar
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
@@ -144,7 +141,7 @@ def benchmark(monkeypatch):
     return importlib.import_module("language_model")
 
 
-def finished(method, step_size, seed, loss, curve=None):
+def finished_run(method, step_size, seed, loss, curve=None):
     costs = {"bytes_per_step": 3200 if method == "adamw" else 100, "step_seconds": 0.5}
     run = {"method": method, "step_size": step_size, "seed": seed, "validation_loss": loss}
     return {**run, **costs, "curve": curve}
@@ -163,11 +160,11 @@ def test_the_search_ends_where_the_best_has_a_worse_neighbour_on_either_side(ben
 
 def test_a_step_size_is_chosen_by_the_first_seed_and_judged_by_all(benchmark):
     runs = [
-        *(finished("adamw", 2.0, seed, loss) for seed, loss in enumerate((2.0, 2.2, 2.4))),
-        finished("lion", 1.0, 0, 2.3),
-        finished("lion", 2.0, 0, 2.1),
-        finished("lion", 4.0, 0, float("nan")),
-        finished("lion", 2.0, 1, 2.5),
+        *(finished_run("adamw", 2.0, seed, loss) for seed, loss in enumerate((2.0, 2.2, 2.4))),
+        finished_run("lion", 1.0, 0, 2.3),
+        finished_run("lion", 2.0, 0, 2.1),
+        finished_run("lion", 4.0, 0, float("nan")),
+        finished_run("lion", 2.0, 1, 2.5),
     ]
     found = benchmark.tuned(runs)
     assert found["adamw"]["validation_losses"] == [2.0, 2.2, 2.4]
@@ -182,10 +179,10 @@ def test_time_counts_up_to_the_loss_that_adamw_ends_with(benchmark):
     fast = {"seconds": [2.0, 4.0, 6.0], "validation_loss": [2.9, 2.0, 1.9]}
     never = {"seconds": [2.0, 4.0], "validation_loss": [2.9, 2.1]}
     runs = [
-        finished("adamw", 1.0, 0, 2.0, slow),
-        finished("lion", 1.0, 0, 1.9, fast),
-        finished("ef", 1.0, 0, 2.1, never),
-        finished("lion", 1.0, 1, 1.9, fast),  # whose AdamW has not run yet
+        finished_run("adamw", 1.0, 0, 2.0, slow),
+        finished_run("lion", 1.0, 0, 1.9, fast),
+        finished_run("ef", 1.0, 0, 2.1, never),
+        finished_run("lion", 1.0, 1, 1.9, fast),  # whose AdamW has not run yet
     ]
     rows = benchmark.times(runs)
     assert [row["seconds"] for row in rows] == [30.0, 4.0, None]
@@ -213,6 +210,29 @@ def test_tune_goes_on_where_it_was(tmp_path):
     other = run(program, *options, "--batch-size", 8)
     assert other.returncode == 1
     assert "holds results of other settings" in other.stderr
+
+
+@pytest.mark.slow
+def test_processes_on_links_train_and_their_times_are_compared(tmp_path):
+    tuned = {"adamw": {"step_size": 4e-3}, "signum": {"step_size": 1e-3}}
+    (tmp_path / "tuned.json").write_text(json.dumps({"results": {"tuned": tuned}}))
+    finished = run(
+        BENCHMARKS / "language_model.py",
+        *("network", "--methods", "adamw", "signum", "--steps", 4, "--voted-steps", 6),
+        *("--evaluate-every", 2, "--seeds", 0, "--workers", 2, "--batch-size", 4, *small),
+        *("--tuned", tmp_path / "tuned.json", "--json", tmp_path / "out.json"),
+    )
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    averaged, voted = report["results"]["runs"]
+    assert (averaged["steps"], voted["steps"]) == (4, 6)
+    for one in (averaged, voted):
+        assert one["settings"]["processes"] == one["settings"]["workers"] == 2
+        assert one["link"] in ("namespaces", "loopback")
+        assert one["step_size"] == tuned[one["method"]]["step_size"]
+    first = report["results"]["times"][0]
+    assert first["times_faster"] == 1
+    assert 0 < first["seconds"] <= averaged["curve"]["seconds"][-1]
 
 
 # What is committed.
