@@ -111,6 +111,7 @@ for axes, (name, shape) in zip(panels, shapes.items(), strict=True):
     assert (np.square(means + 4 * errors) < bounds).all()
 panels[0].set(ylabel=r"$(\frac{1}{K}\sum_k \Vert g_k \Vert_1)^2$")
 panels[0].legend()
+plt.show()
 
 # %% [markdown]
 # The bound holds for every $K$ by four standard errors of the 32 repeats. On the parabola it is not
@@ -186,6 +187,7 @@ for axes, (toy, (deviation, starts)) in zip(panels, toys.items(), strict=True):
     axes.set(title=toy, xlabel="step")
     axes.legend()
 panels[0].set(ylabel="f (mean and range of 10 repeats)")
+plt.show()
 
 # %%
 ratios = {toy: averages[toy, "SGD"].mean() / averages[toy, "signSGD"].mean() for toy in toys}
@@ -295,6 +297,7 @@ for axes, part, *curves in zip(panels, parts, gradient.T, noise.T, strict=True):
     axes.set(title=part, xlabel="step", ylim=(0, 0.7))
 panels[0].set(ylabel="density (mean and range of 3 seeds)")
 panels[0].legend()
+plt.show()
 
 for part, ratios_of_part in zip(parts, ratio.T, strict=True):
     print(f"{part}: noise {ratios_of_part.min():.2f} to {ratios_of_part.max():.2f} of the gradient")
@@ -364,6 +367,7 @@ left.set(xlabel="peak step size", ylabel="validation loss (mean and range)", yli
 right.set(xlabel="step", ylabel="test accuracy (%, mean and range)", ylim=(85, 100))
 left.legend()
 right.legend()
+plt.show()
 
 # %%
 for method, shares in accuracy.items():
