@@ -312,7 +312,7 @@ measured["rate of M workers"] = (
 # third of it. Hence the runs, which are below their bound by four standard errors of 8 repeats, use
 # little of it: a fiftieth with one worker, where the noise term is nearly all of it, and a quarter
 # with 64. They themselves gain only a factor of 2 from 64 workers, since most of what they are left
-# with is the step size's.
+# with is that of the descent itself, which is there without noise too.
 
 # %% [markdown]
 # ## 4. Bits on the wire
