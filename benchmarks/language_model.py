@@ -38,7 +38,7 @@ program = here.parent / "examples" / "train_language_model.py"
 BASELINE = "adamw"
 
 # Where the search begins: step size 0.001 * 2**exponent.
-first_exponents = {BASELINE: 2, "lion": 0, "signum": 0, "ef": 5}
+first_exponents = {BASELINE: 2, "lion": -1, "signum": 0, "ef": 3}
 
 # What of the example's report differs between runs; the rest is settings.
 varying = ("method", "step_size", "steps", "seed", "parameters", "bytes_per_step", "step_seconds")

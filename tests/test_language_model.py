@@ -1,11 +1,13 @@
-"""The language model, example and benchmark, on something small."""
+"""The language model, its example and its benchmark, on something small."""
 
 import importlib
 import json
+import math
 import os
 import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -185,27 +187,51 @@ def test_time_counts_up_to_the_loss_that_adamw_ends_with(benchmark):
     assert [row["times_faster"] for row in rows] == [1.0, 7.5, None]
 
 
-@pytest.mark.slow
-def test_tune_goes_on_where_it_was(tmp_path):
-    options = ("tune", "--methods", "adamw", "--steps", 3, "--seeds", 0, 1, *small)
-    options += ("--evaluate-every", 3, "--workers", 2, "--json", tmp_path / "out.json")
-    program = BENCHMARKS / "language_model.py"
-    first = run(program, *options, "--batch-size", 4)
-    assert first.returncode == 0, first.stderr
-    report = json.loads((tmp_path / "out.json").read_text())
-    found = report["results"]["tuned"]["adamw"]
-    assert len(found["validation_losses"]) == 2
-    # Without its last run, only that is done again, and comes out alike.
-    kept = json.loads((tmp_path / "out.json").read_text())
-    kept["results"]["runs"].pop()
-    (tmp_path / "out.json").write_text(json.dumps(kept))
-    second = run(program, *options, "--batch-size", 4)
-    assert second.stdout.count("seed") - second.stdout.count("over seeds") == 1
-    assert json.loads((tmp_path / "out.json").read_text())["results"]["tuned"]["adamw"] == found
+@pytest.fixture
+def tune(benchmark, monkeypatch, tmp_path):
+    """Runs `tune` with an example that does not train; gives the command lines it was called by."""
 
-    other = run(program, *options, "--batch-size", 8)
-    assert other.returncode == 1
-    assert "holds results of other settings" in other.stderr
+    def tune(*options):
+        called = []
+
+        def report(command, **pipes):
+            del pipes
+            words = (word.removeprefix("--").split("=") for word in command if "=" in word)
+            given = dict(words)
+            called.append(given)
+            step_size = float(given["step-size"])
+            loss = 2 + abs(math.log2(step_size / 2e-3))
+            run = finished_run(given["method"], step_size, int(given["seed"]), loss)
+            run |= {"steps": int(given["steps"]), "parameters": 1, "workers": given["workers"]}
+            Path(given["json"]).write_text(json.dumps(run))
+            return subprocess.CompletedProcess(command, 0)
+
+        stub = types.SimpleNamespace(run=report, DEVNULL=None)
+        monkeypatch.setattr(benchmark, "subprocess", stub)
+        arguments = ["tune", "--methods", "adamw", "lion", "--json", str(tmp_path / "out.json")]
+        monkeypatch.setattr(sys, "argv", ["language_model.py", *arguments, *map(str, options)])
+        benchmark.main()
+        return [(run["method"], float(run["step-size"]), int(run["seed"])) for run in called]
+
+    return tune
+
+
+def test_tune_searches_one_grid_runs_all_seeds_and_goes_on_where_it_was(tune, tmp_path, capsys):
+    called = tune("--seeds", 5, 6)
+    results = tmp_path / "out.json"
+    report = json.loads(results.read_text())
+    for method in ("adamw", "lion"):
+        own = {(size, seed) for name, size, seed in called if name == method}
+        assert own >= {(1e-3, 5), (2e-3, 5), (4e-3, 5), (2e-3, 6)}
+        assert {seed for size, seed in own if size != 2e-3} == {5}
+        assert report["results"]["tuned"][method]["step_size"] == 2e-3
+    assert "32.0" in capsys.readouterr().out
+
+    report["results"]["runs"].pop()
+    results.write_text(json.dumps(report))
+    assert tune("--seeds", 5, 6) == called[-1:]
+    with pytest.raises(SystemExit, match="holds results of other settings"):
+        tune("--steps", 9)
 
 
 @pytest.mark.slow
