@@ -1,17 +1,13 @@
 """What methods learn of scikit-learn's digits when each is tuned alike."""
 
 import functools
-from typing import get_args
 
-import jax
 import numpy as np
 import optax
 import pytest
 from digits import learn, warmup_cosine
 
 import signax
-from signax import adversaries
-from signax.adversaries import adversary
 
 pytestmark = pytest.mark.slow
 
@@ -57,24 +53,3 @@ def test_local_steps_lose_nothing_while_sending_an_eighth():
         for seed in SEEDS
     ]
     assert np.mean(local_losses) <= 1.05 * np.mean(losses), (local_losses, losses)
-
-
-VOTED = signax.signum(warmup_cosine(1e-3, 400), axis_name="data")
-
-
-@pytest.mark.parametrize("attack", get_args(adversaries.Attack))
-def test_a_vote_learns_with_three_adversaries_of_eight(attack):
-    """Bernstein et al. 2019: any minority, while a mean of gradients is spoilt by large ones."""
-    attackers = adversary("data", [1, 4, 6], attack, jax.random.key(0))
-    _, attacked = learn(optax.chain(attackers, VOTED), 8, 400, 128, 0)
-    assert attacked >= accuracy_of_honest_workers() - 0.03
-    if attack in ("nan", "inf", "scale"):
-        mean = optax.stateless(lambda updates, _: jax.lax.pmean(updates, "data"))
-        sgd = optax.chain(mean, optax.sgd(warmup_cosine(0.1, 400), 0.9))
-        _, spoilt = learn(optax.chain(attackers, sgd), 8, 400, 128, 0)
-        assert spoilt <= 0.5
-
-
-@functools.cache
-def accuracy_of_honest_workers():
-    return learn(VOTED, 8, 400, 128, 0)[1]
