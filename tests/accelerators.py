@@ -1,17 +1,22 @@
-"""TPU pods and GPUs that are not here: programs are compiled for them, and never run.
+r"""TPU pods and GPUs that are not here: programs are compiled for them, and never run.
 
 A topology describes devices to XLA's compiler for them, which libtpu and JAX's CUDA plugin bring
 along. What a step sends, how much memory it takes and what it reads stands in the program.
 
-    JAX_PLATFORMS=cpu .venv-accelerators/bin/python tests/accelerators.py
+    JAX_PLATFORMS=cpu .venv-accelerators/bin/python tests/accelerators.py \
+        --json benchmarks/results/accelerators.json
 
 prints it for every target, and how long compiling took.
 """
 
+import argparse
 import functools
+import importlib.metadata
 import itertools
+import json
 import math
 import os
+import pathlib
 import re
 import time
 from typing import Any, NamedTuple
@@ -223,14 +228,35 @@ def _compile(function: jax.stages.Wrapped, *args: Any) -> Program:
 
 def main() -> None:
     """Prints a line for each target and tree."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the same to FILE")
+    args = parser.parse_args()
+    results = []
     print("target    tree   sent (d/8 bytes)  temporary (4d)  traffic (d bytes)  compiled in")
     for target, tree in itertools.product(TARGETS, TREES):
         program, d = vote_program(target, tree), num_parameters(tree)
         sent = sum(record.bytes_sent * record.count for record in program.collectives)
         print(
             f"{target:9} {tree:5} {8 * sent / d:17.3f} {program.temporary_bytes / 4 / d:15.2%} "
-            f"{program.bytes_accessed / d:18.1f} {program.seconds:9.1f} s"
+            f"{program.bytes_accessed / d:18.1f} {program.seconds:9.1f} s",
+            flush=True,
         )
+        shared = {"target": target, "devices": math.prod(TARGETS[target].axes.values())}
+        operations = [
+            {
+                "operation": one.operation,
+                "dtype": one.dtype,
+                "bytes_sent": one.bytes_sent * one.count,
+            }
+            for one in program.collectives
+        ]
+        results.append({**shared, "tree": tree, "parameters": d, "collectives": operations})
+    if args.json:
+        packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+        report = {"versions": packages, "results": results}
+        pathlib.Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
