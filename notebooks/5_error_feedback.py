@@ -29,7 +29,9 @@
 # signax keeps it out, so that here $e$ is in units of the gradient.
 
 # %%
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -524,6 +526,12 @@ def tune(method, rates, *args):
     return np.asarray(accuracy, np.float64), best
 
 
+def two_at_a_time(function, items):
+    """`map`, in which one item compiles while another runs."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(function, items))
+
+
 def show(name, accuracy, best):
     error = accuracy.std(ddof=1) / np.sqrt(len(accuracy))
     print(f"{name:30} {accuracy.mean():.2f} +- {error:.2f} %   peak rate {best:.4f}")
@@ -540,12 +548,19 @@ METHODS = {
     "error feedback": signax.ef_sign_sgd,
 }
 EPOCHS, RATES, BATCHES = 12, 10.0 ** np.arange(0, -4, -0.5), (128, 32, 8)
-table = {}
-for batch_size in BATCHES:
-    for name, method in METHODS.items():
-        accuracy, best = tune(method, RATES, batch_size, EPOCHS * len(images) // batch_size)
-        table[name, batch_size] = accuracy
-        show(f"batch {batch_size:3}, {name}", accuracy, best)
+
+
+def tune_cell(cell):
+    batch_size, name = cell
+    return tune(METHODS[name], RATES, batch_size, EPOCHS * len(images) // batch_size)
+
+
+table, cells = {}, list(product(BATCHES, METHODS))
+for (batch_size, name), (accuracy, best) in zip(
+    cells, two_at_a_time(tune_cell, cells), strict=True
+):
+    table[name, batch_size] = accuracy
+    show(f"batch {batch_size:3}, {name}", accuracy, best)
 
 # %%
 figure, axis = plt.subplots(figsize=(6.5, 3.8))
@@ -620,9 +635,9 @@ sparse_methods = {
     "top-k, error feedback": after_compression(signax.error_feedback(top_k)),
     "random-k, error feedback": after_compression(signax.error_feedback(random_k)),
 }
+results = two_at_a_time(lambda method: best_of_five(method, 32, 200), sparse_methods.values())
 sparse = {}
-for name, method in sparse_methods.items():
-    accuracy, best = best_of_five(method, 32, 200)
+for name, (accuracy, best) in zip(sparse_methods, results, strict=True):
     sparse[name] = accuracy.mean()
     show(name, accuracy, best)
 
@@ -664,9 +679,9 @@ for feedback in ("both", "worker", "none"):
 for feedback in ("both", "none"):
     method = both_ways[f"feedback {feedback}"]
     both_ways[f"feedback {feedback}, momentum"] = partial(method, **nesterov)
+results = two_at_a_time(lambda method: best_of_five(method, 8, 200, WORKERS), both_ways.values())
 two_way = {}
-for name, method in both_ways.items():
-    accuracy, best = best_of_five(method, 8, 200, WORKERS)
+for name, (accuracy, best) in zip(both_ways, results, strict=True):
     two_way[name] = accuracy.mean()
     show(name, accuracy, best)
 
