@@ -215,7 +215,7 @@ def opposes(state: Any, *, threshold: float = THRESHOLD) -> jax.Array:
 
     On scikit-learn's digits, 8 workers with 16 images each, no worker came above 0.78 in six clean
     runs of 1,000 steps (48,000 shares, with and without momentum), and one that inverts its
-    gradient was above 1.25 after 7 steps with momentum, and after 16 without. Where three of eight
+    gradient was above 1.25 after 8 steps with momentum, and after 16 without. Where three of eight
     invert theirs and go on voting, honest ones pass the threshold in the end too: leave flagged
     workers out, by passing `active=~opposes(state)` to the next update. Who is out is not measured
     any more and stays out.
