@@ -27,7 +27,7 @@ either host:
         --processes 2 --process-id 0
 
 Every leaf is voted on: the embedding serves as the output layer too, so that its gradient is not
-sparse, and norm scales are too few to matter. Losses are in nats per character. They depend on the
+sparse, and to average it would send as many bytes again as all votes together. Losses are in nats per character. They depend on the
 version of Python, whose sources are the text.
 """
 
@@ -98,7 +98,7 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """GPT-2 without biases: f32 parameters, computed with in `args.dtype`."""
+    """GPT-2 without biases and with ReLUs: f32 parameters, computed with in `args.dtype`."""
 
     def __init__(self, args, rngs: nnx.Rngs):
         options = {
@@ -141,6 +141,13 @@ def load_batch(text, number, sharding, args):
     # From the step alone, not from a stream: a run that continues needs no place in one.
     rng = np.random.default_rng((args.seed, number))
     starts = rng.integers(len(text) - args.context, size=args.batch_size)
+    own = np.split(starts, jax.process_count())[jax.process_index()]
+    return jax.make_array_from_process_local_data(sharding, windows(text, own, args.context))
+
+
+def load_held_out(text, sharding, args):
+    """Windows at even distances, of which this process loads its own share only."""
+    starts = np.linspace(0, len(text) - args.context - 1, args.validation_windows).astype(int)
     own = np.split(starts, jax.process_count())[jax.process_index()]
     return jax.make_array_from_process_local_data(sharding, windows(text, own, args.context))
 
@@ -225,11 +232,7 @@ def train(args):
     evaluate = jax.jit(
         jax.shard_map(mean_loss, mesh=mesh, in_specs=(whole, split), out_specs=whole)
     )
-    starts = np.linspace(0, len(validation_text) - args.context - 1, args.validation_windows)
-    own = np.split(starts.astype(int), jax.process_count())[jax.process_index()]
-    held_out = jax.make_array_from_process_local_data(
-        divided, windows(validation_text, own, args.context)
-    )
+    held_out = load_held_out(validation_text, divided, args)
 
     laid_out = abstract_params, tx.abstract_state(abstract_params)
     settings = settings_of(args, training_text)

@@ -14,6 +14,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
+
+from signax import diagnostics
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "train_language_model.py"
@@ -101,6 +104,17 @@ def test_a_short_run_reports_what_it_did(tmp_path, method):
     assert f"{report['bytes_per_step']:,} bytes" in finished.stdout
     assert "6/6" in finished.stderr  # the progress bar
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("size", "millions"), [("small", 1.0), ("gpt2", 124.0)])
+def test_a_vote_on_every_leaf_sends_31_times_fewer_bytes(monkeypatch, size, millions):
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    example = importlib.import_module("train_language_model")
+    args = types.SimpleNamespace(**example.sizes[size], dtype="float32")
+    params = nnx.state(nnx.eval_shape(lambda: example.GPT(args, nnx.Rngs(0))))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == pytest.approx(1e6 * millions, 0.02)
+    mean = diagnostics.wire_bytes(params, 8, scheme="mean")
+    assert mean >= 31 * diagnostics.wire_bytes(params, 8)
 
 
 def load_arrays(folder):
