@@ -27,8 +27,8 @@ either host:
         --processes 2 --process-id 0
 
 Every leaf is voted on: the embedding serves as the output layer too, so that its gradient is not
-sparse, and to average it would send as many bytes again as all votes together. Losses are in nats per character. They depend on the
-version of Python, whose sources are the text.
+sparse, and averaging it would add half of what all the votes send. Losses are in nats per
+character. They depend on the version of Python, whose sources are the text.
 """
 
 import argparse
