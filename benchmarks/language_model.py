@@ -185,10 +185,13 @@ def tuned(runs: Sequence[Run]) -> dict[str, Any]:
     """For each method the best step size, the loss over all seeds that ran at it, and bytes."""
     found = {}
     for method in dict.fromkeys(run["method"] for run in runs):
-        own = [run for run in runs if run["method"] == method and run["validation_loss"] < math.inf]
+        own = [run for run in runs if run["method"] == method]
         # A step size is chosen by the seed that ran at all of them, which is the first one.
         searched = [run for run in own if run["seed"] == own[0]["seed"]]
-        best = min(searched, key=lambda run: run["validation_loss"])
+        finite = [run for run in searched if math.isfinite(run["validation_loss"])]
+        if not finite:
+            continue  # every step size so far was too large
+        best = min(finite, key=lambda run: run["validation_loss"])
         losses = [r["validation_loss"] for r in own if r["step_size"] == best["step_size"]]
         found[method] = {
             "step_size": best["step_size"],

@@ -178,6 +178,7 @@ def test_a_step_size_is_chosen_by_the_first_seed_and_judged_by_all(benchmark):
         finished_run("lion", 4.0, 0, float("nan")),
         finished_run("lion", 2.0, 1, 2.5),
     ]
+    assert benchmark.tuned([finished_run("ef", 1.0, 0, float("nan"))]) == {}
     found = benchmark.tuned(runs)
     assert found["adamw"]["validation_losses"] == [2.0, 2.2, 2.4]
     lion = found["lion"]
