@@ -41,7 +41,7 @@ class Agreement(NamedTuple):
 
 def no_agreement() -> Agreement:
     """That of a run that has not begun."""
-    return Agreement(share=jnp.full([], 0.5), opposition=jnp.zeros([]))
+    return Agreement(share=jnp.full([], 0.5, jnp.float32), opposition=jnp.zeros([], jnp.float32))
 
 
 def next_agreement(

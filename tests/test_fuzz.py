@@ -219,7 +219,7 @@ def test_ten_thousand_messages_are_sealed_and_unsealed():
         @partial(jax.jit, static_argnames=("planes", "share"))
         def there_and_back(words, headers, planes, share):
             sealed = jax.vmap(_exchange.seal)(list(words), headers)
-            return sealed, jax.vmap(lambda part: _exchange.unseal(part, planes, share))(sealed)
+            return sealed, jax.vmap(lambda part: _exchange.unseal(part, [share] * planes))(sealed)
 
         sealed, (found, marks) = there_and_back(words, headers, planes, share)
         length = -(-(planes * share + 1) // 128) * 128  # whole rows of lanes, with the header
