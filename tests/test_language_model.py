@@ -126,6 +126,7 @@ def load_arrays(folder):
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     expected, _ = train(tmp_path, "--checkpoint", whole)
