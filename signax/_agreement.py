@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 MARGIN = 3  # ballots by which the others' majority is clear
@@ -77,7 +78,10 @@ def compare(ballots: Sequence[jax.Array], lead: Lead) -> jax.Array:
     far_up, far_down = lead(MARGIN + 1)
     agree = (plus & far_up) | (against & far_down)
     disagree = (against & up) | (plus & down)
-    return jnp.stack([jnp.sum(lax.population_count(x), axis=1) for x in (agree, disagree)])
+    counts = [lax.population_count(x) for x in (agree, disagree)]
+    zeros = [np.uint32(0)] * 2
+    # One reduction of both reads the words once.
+    return jnp.stack(lax.reduce(counts, zeros, lambda x, y: list(map(lax.add, x, y)), (1,)))
 
 
 def compare_sums(ballots: Sequence[jax.Array], totals: Sequence[jax.Array]) -> jax.Array:
