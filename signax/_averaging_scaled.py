@@ -207,10 +207,8 @@ def averaged(
         directions, new_state = momentum.update(updates, old_state)
         marked = mark_nonfinite(directions, updates, new_state)
         updates, mean_state, finite = _update_mean(marked, mean_state, options, active, param_specs)
-        return updates, (
-            hold(take_part(finite, elsewhere), old_state, new_state),
-            mean_state,
-        )
+        momentum_state = hold(take_part(finite, elsewhere), old_state, new_state)
+        return updates, (momentum_state, mean_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -36,7 +36,7 @@ class MajorityVoteState(NamedTuple):
     Attributes:
       count: int32[], the steps taken, the same on every worker; it drives the dither.
       participation: who took part, see `Participation`.
-      agreement: how far this worker agrees with the others, `Agreement` or `None`.
+      agreement: how far this worker agrees with the others, `Agreement`; `None` unless asked for.
     """
 
     count: jax.typing.ArrayLike

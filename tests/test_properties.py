@@ -386,12 +386,17 @@ REMEMBERS = [
 ]
 
 
+def two_trees(change, swap):
+    """A tree and one that is not like it, in either order."""
+    tree = awkward(lambda shape, dtype: jnp.ones(shape, dtype))
+    return (change(tree), tree) if swap else (tree, change(tree))
+
+
 @pytest.mark.parametrize("name", REMEMBERS)
 @given(change=st.sampled_from(CHANGES), swap=st.booleans())
 @few
 def test_a_state_of_another_tree_is_refused_by_name(name, change, swap):
-    tree = awkward(lambda shape, dtype: jnp.ones(shape, dtype))
-    mine, other = (change(tree), tree) if swap else (tree, change(tree))
+    mine, other = two_trees(change, swap)
     tx = REGISTRY[name].make()
     with pytest.raises(ValueError, match=r"updates.*(state|memory)\."):
         jax.eval_shape(tx.update, other, tx.init(mine), other)
@@ -401,8 +406,7 @@ def test_a_state_of_another_tree_is_refused_by_name(name, change, swap):
 @given(change=st.sampled_from(CHANGES), swap=st.booleans())
 @few
 def test_parameters_of_another_tree_are_refused_by_name(name, change, swap):
-    tree = awkward(lambda shape, dtype: jnp.ones(shape, dtype))
-    mine, other = (change(tree), tree) if swap else (tree, change(tree))
+    mine, other = two_trees(change, swap)
     tx = REGISTRY[name].make()
     with pytest.raises(ValueError, match=r"updates.*params"):
         jax.eval_shape(tx.update, mine, tx.init(mine), other)
