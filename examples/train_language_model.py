@@ -48,7 +48,8 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -136,24 +137,30 @@ def windows(text, starts, context):
     return text[starts[:, None] + np.arange(context + 1)].astype(np.int32)
 
 
+def load(text, starts, sharding, args):
+    """The windows that start there, of which this process loads what its devices hold."""
+
+    def share(index):
+        return windows(text, starts[index[0]], args.context)
+
+    return jax.make_array_from_callback((len(starts), args.context + 1), sharding, share)
+
+
 def load_batch(text, number, sharding, args):
-    """Step `number`'s batch, of which this process loads its own share only."""
+    """Step `number`'s batch."""
     # From the step alone, not from a stream: a run that continues needs no place in one.
     rng = np.random.default_rng((args.seed, number))
-    starts = rng.integers(len(text) - args.context, size=args.batch_size)
-    own = np.split(starts, jax.process_count())[jax.process_index()]
-    return jax.make_array_from_process_local_data(sharding, windows(text, own, args.context))
+    return load(text, rng.integers(len(text) - args.context, size=args.batch_size), sharding, args)
 
 
 def load_held_out(text, sharding, args):
-    """Windows at even distances, of which this process loads its own share only."""
+    """Windows at even distances."""
     starts = np.linspace(0, len(text) - args.context - 1, args.validation_windows).astype(int)
-    own = np.split(starts, jax.process_count())[jax.process_index()]
-    return jax.make_array_from_process_local_data(sharding, windows(text, own, args.context))
+    return load(text, starts, sharding, args)
 
 
-def make_optimizer(args):
-    """The whole update of one worker."""
+def make_optimizer(args, axis):
+    """The whole update of one worker, of those that lie along a mesh axis."""
     # A vote's length never shrinks by itself: the schedule ends at zero.
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.step_size, max(1, args.steps // 10), args.steps
@@ -164,12 +171,12 @@ def make_optimizer(args):
     }
     if args.method == "adamw":
         adamw = optax.adamw(schedule, b1=0.9, b2=0.95, **options)
-        return optax.chain(signax.average_updates("data"), adamw)
+        return optax.chain(signax.average_updates(axis), adamw)
     if args.method == "signum":
-        return signax.signum(schedule, b1=0.9, axis_name="data", **options)
+        return signax.signum(schedule, b1=0.9, axis_name=axis, **options)
     if args.method == "lion":
-        return signax.lion(schedule, b1=0.9, b2=0.98, axis_name="data", **options)
-    return signax.ef_sign_sgd(schedule, momentum=0.9, axis_name="data", **options)
+        return signax.lion(schedule, b1=0.9, b2=0.98, axis_name=axis, **options)
+    return signax.ef_sign_sgd(schedule, momentum=0.9, axis_name=axis, **options)
 
 
 class Checkpoints:
@@ -204,38 +211,44 @@ class Checkpoints:
         self.manager.save(number, args=items, force=True)
 
 
-def train(args):
-    """One process of the run."""
+def whole(path, leaf):
+    """The spec of a parameter that every device holds."""
+    del path, leaf
+    return PartitionSpec()
+
+
+def train(args, mesh, batch_axes, spec_of=whole):
+    """One process of a run, whose workers are the first axis of a mesh.
+
+    The batch is cut over `batch_axes`, and parameters, inside a worker, as `spec_of` says of a path
+    and a leaf. It returns the compiled step and the parameters.
+    """
     first = jax.process_index() == 0
-    mesh = jax.make_mesh((jax.device_count(),), ("data",))
-    whole, split = PartitionSpec(), PartitionSpec("data")
-    replicated, divided = NamedSharding(mesh, whole), NamedSharding(mesh, split)
+    axis = mesh.axis_names[0]
+    divided = NamedSharding(mesh, PartitionSpec(batch_axes))
     training_text, validation_text = load_text()
-    tx = signax.DataParallel(make_optimizer(args), mesh)
+
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: GPT(args, nnx.Rngs(args.seed))))
+    specs = jax.tree.map_with_path(spec_of, shapes)
+    tx = signax.DataParallel(make_optimizer(args, axis), mesh, axis, param_specs=specs)
 
     def init():
         params = nnx.split(GPT(args, nnx.Rngs(args.seed)))[1]
         return params, tx.init(params)
 
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: GPT(args, nnx.Rngs(args.seed))))
-    abstract_params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes
-    )
+    def lay_out(leaf, spec):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     def loss_fn(params, batch):
         logits = nnx.merge(graph, params)(batch[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 
-    def mean_loss(params, batch):
-        return lax.pmean(loss_fn(params, batch), "data")
-
-    evaluate = jax.jit(
-        jax.shard_map(mean_loss, mesh=mesh, in_specs=(whole, split), out_specs=whole)
-    )
+    evaluate = jax.jit(loss_fn)
     held_out = load_held_out(validation_text, divided, args)
 
+    abstract_params = jax.tree.map(lay_out, shapes, specs)
     laid_out = abstract_params, tx.abstract_state(abstract_params)
-    settings = settings_of(args, training_text)
+    settings = settings_of(args, tx.num_workers, training_text)
     checkpoints = Checkpoints(args, settings) if args.checkpoint else None
     number = checkpoints.manager.latest_step() if checkpoints else None
     if checkpoints and number is not None:
@@ -279,9 +292,6 @@ def train(args):
     progress.close()
     if checkpoints:
         checkpoints.manager.close()  # waits for what is still being written
-    if not first:
-        return
-
     report = {
         **settings,
         "processes": jax.process_count(),
@@ -291,20 +301,23 @@ def train(args):
         "validation_loss": curve["validation_loss"][-1],
         "curve": curve,
     }
-    print(sample(graph, jax.device_get(params), validation_text, args))
-    print_report(report)
-    if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-    if args.figure:
-        save_figure(report, args.figure)
+    on_one_device = multihost_utils.process_allgather(params, tiled=True)
+    if first:
+        print(sample(graph, on_one_device, validation_text, args))
+        print_report(report)
+        if args.json:
+            Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        if args.figure:
+            save_figure(report, args.figure)
+    return step, params
 
 
-def settings_of(args, text):
+def settings_of(args, workers, text):
     """All that a run's numbers depend on."""
     names = ("method", "step_size", "steps", "batch_size", "seed", "layers", "heads", "width")
     settings = {name: getattr(args, name) for name in (*names, "context", "vocabulary", "dtype")}
     digest = hashlib.sha256(text).hexdigest()[:16]  # another Python's text is another task
-    return {**settings, "workers": jax.device_count(), "text": digest}
+    return {**settings, "workers": workers, "text": digest}
 
 
 def sample(graph, params, text, args):
@@ -331,7 +344,7 @@ def print_report(report):
     print(
         f"\n{report['method']}, {report['parameters']:,} parameters, {report['workers']} workers: "
         f"validation loss {report['validation_loss']:.4f} after {report['curve']['step'][-1]} "
-        f"steps\n{report['bytes_per_step']:,} bytes sent by each worker per step"
+        f"steps\n{report['bytes_per_step']:,} bytes sent by each device per step"
     )
 
 
@@ -349,11 +362,11 @@ def save_figure(report, filename):
     figure.savefig(filename, dpi=150)
 
 
-def join(args):
-    """Makes this process one of the run's."""
+def join(args, devices):
+    """Makes this process one of the run's, which has so many simulated devices together."""
     if not args.accelerators:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", args.workers // (args.processes or 1))
+        jax.config.update("jax_num_cpu_devices", devices // (args.processes or 1))
     if args.coordinator:
         if not args.accelerators:
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -367,7 +380,10 @@ def join(args):
             # No cluster that JAX knows: this process is all there is.
 
 
-def parse_arguments(parser):
+def make_parser(description):
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--method", choices=step_sizes, default="signum", help="(default signum)")
     add("--step-size", type=float, help=f"at the peak (defaults: {step_sizes})")
@@ -389,8 +405,11 @@ def parse_arguments(parser):
     add("--checkpoint", metavar="DIR", help="save to DIR, and continue from what it holds")
     add("--json", metavar="FILE", help="write losses, curves and bytes to FILE")
     add("--figure", metavar="FILE", help="draw the curves to FILE")
-    args = parser.parse_args()
+    return parser
 
+
+def parse_arguments(parser):
+    args = parser.parse_args()
     for name, value in sizes[args.size].items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.step_size = step_sizes[args.method] if args.step_size is None else args.step_size
@@ -419,17 +438,20 @@ def parse_arguments(parser):
     return args
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    args = parse_arguments(parser)
-    join(args)
+def check_shares(parser, args, parts, named):
+    """Refuses what cannot be cut into equal parts."""
     for name in ("batch_size", "validation_windows"):
-        if (value := getattr(args, name)) % jax.device_count():
-            option = f"--{name.replace('_', '-')}"
-            parser.error(f"{option} {value} is no multiple of {jax.device_count()} workers")
-    train(args)
+        if (value := getattr(args, name)) % parts:
+            parser.error(f"--{name.replace('_', '-')} {value} is no multiple of {parts} {named}")
+
+
+def main():
+    parser = make_parser(__doc__)
+    args = parse_arguments(parser)
+    join(args, args.workers)
+    workers = jax.device_count()
+    check_shares(parser, args, workers, "workers")
+    train(args, jax.make_mesh((workers,), ("data",), axis_types=(AxisType.Auto,)), ("data",))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
       axis_name: the mesh axis along which the workers lie, or a tuple of axes.
       param_specs: for parameters that are sharded over further mesh axes, a tree like the
         parameters of their `PartitionSpec`s. A vote then runs on local blocks, and nothing is
-        gathered.
+        gathered. `train_step` gives parameters and state as it takes them.
       local: an optimiser of one worker for the steps that it takes on a copy of the parameters
         between two votes, see `local_steps`. The state is then a `LocalStepsState`.
       per_worker: overrides what was found: a function of a state leaf's path (as
@@ -313,7 +313,10 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         def step(params, state, batch, *replicated, key=None):
             value, rows, state = follow(params, state, batch, *replicated, key=key)
             updates, state = self.update(rows, state, params)
-            return optax.apply_updates(params, updates), state, value
+            params = optax.apply_updates(params, updates)
+            if self.param_specs is not None:
+                params = jax.tree.map(self._workers.keep, params, self.param_specs)
+            return params, state, value
 
         return jax.jit(step, donate_argnums=(0, 1))
 
@@ -419,6 +422,10 @@ class DataParallel(optax.GradientTransformationExtraArgs):
             self._workers.place_params(params),
             self._workers.place(active, per_worker=True),
         )
+        leaves = [
+            self._workers.keep(leaf, place.sharding.spec)
+            for leaf, place in zip(leaves, layout.leaves, strict=True)
+        ]
         return updates, layout.structure.unflatten(leaves)
 
     def _worker_specs(self, layout: Layout) -> list[PartitionSpec]:

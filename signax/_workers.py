@@ -12,6 +12,7 @@ from signax._numerics import wide_dtype
 from signax._specs import (
     axis_names,
     entry_axes,
+    explicit_axes,
     keep_axes,
     reshard,
     spec_axes,
@@ -107,6 +108,12 @@ class Workers(NamedTuple):
         return jax.tree.map(
             lambda leaf, spec: reshard(leaf, self.mesh, spec), params, self.param_specs
         )
+
+    def keep(self, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """Has XLA leave a result of a step as the next one takes it, where no types say so."""
+        if self.param_specs is None or explicit_axes(self.mesh):
+            return leaf
+        return lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
 
     def check_rows(self, updates: Any, params: Any) -> None:
         """Refuses updates that have not one row like the parameters for each worker."""

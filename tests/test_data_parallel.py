@@ -36,7 +36,7 @@ def rows_of(params=PARAMS, workers=WORKERS):
 def make_mesh(shape=(WORKERS,), kind=AxisType.Auto):
     kinds = kind if isinstance(kind, tuple) else (kind,) * len(shape)
     devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, ("data", "model")[: len(shape)], kinds, devices=devices)
+    return jax.make_mesh(shape, ("data", "model", "fsdp")[: len(shape)], kinds, devices=devices)
 
 
 def squared_error(params, batch):
@@ -780,6 +780,28 @@ def test_parameters_are_the_same_on_every_mesh(shape, kind, specs, placed, conte
     with jax.set_mesh(mesh) if context else contextlib.nullcontext():
         actual = two_steps(tx, params, batch)
     assert_trees_equal(actual, stepped)
+
+
+def test_a_compiled_step_gives_sharded_parameters_as_it_takes_them():
+    """Scales, which no axis cuts, are where XLA would cut a step's results in other ways."""
+    mesh = make_mesh((2, 2, 2))
+    specs = {"up": PartitionSpec("fsdp", "model"), "scale": PartitionSpec()}
+
+    def loss_fn(params, batch):
+        return jnp.mean(((batch @ params["up"]) * params["scale"]) ** 2)
+
+    params = {
+        "up": jax.device_put(jnp.ones((16, 16)), NamedSharding(mesh, specs["up"])),
+        "scale": jax.device_put(jnp.ones(16), NamedSharding(mesh, specs["scale"])),
+    }
+    batch = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+    tx = signax.DataParallel(SIGNUM, mesh, param_specs=specs)
+    state = tx.init(params)
+    step = tx.train_step(loss_fn).lower(params, state, batch).compile()
+    for _ in range(2):
+        params, state, _ = step(params, state, batch)
+    for name, leaf in params.items():
+        assert leaf.sharding.spec == specs[name]
 
 
 def test_one_device_is_a_mesh_of_one_worker():
