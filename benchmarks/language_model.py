@@ -4,15 +4,17 @@
     sudo python benchmarks/language_model.py network
 
 `tune` asks what one bit costs in loss. Every method gets the same steps, batches and schedule, and
-its step size from one grid, 0.001 times powers of two: from a first guess on, neighbours of the
-best one so far are tried until it has a worse one on either side. Further seeds run at the best.
-Results are saved after every run, and the same command goes on from there.
+its step size and momentum from one grid, 0.001 times powers of two by the decays of `--momenta`:
+for each decay, from a first guess on, neighbours of the best step size so far are tried until it
+has a worse one on either side. Further seeds run at the best of all. Results are saved after every
+run, and the same command goes on from there.
 
 `network` asks what that saves in time. The workers are processes, each behind a link of its own of
 the given rate (namespaces.py), with one thread of computation each, and train by AdamW on means in
-full precision and by votes, at the step sizes that `tune` has found. `seconds` is the time of all
-steps until a validation loss is seen that is no higher than that of AdamW at its end; validation
-itself, compiling and loading are left out on both sides. A vote may take `--voted-steps` for it.
+full precision and by votes, with the step size and momentum that `tune` has found. `seconds` is the
+time of all steps until a validation loss is seen that is no higher than that of AdamW at its end;
+validation itself, compiling and loading are left out on both sides. A vote may take `--voted-steps`
+for it.
 
 Options that are not listed here go to the example: `tune --layers 2 --batch-size 16`.
 """
@@ -37,12 +39,15 @@ here = Path(__file__).parent
 program = here.parent / "examples" / "train_language_model.py"
 BASELINE = "adamw"
 
-# Where the search begins: step size 0.001 * 2**exponent.
-first_exponents = {BASELINE: 2, "lion": -1, "signum": 0, "ef": 3}
+# Where the search begins with the first momentum, step size 0.001 * 2**exponent; with the next one
+# it begins where it ended.
+first_exponents = {BASELINE: 3, "signum": 2, "lion": 2, "ef": 5}
+
+tuned_names = ("step_size", "momentum")
 
 # What of the example's report differs between runs; the rest is settings.
-varying = ("method", "step_size", "steps", "seed", "parameters", "bytes_per_step", "step_seconds")
-results_of = (*varying, "validation_loss", "curve")
+results_of = ("method", *tuned_names, "steps", "seed", "parameters", "bytes_per_step")
+results_of += ("step_seconds", "validation_loss", "curve")
 
 Run = dict[str, Any]
 
@@ -71,9 +76,17 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("command", choices=("tune", "network"))
     add("--methods", nargs="+", choices=[*first_exponents], default=[*first_exponents])
-    add("--steps", type=int, default=300, help="of each run (default 300)")
+    add(
+        "--momenta",
+        type=float,
+        nargs="+",
+        default=[0.6, 0.8, 0.9],
+        metavar="DECAY",
+        help="tune: decays (default 0.6 0.8 0.9)",
+    )
+    add("--steps", type=int, default=200, help="of each run (default 200)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first tunes (default 0 1 2)")
-    add("--evaluate-every", type=int, default=100, metavar="STEPS", help="(default 100)")
+    add("--evaluate-every", type=int, default=50, metavar="STEPS", help="(default 50)")
     add("--workers", type=int, help="(default 8 to tune, 4 processes over the network)")
     add("--rate", default="50mbit", help="network: of each link (default 50mbit)")
     add("--voted-steps", type=int, metavar="STEPS", help="network: of votes (default: --steps)")
@@ -102,8 +115,7 @@ def parse_arguments() -> argparse.Namespace:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What results belong to."""
     names = ["command", "steps", "evaluate_every", "workers", "options"]
-    if args.command == "network":
-        names += ["rate", "voted_steps"]
+    names += ["momenta"] if args.command == "tune" else ["rate", "voted_steps"]
     return {name: getattr(args, name) for name in names}
 
 
@@ -135,15 +147,21 @@ def record(report: dict[str, Any], command: Sequence[str]) -> Run:
 
 
 def tune(args: argparse.Namespace, runs: list[Run]) -> None:
-    """Searches every method's step size by the first seed, and runs the others at the best."""
+    """Searches every method's best by the first seed, and runs the others there."""
     for method in args.methods:
-        exponent: int | None = first_exponents[method]
-        losses: dict[int, float] = {}
-        while exponent is not None:
-            losses[exponent] = loss_of(args, runs, method, exponent, args.seeds[0])
-            exponent = next_exponent(losses)
+        first = first_exponents[method]
+        for momentum in args.momenta:
+            exponent: int | None = first
+            losses: dict[int, float] = {}
+            while exponent is not None:
+                options = {"method": method, "step_size": 1e-3 * 2.0**exponent}
+                losses[exponent] = loss_of(args, runs, **options, momentum=momentum)
+                exponent = next_exponent(losses)
+            first = min(losses, key=losses.__getitem__)
+        best = tuned(runs)[method]
         for seed in args.seeds[1:]:
-            loss_of(args, runs, method, min(losses, key=losses.__getitem__), seed)
+            options = {"method": method, **{name: best[name] for name in tuned_names}}
+            loss_of(args, runs, **options, seed=seed)
     found = tuned(runs)
     if BASELINE in found:
         print_tuned(found)
@@ -158,11 +176,9 @@ def next_exponent(losses: Mapping[int, float]) -> int | None:
     return None
 
 
-def loss_of(
-    args: argparse.Namespace, runs: list[Run], method: str, exponent: int, seed: int
-) -> float:
+def loss_of(args: argparse.Namespace, runs: list[Run], **options: Any) -> float:
     """The final validation loss of a run, which is trained unless it is among the finished ones."""
-    options = {"method": method, "step_size": 1e-3 * 2.0**exponent, "seed": seed}
+    options = {"seed": args.seeds[0]} | options
     same = [run for run in runs if all(run[name] == value for name, value in options.items())]
     if not same:
         with tempfile.TemporaryDirectory() as folder:
@@ -174,27 +190,26 @@ def loss_of(
             same = [record(json.loads(output.read_text()), command)]
         runs += same
         save(args.json, "language_model", settings_of(args), {"tuned": tuned(runs), "runs": runs})
-        print(
-            f"{method} at {options['step_size']:g}, seed {seed}: {same[0]['validation_loss']:.4f}"
-        )
+        print(*(f"{name} {value}" for name, value in options.items()), same[0]["validation_loss"])
     loss = same[0]["validation_loss"]
     return loss if math.isfinite(loss) else math.inf
 
 
 def tuned(runs: Sequence[Run]) -> dict[str, Any]:
-    """For each method the best step size, the loss over all seeds that ran at it, and bytes."""
+    """For each method the best of its grid, the loss over all seeds that ran there, and bytes."""
     found = {}
     for method in dict.fromkeys(run["method"] for run in runs):
         own = [run for run in runs if run["method"] == method]
-        # A step size is chosen by the seed that ran at all of them, which is the first one.
+        # The best is chosen by the seed that ran on the whole grid, which is the first one.
         searched = [run for run in own if run["seed"] == own[0]["seed"]]
         finite = [run for run in searched if math.isfinite(run["validation_loss"])]
         if not finite:
             continue  # every step size so far was too large
         best = min(finite, key=lambda run: run["validation_loss"])
-        losses = [r["validation_loss"] for r in own if r["step_size"] == best["step_size"]]
+        chosen = {name: best[name] for name in tuned_names}
+        losses = [r["validation_loss"] for r in own if chosen.items() <= r.items()]
         found[method] = {
-            "step_size": best["step_size"],
+            **chosen,
             "validation_losses": losses,
             "validation_loss": statistics.mean(losses),
             "bytes_per_step": best["bytes_per_step"],
@@ -212,10 +227,11 @@ def print_tuned(found: Mapping[str, Any]) -> None:
     rows = []
     for method, one in found.items():
         losses = one["validation_losses"]
-        row = [method, f"{one['step_size']:g}", f"{one['validation_loss']:.4f}"]
+        row = [method, f"{one['step_size']:g}", f"{one['momentum']:g}"]
+        row += [f"{one['validation_loss']:.4f}"]
         row += [f"{min(losses):.4f}..{max(losses):.4f}", f"{one['over_adamw']:+.1%}"]
         rows.append([*row, f"{one['bytes_per_step']:,}", f"{one['times_fewer_bytes']:.1f}"])
-    head = ("", "step size", "loss", "over seeds", "over AdamW", "bytes", "times fewer")
+    head = ("", "step size", "momentum", "loss", "over seeds", "over AdamW", "bytes", "times fewer")
     print_table(head, rows)
 
 
@@ -228,7 +244,7 @@ def network(args: argparse.Namespace, runs: list[Run]) -> None:
             if any((run["method"], run["seed"]) == (method, seed) for run in runs):
                 continue
             steps = args.steps if method == BASELINE else args.voted_steps
-            options = {"method": method, "step_size": found[method]["step_size"]}
+            options = {"method": method, **{name: found[method][name] for name in tuned_names}}
             with join(setting) as links:
                 runs.append(train_together(args, links, **options, steps=steps, seed=seed))
             results = {"times": times(runs), "runs": runs}
