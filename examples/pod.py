@@ -50,16 +50,12 @@ def spec_of(path, leaf):
 
 def make_mesh(args, slices):
     """Slices outermost, so that the slow links are those between them and no others."""
-    inside, between = (1, args.fsdp, args.model), (slices, 1, 1)
-    if args.accelerators or args.processes:
-        # Where devices do not say in which slice they are, a process is one.
-        told = {getattr(device, "slice_index", None) for device in jax.devices()}
-        by_process = len(told) != slices
-        devices = mesh_utils.create_hybrid_device_mesh(
-            inside, between, process_is_granule=by_process
-        )
-    else:
-        devices = np.reshape(jax.devices(), (slices, args.fsdp, args.model))
+    shape = slices, args.fsdp, args.model
+    told = {getattr(device, "slice_index", None) for device in jax.devices()}
+    if len(told) == slices > 1:
+        devices = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1))
+    else:  # neighbours in JAX's order, which is by process, make a slice
+        devices = np.reshape(jax.devices(), shape)
     return Mesh(devices, ("slice", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
 
 
