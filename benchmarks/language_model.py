@@ -31,6 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from namespaces import Links, bits_per_second
 from network import join, run_together
 from report import print_table, save
@@ -41,7 +42,7 @@ BASELINE = "adamw"
 
 # Where the search begins with the first momentum, step size 0.001 * 2**exponent; with the next one
 # it begins where it ended.
-first_exponents = {BASELINE: 3, "signum": 2, "lion": 2, "ef": 5}
+first_exponents = {BASELINE: 3, "signum": 2, "lion": 2, "mixed": 2, "ef": 5}
 
 tuned_names = ("step_size", "momentum")
 
@@ -84,9 +85,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DECAY",
         help="tune: decays (default 0.6 0.8 0.9)",
     )
-    add("--steps", type=int, default=200, help="of each run (default 200)")
+    add("--steps", type=int, default=300, help="of each run (default 300)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first tunes (default 0 1 2)")
-    add("--evaluate-every", type=int, default=50, metavar="STEPS", help="(default 50)")
+    add("--evaluate-every", type=int, default=100, metavar="STEPS", help="(default 100)")
     add("--workers", type=int, help="(default 8 to tune, 4 processes over the network)")
     add("--rate", default="50mbit", help="network: of each link (default 50mbit)")
     add("--voted-steps", type=int, metavar="STEPS", help="network: of votes (default: --steps)")
@@ -97,6 +98,7 @@ def parse_arguments() -> argparse.Namespace:
         help="network: results of tune to take step sizes from",
     )
     add("--json", metavar="FILE", help="(default benchmarks/results/language_model*.json)")
+    add("--figure", metavar="FILE", help="network: draw validation losses over time")
     args, args.options = parser.parse_known_args()
     tunes = args.command == "tune"
     name = "language_model" if tunes else "language_model_network"
@@ -250,6 +252,8 @@ def network(args: argparse.Namespace, runs: list[Run]) -> None:
             results = {"times": times(runs), "runs": runs}
             save(args.json, "language_model_network", settings_of(args), results)
     print_times(times(runs))
+    if args.figure:
+        draw(args, runs)
 
 
 def train_together(args: argparse.Namespace, links: Links, **options: Any) -> Run:
@@ -308,6 +312,30 @@ def print_times(rows: Sequence[Mapping[str, Any]]) -> None:
         cells += [f"{row['seconds']:,.0f}", f"{row['times_faster']:.1f}"] if reached else ["-", "-"]
         table.append(cells)
     print_table(head, table)
+
+
+def draw(args: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Saves the figure: validation losses over the seconds of training, a curve for each seed."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    seen = set()
+    for run in runs:
+        method, curve = run["method"], run["curve"]
+        label = None if method in seen else f"{method}, {run['bytes_per_step']:,} bytes per step"
+        seen.add(method)
+        color = f"C{methods.index(method)}"
+        axes.plot(curve["seconds"], curve["validation_loss"], color=color, alpha=0.7, label=label)
+    axes.set(
+        xlabel="time of training (s)",
+        ylabel="validation loss (nats per character)",
+        title=f"{args.workers} processes behind links of {args.rate}/s",
+    )
+    axes.legend()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    Path(args.figure).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.figure, dpi=150)
 
 
 if __name__ == "__main__":
