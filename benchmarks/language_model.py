@@ -6,7 +6,7 @@
 `tune` asks what one bit costs in loss. Every method gets the same steps, batches and schedule, and
 its step size and momentum from one grid, 0.001 times powers of two by the decays of `--momenta`:
 for each decay, from a first guess on, neighbours of the best step size so far are tried until it
-has a worse one on either side. Further seeds run at the best of all. Results are saved after every
+has a worse one on either side. Further seeds run at the best one. Results are saved after every
 run, and the same command goes on from there.
 
 `network` asks what that saves in time. The workers are processes, each behind a link of its own of
@@ -149,7 +149,7 @@ def record(report: dict[str, Any], command: Sequence[str]) -> Run:
 
 
 def tune(args: argparse.Namespace, runs: list[Run]) -> None:
-    """Searches every method's best by the first seed, and runs the others there."""
+    """Searches the best step size of each momentum by the first seed, and runs the others there."""
     for method in args.methods:
         first = first_exponents[method]
         for momentum in args.momenta:
@@ -160,13 +160,13 @@ def tune(args: argparse.Namespace, runs: list[Run]) -> None:
                 losses[exponent] = loss_of(args, runs, **options, momentum=momentum)
                 exponent = next_exponent(losses)
             first = min(losses, key=losses.__getitem__)
-        best = tuned(runs)[method]
-        for seed in args.seeds[1:]:
-            options = {"method": method, **{name: best[name] for name in tuned_names}}
-            loss_of(args, runs, **options, seed=seed)
-    found = tuned(runs)
-    if BASELINE in found:
-        print_tuned(found)
+            options = {"method": method, "step_size": 1e-3 * 2.0**first, "momentum": momentum}
+            for seed in args.seeds[1:]:
+                loss_of(args, runs, **options, seed=seed)
+    if BASELINE in args.methods:
+        for momentum in args.momenta:
+            print_tuned(tuned([run for run in runs if run["momentum"] == momentum]))
+        print_tuned(tuned(runs))
 
 
 def next_exponent(losses: Mapping[int, float]) -> int | None:

@@ -83,21 +83,6 @@ def test_the_modelled_table_is_what_the_model_gives():
         assert f"| {cells} |" in table
 
 
-def test_the_table_of_the_language_model_is_what_tuning_gave():
-    tuned = json.loads((RESULTS / "language_model.json").read_text())["results"]["tuned"]
-    for method, found in tuned.items():
-        row = row_of(
-            method,
-            f"{found['step_size']:g}",
-            f"{found['momentum']:g}",
-            f"{found['validation_loss']:.3f}",
-            f"{found['over_adamw']:+.1%}",
-            f"{found['bytes_per_step']:,}",
-            f"{found['times_fewer_bytes']:.1f}",
-        )
-        assert row in README
-
-
 def test_three_quarters_of_bf16_weights_do_not_move_at_a_step_of_1e_4():
     weights = (0.1 * jax.random.normal(jax.random.key(0), (100_000,))).astype(jnp.bfloat16)
     stuck = np.mean(np.asarray(weights - jnp.bfloat16(1e-4) == weights))
