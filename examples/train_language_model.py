@@ -96,7 +96,7 @@ class Block(nnx.Module):
         q, k, v = (part.reshape(heads) for part in jnp.split(self.qkv(self.norm1(x)), 3, axis=-1))
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         x = x + self.mix(mixed.reshape(x.shape))
-        # ReLUs are never negative: signs move all weights behind them in step, and thus too far.
+        # Signs do better with gates than with ReLUs, behind which they move all weights in step.
         units, gates = jnp.split(self.up(self.norm2(x)), 2, axis=-1)
         return x + self.down(units * 2 * nnx.sigmoid(gates))
 
