@@ -163,10 +163,10 @@ def tune(args: argparse.Namespace, runs: list[Run]) -> None:
             options = {"method": method, "step_size": 1e-3 * 2.0**first, "momentum": momentum}
             for seed in args.seeds[1:]:
                 loss_of(args, runs, **options, seed=seed)
-    if BASELINE in args.methods:
-        for momentum in args.momenta:
-            print_tuned(tuned([run for run in runs if run["momentum"] == momentum]))
-        print_tuned(tuned(runs))
+    for shown in (*([r for r in runs if r["momentum"] == m] for m in args.momenta), runs):
+        found = tuned(shown)
+        if BASELINE in found:
+            print_tuned(found)
 
 
 def next_exponent(losses: Mapping[int, float]) -> int | None:
@@ -318,14 +318,12 @@ def draw(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     """Saves the figure: validation losses over the seconds of training, a curve for each seed."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    methods = list(dict.fromkeys(run["method"] for run in runs))
-    seen = set()
-    for run in runs:
-        method, curve = run["method"], run["curve"]
-        label = None if method in seen else f"{method}, {run['bytes_per_step']:,} bytes per step"
-        seen.add(method)
-        color = f"C{methods.index(method)}"
-        axes.plot(curve["seconds"], curve["validation_loss"], color=color, alpha=0.7, label=label)
+    for number, method in enumerate(dict.fromkeys(run["method"] for run in runs)):
+        own = [run for run in runs if run["method"] == method]
+        for run in own:
+            curve = run["curve"]
+            axes.plot(curve["seconds"], curve["validation_loss"], color=f"C{number}", alpha=0.7)
+        axes.lines[-1].set_label(f"{method}, {own[0]['bytes_per_step']:,} bytes per step")
     axes.set(
         xlabel="time of training (s)",
         ylabel="validation loss (nats per character)",

@@ -349,6 +349,11 @@ def test_the_table_in_the_readme_is_what_tuning_gave(benchmark, results):
                 f"{one['bytes_per_step']:,}",
             )
             assert f"| {' | '.join(cells)} |" in readme
+    behind = results["tuned"]["signum"]["over_adamw"]
+    assert (
+        f"Tuned alike, in step size and momentum, **a vote ends {behind:.1%} above AdamW**"
+        in readme
+    )
 
 
 def test_over_slow_links_a_vote_comes_to_the_loss_of_adamw_in_a_third_of_the_time(benchmark):

@@ -83,6 +83,13 @@ def test_the_modelled_table_is_what_the_model_gives():
         assert f"| {cells} |" in table
 
 
+def test_every_figure_is_there():
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert len(shown) >= 2
+    for name in shown:
+        assert (ROOT / name).is_file()
+
+
 def test_three_quarters_of_bf16_weights_do_not_move_at_a_step_of_1e_4():
     weights = (0.1 * jax.random.normal(jax.random.key(0), (100_000,))).astype(jnp.bfloat16)
     stuck = np.mean(np.asarray(weights - jnp.bfloat16(1e-4) == weights))
