@@ -39,11 +39,11 @@ lint: .venv/test  ## lint, check the format and the types
 test-newest: .venv/test
 	.venv/bin/python $(PYTEST)
 
-# Without LLVM's optimisations programs compile faster; what they send and compute is the same. What
-# is for developers only, and random input, runs at the newest.
+# Without LLVM's optimisations programs compile faster; what they send and compute is the same.
+# Benchmarks, which are for developers, run at the newest.
 test-oldest: .venv-oldest/test
 	XLA_FLAGS=--xla_backend_optimization_level=0 .venv-oldest/bin/python $(PYTEST) -m "not slow" \
-		$(addprefix --ignore=tests/test_,benchmarks.py fuzz.py properties.py)
+		--ignore=tests/test_benchmarks.py
 
 test-accelerators: .venv-accelerators/accelerators  ## compile for TPU pods and GPUs, and read the programs
 	JAX_PLATFORMS=cpu SIGNAX_ACCELERATORS=1 .venv-accelerators/bin/python -m pytest -q \
