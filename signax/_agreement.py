@@ -48,8 +48,8 @@ def no_agreement() -> Agreement:
 def next_agreement(
     before: Agreement, agreed: Any, voters: jax.Array, takes_part: jax.Array
 ) -> Agreement:
-    """That after a step on which `agreed` says what `compare` has counted: u32[2]."""
-    agree, disagree = agreed.astype(jnp.float32)
+    """That after a step on which `agreed` says what `compare` has counted: f32[2]."""
+    agree, disagree = agreed
     share = agree / jnp.maximum(agree + disagree, 1)
     measured = takes_part & (voters >= LEAST_VOTERS) & (agree + disagree > 0)
     opposition = jnp.maximum(before.opposition + 0.5 - share - SLACK, 0)
@@ -93,3 +93,9 @@ def compare_sums(ballots: Sequence[jax.Array], totals: Sequence[jax.Array]) -> j
         same, opposite = (ballot * jnp.sign(others) == sign for sign in (1, -1))
         agreed += jnp.stack([jnp.sum(clear & x, dtype=jnp.uint32) for x in (same, opposite)])
     return agreed
+
+
+def add_up(counts: jax.Array) -> jax.Array:
+    """The sum over devices, u32[n, 2] to f32[2], of what may come to more than 32 bits hold."""
+    low, high = (jnp.sum(half, axis=0) for half in (counts & 0xFFFF, counts >> 16))
+    return high.astype(jnp.float32) * 2**16 + low.astype(jnp.float32)

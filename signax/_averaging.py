@@ -48,7 +48,7 @@ def mean_signs(
     for the options.
 
     Args:
-      axis_name: the mapped axis along which the workers lie.
+      axis_name: the mapped axis along which the workers lie, or a tuple of axes.
       zeros: what a zero ballot is: `"dither"`, `"abstain"` (two bits up) or `"plus"`.
       transport: how ballots travel: `"packed"`, `"gather"`, `"int8"` or `"auto"`.
       split_over: as in :func:`signax.majority_vote`.
@@ -113,7 +113,7 @@ def average_updates(axis_name: Hashable) -> optax.GradientTransformationExtraArg
     biases, embeddings with sparse gradients), through `optax.partition`, and for comparison.
 
     Args:
-      axis_name: the mapped axis along which the workers lie.
+      axis_name: the mapped axis along which the workers lie, or a tuple of axes.
 
     Returns:
       A transformation with an `AverageUpdatesState`. The mean is accumulated in at least f32 and
@@ -121,7 +121,7 @@ def average_updates(axis_name: Hashable) -> optax.GradientTransformationExtraArg
       f64) numbers.
 
     Raises:
-      TypeError: `axis_name` names no single axis; at the update, a leaf is not floating-point.
+      TypeError: `axis_name` names no axis; at the update, a leaf is not floating-point.
       ValueError: at the update, a leaf does not vary over the axis.
       NameError: at the update, the axis is not bound.
 

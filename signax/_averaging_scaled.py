@@ -13,6 +13,8 @@ from signax._ballots import take_part
 from signax._checks import (
     check_accumulator_dtype,
     check_axis_name,
+    check_block,
+    check_count,
     check_floating,
     check_mode,
     check_number,
@@ -26,7 +28,7 @@ from signax._participation import (
     next_participation,
     no_participation,
 )
-from signax._scaled_signs import check_block, mean_scaled
+from signax._scaled_signs import mean_scaled
 from signax._transforms import (
     check_rate,
     current_rate,
@@ -84,7 +86,7 @@ def mean_scaled_signs(
     `error_feedback` belongs around it.
 
     Args:
-      axis_name: the mapped axis along which the workers lie.
+      axis_name: the mapped axis along which the workers lie, or a tuple of axes.
       feedback: `"both"`, memories of workers and servers, one bit each way; `"worker"`, of the
         workers, with means sent down in full precision; `"none"`, no memory, means in full.
       block: what shares one scale: `"leaf"` or so many coordinates at most, see
@@ -126,7 +128,7 @@ def mean_scaled_signs(
     options = MeanOptions(
         axis_name, feedback, block, decay, learning_rate, accumulator_dtype, num_workers
     )
-    _check_mean_options(options)
+    options = _checked(options)
 
     def update_fn(
         updates, state, params=None, *, active=None, raw=None, param_specs=None, **extra_args
@@ -138,15 +140,16 @@ def mean_scaled_signs(
     return optax.GradientTransformationExtraArgs(partial(_init_mean, options=options), update_fn)
 
 
-def _check_mean_options(options: MeanOptions) -> None:
+def _checked(options: MeanOptions) -> MeanOptions:
+    """The options, if they are right, with the block as one of Python's own types."""
     check_axis_name(options.axis_name)
     check_mode("feedback", options.feedback, FEEDBACKS)
-    check_block(options.block)
     check_number("decay", options.decay, low=0, high=1, ends="[]")
     check_rate(options.learning_rate)
     check_accumulator_dtype(options.accumulator_dtype)
-    if options.num_workers is not None and options.num_workers < 1:
-        raise ValueError(f"num_workers={options.num_workers!r} must be at least 1")
+    if options.num_workers is not None:
+        check_count("num_workers", options.num_workers)
+    return options._replace(block=check_block(options.block, ("leaf",)))
 
 
 def _init_mean(params: optax.Params, options: MeanOptions) -> MeanScaledSignsState:
@@ -191,7 +194,7 @@ def averaged(
 
     What is not finite shows in the scales; the state is held by that.
     """
-    _check_mean_options(options)
+    options = _checked(options)
 
     def init_fn(params):
         return momentum.init(params), _init_mean(params, options)

@@ -1,11 +1,13 @@
 """Checks of arguments: each error names the argument, the value it got, and what to do."""
 
+import operator
 from collections.abc import Hashable
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 
 def check_mode(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -36,6 +38,38 @@ def check_number(
     if not (above and below):
         interval = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
         raise ValueError(f"{name}={value!r} is outside {interval}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuses what is no whole number from 1 on."""
+    if isinstance(value, jax.Array):
+        raise TypeError(f"{name} {_STATIC.format(name)}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r} must be a whole number") from None
+    if number < 1:
+        raise ValueError(f"{name}={value!r} must be at least 1")
+
+
+_STATIC = (
+    "must be known when the step is built: list {!r} in the static_args of optax.inject_hyperparams"
+)
+
+
+def check_block(block: Any, allowed: tuple[str, ...]) -> Any:
+    """The block, of Python's own types; refuses what is neither allowed nor a size."""
+    if isinstance(block, jax.Array):
+        raise TypeError(f"block {_STATIC.format('block')}")
+    if isinstance(block, np.integer):
+        block = int(block)
+    is_size = isinstance(block, int) and not isinstance(block, bool) and block > 0
+    if not is_size and block not in allowed:
+        raise ValueError(
+            f"block={block!r} is unknown: use {', '.join(map(repr, allowed))} or a positive number "
+            "of coordinates"
+        )
+    return block
 
 
 def check_accumulator_dtype(dtype: Any) -> None:
@@ -91,13 +125,19 @@ def check_floating(tree: Any, name: str = "updates") -> None:
             )
 
 
-def check_alike(name: str, tree: Any, other_name: str, other: Any) -> None:
+def check_alike(
+    name: str,
+    tree: Any,
+    other_name: str,
+    other: Any,
+    remedy: str = "the state must come from init on the same parameters",
+) -> None:
     """Refuses two trees of different structure, or with leaves of different shapes."""
     structure, expected = jax.tree.structure(tree), jax.tree.structure(other)
     if structure != expected:
         raise ValueError(
             f"{name} and {other_name} differ in structure: {name} is {structure}, "
-            f"{other_name} is {expected}; the state must come from init on the same parameters"
+            f"{other_name} is {expected}; {remedy}"
         )
     for (path, leaf), other_leaf in zip(
         jax.tree.leaves_with_path(tree), jax.tree.leaves(other), strict=True
@@ -106,7 +146,7 @@ def check_alike(name: str, tree: Any, other_name: str, other: Any) -> None:
             place = jax.tree_util.keystr(path)
             raise ValueError(
                 f"{name}{place} has shape {jnp.shape(leaf)}, but {other_name}{place} has "
-                f"{jnp.shape(other_leaf)}; the state must come from init on the same parameters"
+                f"{jnp.shape(other_leaf)}; {remedy}"
             )
 
 

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from signax import _packing
-from signax._agreement import LEAST_VOTERS, compare_sums
+from signax._agreement import LEAST_VOTERS, add_up, compare_sums
 from signax._ballots import Rules, Ties, Zeros, all_finite, take_part, toss
 from signax._blocks import find_blocks, locally
 from signax._checks import check_axis_name, check_floating, check_mode
@@ -100,7 +100,7 @@ def pvote(
     """
     options = VoteOptions(axis_name, Rules(zeros, ties), transport, split_over)
     check_vote_options(options)
-    return vote(tree, options, step=step, active=active).updates
+    return vote(tree, options, step=step, active=active, name="tree").updates
 
 
 class VoteOptions(NamedTuple):
@@ -138,17 +138,19 @@ def check_vote_options(options: VoteOptions) -> None:
         )
 
 
-def check_votable(tree: Any, axis_name: Hashable, split_over: Hashable | None = None) -> None:
+def check_votable(
+    tree: Any, axis_name: Hashable, split_over: Hashable | None = None, name: str = "updates"
+) -> None:
     """Refuses leaves that are not floating-point, or that are known to be equal on all workers."""
-    check_floating(tree)
+    check_floating(tree, name)
     if not varies(worker_index(axis_name), axis_name):
         return  # vmap, pmap and check_vma=False type everything as invariant
     for path, leaf in jax.tree.leaves_with_path(tree):
-        name = f"updates{jax.tree_util.keystr(path)}"
+        place = f"{name}{jax.tree_util.keystr(path)}"
         for axis in axis_names(axis_name):
             if leaf.size and not varies(leaf, axis):
                 raise ValueError(
-                    f"{name} does not vary over axis {axis!r}, so there is nothing to decide. In "
+                    f"{place} does not vary over axis {axis!r}, so there is nothing to decide. In "
                     "jax.shard_map the gradient with respect to replicated parameters is already "
                     "summed over the workers: take it with respect to "
                     f"jax.lax.pcast(params, {axis!r}, to='varying'), or use "
@@ -156,8 +158,8 @@ def check_votable(tree: Any, axis_name: Hashable, split_over: Hashable | None = 
                 )
         if split_over is not None and leaf.size and varies(leaf, split_over):
             raise ValueError(
-                f"{name} varies over split_over={split_over!r}, along which devices must hold the "
-                f"same: average it first, jax.lax.pmean(updates, {split_over!r})"
+                f"{place} varies over split_over={split_over!r}, along which devices must hold the "
+                f"same: average it first, jax.lax.pmean({name}, {split_over!r})"
             )
 
 
@@ -204,9 +206,10 @@ def find_worker(axis_name: Hashable, rules: Rules, step: jax.Array | int | None)
     """This worker at this step."""
     if step is None:
         if rules.zeros == "dither" or (rules.zeros == "plus" and rules.ties == "dither"):
+            dithered = "zeros" if rules.zeros == "dither" else "ties"
             raise ValueError(
-                f"step=None, but zeros={rules.zeros!r} with ties={rules.ties!r} needs it for the "
-                "dither: pass the number of the step, the same on every worker"
+                f"step=None, but {dithered}='dither' needs it: pass the number of the step, the "
+                "same on every worker"
             )
         step = 0
     if np.shape(step) or not jnp.issubdtype(getattr(step, "dtype", type(step)), jnp.integer):
@@ -225,7 +228,7 @@ class Outcome(NamedTuple):
       voters: u32[], how many workers took part, the same on every worker.
       takes_part: bool[], whether this worker did.
       finite: bool[], whether its own updates are.
-      agreed: u32[2], on how many coordinates it agrees and disagrees with a clear majority of the
+      agreed: f32[2], on how many coordinates it agrees and disagrees with a clear majority of the
         others, with `agreement`.
     """
 
@@ -244,13 +247,14 @@ def vote(
     active: jax.Array | bool | None,
     param_specs: Any = None,
     like: Any = None,
+    name: str = "updates",
 ) -> Outcome:
     """The vote by checked options.
 
     The signs come in the shapes of the leaves of `like`, if it is given, which may be those of
-    `tree` before they were cut into blocks.
+    `tree` before they were cut into blocks. `name` is what errors call the tree.
     """
-    check_votable(tree, options.axis_name, options.split_over)
+    check_votable(tree, options.axis_name, options.split_over, name)
     check_enough_workers(options)
     worker = find_worker(options.axis_name, options.rules, step)
     leaves, structure = jax.tree.flatten(tree)
@@ -276,7 +280,7 @@ def vote(
     header = make_header(worker.index, worker.tie, takes_part)
     split, place, place_spec = _split_axes(options.split_over)
     voted, voters = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like], jnp.uint32(0)
-    agreed = jnp.zeros(2, jnp.uint32)
+    agreed = jnp.zeros(2, jnp.float32)
     for block, message, message_spec in zip(blocks, messages, message_specs, strict=True):
         settle = partial(_settle, options=options)
         in_specs = block.specs, message_spec, whole, place_spec
@@ -287,7 +291,7 @@ def vote(
         for position, sign in zip(block.positions, signs, strict=True):
             voted[position] = sign
         voters = jnp.max(found)  # each block found the same; older JAX cannot take one of them
-        agreed += jnp.sum(counts, axis=0)
+        agreed += add_up(counts)
     outcome = Outcome(structure.unflatten(voted), voters, takes_part, finite)
     return outcome._replace(agreed=agreed) if options.agreement else outcome
 

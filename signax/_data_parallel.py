@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from signax._checks import check_axis_name, check_key, check_transformation
+from signax._checks import check_axis_name, check_count, check_key, check_transformation
 from signax._gradients import check_batch, local_value_and_grad
 from signax._layout import Layout, PerWorker, check_state, find_layout, rows_in
 from signax._local_steps import own_local_state, with_local_state
@@ -177,8 +177,9 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         Rows are dealt out in order: of twice as many workers each two start as copies of one, and
         of half as many each as the mean of two, so that the mean of momenta and of error memories
         over the workers stays the same. The servers' memory of
-        :func:`signax.mean_scaled_signs` is cut anew, keys get the new worker's index folded in,
-        and integers are taken over from the worker who was there.
+        :func:`signax.mean_scaled_signs` is cut anew, keys get the new worker's index folded in
+        (and uint32 in the shape of one raw key is taken for that), and integers are taken over from
+        the worker who was there.
 
         Args:
           state: of these parameters, with rows for any number of workers.
@@ -239,8 +240,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
           worker (then one per micro-batch, if `accumulate` is above 1).
 
         Raises:
-          ValueError: `accumulate` is not positive; at the call, the batch cannot be cut evenly.
-          TypeError: at the call, `key` is not a random key.
+          ValueError: `accumulate` is below 1; at the call, the batch cannot be cut evenly.
+          TypeError: `accumulate` is no whole number; at the call, `key` is not a random key.
         """
         gradient = self._gradient(loss_fn, has_aux, accumulate, None)
 
@@ -272,7 +273,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
           keeps its state, and what it hands over is not finite either.
 
         Raises:
-          ValueError: this `DataParallel` has no `local`; or as in `value_and_grad`.
+          ValueError: this `DataParallel` has no `local`; at the call, the state is not one of it,
+            or has rows for another number of workers; or as in `value_and_grad`.
           TypeError: as in `value_and_grad`.
         """
         if self.local is None:
@@ -280,6 +282,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         gradient = self._gradient(loss_fn, has_aux, accumulate, self.local)
 
         def local_steps_fn(params, state, batch, *replicated, key=None):
+            layout = self._layout(params, self._workers.specs(params))
+            check_state(state, layout, self.num_workers)
             own = jax.tree.map(lambda leaf: self._workers.place(leaf, per_worker=True), state.local)
             value, differences, own = gradient(params, own, batch, replicated, key)
             return value, differences, state._replace(local=own)
@@ -297,10 +301,11 @@ class DataParallel(optax.GradientTransformationExtraArgs):
           accumulate: see `value_and_grad`, and with `local` see `local_steps`.
 
         Returns:
-          A jitted function of `(params, state, batch, *replicated, key=None)` to `(params, state,
-          loss)`, or with `has_aux` to `(params, state, (loss, aux))`. Its `.lower` gives the
-          program, as that of any jitted function. Parameters that do not lie on the mesh yet are
-          moved there by the first call, and the second compiles once more for it.
+          A jitted function of `(params, state, batch, *replicated, key=None, active=None)` to
+          `(params, state, loss)`, or with `has_aux` to `(params, state, (loss, aux))`; bool[M]
+          `active` says which workers take part. Its `.lower` gives the program, as that of any
+          jitted function. Parameters that do not lie on the mesh yet are moved there by the first
+          call, and the second compiles once more for it.
         """
         options = {"has_aux": has_aux, "accumulate": accumulate}
         gradient = self.value_and_grad(loss_fn, **options)
@@ -310,9 +315,9 @@ class DataParallel(optax.GradientTransformationExtraArgs):
 
         follow = own_gradient if self.local is None else self.local_steps(loss_fn, **options)
 
-        def step(params, state, batch, *replicated, key=None):
+        def step(params, state, batch, *replicated, key=None, active=None):
             value, rows, state = follow(params, state, batch, *replicated, key=key)
-            updates, state = self.update(rows, state, params)
+            updates, state = self.update(rows, state, params, active=active)
             params = optax.apply_updates(params, updates)
             if self.param_specs is not None:
                 params = jax.tree.map(self._workers.keep, params, self.param_specs)
@@ -331,10 +336,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
 
         With `local` the rows are differences, otherwise gradients.
         """
-        if not isinstance(accumulate, int) or accumulate < 1:
-            raise ValueError(
-                f"accumulate={accumulate!r} must be a positive number of micro-batches"
-            )
+        check_count("accumulate", accumulate)
 
         def loss_and_aux(*args, **kwargs):
             value = loss_fn(*args, **kwargs)
@@ -436,8 +438,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
     def _check_num_workers(self, num_workers: int | None) -> int:
         if num_workers is None:
             return self.num_workers
-        if num_workers < 1:
-            raise ValueError(f"num_workers={num_workers!r} must be at least 1")
+        check_count("num_workers", num_workers)
         return num_workers
 
     def _layout(self, params: Any, specs: Any, num_workers: int | None = None) -> Layout:

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from signax._checks import check_alike, check_floating, check_mode
+from signax._checks import check_alike, check_count, check_floating, check_mode
 from signax._parts import cut, join, part_shape
 from signax._resize import resize_rows
 
@@ -58,7 +58,7 @@ def scaled_signs_memory(
 
     Raises:
       ValueError: `feedback` is unknown or `num_workers` below 1.
-      TypeError: a leaf is not real floating-point.
+      TypeError: a leaf is not real floating-point, or `num_workers` no whole number.
 
     Examples:
       >>> import jax.numpy as jnp, signax
@@ -68,8 +68,7 @@ def scaled_signs_memory(
     """
     check_mode("feedback", feedback, FEEDBACKS)
     check_floating(tree, "tree")
-    if num_workers < 1:
-        raise ValueError(f"num_workers={num_workers!r} must be at least 1")
+    check_count("num_workers", num_workers)
 
     def zeros(leaf, shape):
         return jnp.zeros(shape, jnp.result_type(leaf) if dtype is None else dtype)
@@ -84,15 +83,16 @@ def scaled_signs_memory(
     return ScaledSignsMemory(worker, server)
 
 
-def check_memory(tree: Any, memory: ScaledSignsMemory, num_workers: int) -> None:
-    """Refuses a memory of other values or of another number of workers."""
+def check_memory(name: str, tree: Any, memory: ScaledSignsMemory, num_workers: int) -> None:
+    """Refuses a memory of other values than the tree's or of another number of workers."""
     if not isinstance(memory, ScaledSignsMemory):
         raise TypeError(
             f"memory is of type {type(memory).__name__}: start with signax.scaled_signs_memory, "
             "then pass what the step before returned"
         )
     if memory.worker is not None:
-        check_alike("updates", tree, "memory.worker", memory.worker)
+        remedy = "it must come from scaled_signs_memory on the same values"
+        check_alike(name, tree, "memory.worker", memory.worker, remedy)
     if memory.server is None:
         return
     parts = jax.eval_shape(lambda: scaled_signs_memory(tree, num_workers).server)

@@ -39,7 +39,7 @@ def local_value_and_grad(
 
     With several pieces losses and gradients are averaged over them, aux is stacked. With an
     optimiser `local` each piece's gradient is followed instead, and what comes out in its place is
-    how far that went. The optimiser's state comes last; it is kept where anything is not finite.
+    how far that went. The optimiser's state comes last.
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -61,8 +61,7 @@ def local_value_and_grad(
     if local is None:
         grads, (losses, aux) = _average(of_piece, params, stacked)
     else:
-        grads, new_state, (losses, aux) = _follow(of_piece, params, stacked, local, state)
-        state = hold(all_finite((grads, new_state)), state, new_state)
+        grads, state, (losses, aux) = _follow(of_piece, params, stacked, local, state)
     if pieces == 1:
         aux = jax.tree.map(lambda leaf: leaf[0], aux)
     return jnp.mean(losses), aux, grads, state
@@ -88,13 +87,22 @@ def _follow(
     local: optax.GradientTransformation,
     state: Any,
 ) -> tuple[Any, Any, Any]:
-    """Takes a step for each micro-batch on a copy of the parameters; where from minus where to."""
+    """Takes a step for each micro-batch on a copy of the parameters; where from minus where to.
+
+    Once a loss, a gradient or the state is not finite, neither is what comes out (a sign of an
+    infinity would be), and the state is the one from before all steps.
+    """
 
     def step(carry, piece_and_number):
-        own, state = carry
-        grads, seen = of_piece(own, *piece_and_number)
+        own, state, finite = carry
+        grads, (loss, aux) = of_piece(own, *piece_and_number)
         updates, state = local.update(grads, state, own)
-        return (optax.apply_updates(own, updates), state), seen
+        finite &= all_finite((loss, grads, state))
+        return (optax.apply_updates(own, updates), state, finite), (loss, aux)
 
-    (own, state), seen = lax.scan(step, (params, state), stacked)
-    return jax.tree.map(lambda p, q: p - q, params, own), state, seen
+    carry = params, state, jnp.bool_(True)
+    (own, new_state, finite), seen = lax.scan(step, carry, stacked)
+    differences = jax.tree.map(lambda p, q: p - q, params, own)
+    finite &= all_finite(differences)
+    differences = jax.tree.map(lambda d: jnp.where(finite, d, jnp.nan), differences)
+    return differences, hold(finite, state, new_state), seen

@@ -72,4 +72,4 @@ def pmean_signs(
       <https://arxiv.org/abs/1905.12938>`_, 2021
     """
     options = mean_options(axis_name, zeros, transport, split_over)
-    return vote(tree, options, step=step, active=active).updates
+    return vote(tree, options, step=step, active=active, name="tree").updates

@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from signax._bits import WORD_BITS
+from signax._numerics import common_dtype
 
 SMALL = 1 << 14  # coordinates: smaller leaves are packed together, which saves compile time
 MOST_WASTE = 1 / 64  # of the words: the padding that a better layout may cost
@@ -334,6 +335,6 @@ def _batch(small: Sequence[jax.Array]) -> jax.Array:
 
     Each takes an even number of coordinates: one that is odd in its leaf is odd in the batch.
     """
-    dtype = jnp.result_type(*small)
+    dtype = reduce(common_dtype, (leaf.dtype for leaf in small))
     flat = [leaf.astype(dtype).reshape(-1) for leaf in small]
     return jnp.concatenate([jnp.pad(leaf, (0, leaf.size % 2)) for leaf in flat])

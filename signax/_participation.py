@@ -42,9 +42,13 @@ def leave_out_nonfinite(
     """Leaves a worker out of every vote and mean in `inner` if any of its updates is not finite.
 
     By itself each vote and mean judges the leaves that it is given. Under `optax.partition` and
-    `optax.masked` that is a group of them: this lets all groups know of all leaves, as they are
-    before any transformation. A worker that is out for them keeps what votes and means have
-    remembered of it in every group, and what :func:`signax.hold_if_nonfinite` holds.
+    `optax.masked` that is a group of them: this lets all groups know of the leaves of the others,
+    as they are before any transformation. A worker that is out for them keeps what votes and means
+    have remembered of it in every group, and what :func:`signax.hold_if_nonfinite` holds.
+
+    What a transformation before a vote makes finite in its own group, as `optax.clip` does with
+    infinities and `optax.zero_nans` with NaN, that group's vote does not see. To leave the worker
+    out for it all the same: `signax.hold_if_nonfinite(optax.clip(1.0))`.
 
     It needs no communication, and reads those leaves once more that a group would not see.
     :class:`signax.DataParallel` does this by itself; inside of `optax.MultiSteps`, which hands on

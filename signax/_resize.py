@@ -46,8 +46,9 @@ def _has_a_way(node: Any) -> bool:
 def resize_rows(rows: jax.Array, num_workers: int) -> jax.Array:
     """Rows of M workers, [M, ...], dealt out to others.
 
-    Numbers are averaged. A key is that of the worker who was there, with the new index folded in;
-    what else cannot be averaged (integers, booleans) is taken over from that worker.
+    Numbers are averaged. A key is that of the worker who was there, with the new index folded in,
+    and so is u32 of the shape of a raw key; what else cannot be averaged (integers, booleans) is
+    taken over from that worker.
     """
     old = len(rows)
     if jnp.issubdtype(rows.dtype, jnp.floating):
@@ -59,7 +60,8 @@ def resize_rows(rows: jax.Array, num_workers: int) -> jax.Array:
     taken = rows[workers * old // num_workers]
     if jnp.issubdtype(rows.dtype, jax.dtypes.prng_key):
         return _fold(taken, workers)
-    if rows.dtype == jnp.uint32 and rows.shape[-1:] == (2,):  # raw keys
+    raw_key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    if (rows.dtype, rows.shape[1:]) == (raw_key.dtype, raw_key.shape):
         return jax.random.key_data(_fold(jax.random.wrap_key_data(taken), workers))
     return taken
 

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 from signax._ballots import take_part
 from signax._blocks import find_blocks, locally
-from signax._checks import check_axis_name, check_number
+from signax._checks import check_axis_name, check_block, check_number
 from signax._collectives import Outcome, Worker, check_votable, find_worker
 from signax._error_memory import ScaledSignsMemory, check_memory
 from signax._exchange import gather, make_header, seal, swap, unseal
@@ -41,14 +41,6 @@ from signax._messages import (
 )
 from signax._numerics import add_memory, from_words, narrow, to_words
 from signax._parts import is_real
-
-
-def check_block(block: Any) -> None:
-    """Refuses what names no block."""
-    if block != "leaf" and not (isinstance(block, int) and block is not True and block > 0):
-        raise ValueError(
-            f"block={block!r} is unknown: use 'leaf' or a positive number of coordinates"
-        )
 
 
 def pmean_scaled_signs(
@@ -116,10 +108,10 @@ def pmean_scaled_signs(
       <https://arxiv.org/abs/1905.10936>`_, 2019
     """
     check_axis_name(axis_name)
-    check_block(block)
+    block = check_block(block, ("leaf",))
     check_number("decay", decay, low=0, high=1, ends="[]")
     options = {"step": step, "block": block, "decay": decay, "active": active}
-    outcome, memory = mean_scaled(tree, axis_name, memory, **options)
+    outcome, memory = mean_scaled(tree, axis_name, memory, **options, name="tree")
     return outcome.updates, memory
 
 
@@ -136,12 +128,16 @@ def mean_scaled(
     decay: Any,
     active: jax.Array | bool | None,
     param_specs: Any = None,
+    name: str = "updates",
 ) -> tuple[Outcome, ScaledSignsMemory]:
-    """`pmean_scaled_signs` with checked options, and with leaves sharded over further axes."""
+    """`pmean_scaled_signs` with checked options, and with leaves sharded over further axes.
+
+    `name` is what errors call the tree.
+    """
     worker = find_worker(axis_name, RULES, step)
-    check_votable(tree, axis_name)
+    check_votable(tree, axis_name, name=name)
     num_workers, length = lax.axis_size(axis_name), None if block == "leaf" else block
-    check_memory(tree, memory, num_workers)
+    check_memory(name, tree, memory, num_workers)
     values = tree
     if memory.worker is not None:
         values = jax.tree.map(partial(add_memory, decay=decay), tree, memory.worker)

@@ -65,7 +65,7 @@ def pvote_scatter(
     """
     rules = Rules(zeros, ties)
     check_vote_options(VoteOptions(axis_name, rules, "auto", None))
-    check_votable(tree, axis_name)
+    check_votable(tree, axis_name, name="tree")
     num_workers = lax.axis_size(axis_name)
     dimensions = _scatter_dimensions(tree, scatter_dimension, num_workers)
     leaves, structure = jax.tree.flatten(tree)

@@ -65,7 +65,7 @@ def majority_vote(
     that everything after the vote in a chain (weight decay, learning rate, freezing) is as well.
 
     Args:
-      axis_name: the mapped axis along which the workers lie.
+      axis_name: the mapped axis along which the workers lie, or a tuple of axes.
       zeros: what a zero ballot is: `"dither"`, `"abstain"` (two bits each way) or `"plus"`.
       ties: what a tie gives: `"dither"` or `"plus"`.
       transport: how votes travel: `"packed"`, `"gather"`, `"int8"` or `"auto"`.
@@ -80,7 +80,7 @@ def majority_vote(
       too), and 0 everywhere if nobody takes part.
 
     Raises:
-      TypeError: `axis_name` names no single axis; at the update, a leaf is not floating-point.
+      TypeError: `axis_name` names no axis; at the update, a leaf is not floating-point.
       ValueError: a mode is unknown; at the update, a leaf does not vary over the axis.
       NameError: at the update, the axis is not bound.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from signax._checks import check_axis_name, check_floating, check_key
+from signax._checks import check_alike, check_axis_name, check_floating, check_key
 from signax._collectives import worker_index
 from signax._numerics import narrow, relative_to_peak, wide_dtype
 
@@ -43,15 +43,17 @@ def adversary(
     `"inf"`       infinity
     `"scale"`     :math:`10^6 g` (in f16, which ends before, :math:`256 g`)
     `"collude"`   :math:`-\operatorname{sign} \sum_{i \in S} \operatorname{sign}(g_i)`, the worst
-                  for a vote: attackers see everybody's ballots and cast theirs against them
+                  for a vote: attackers see everybody's ballots and cast theirs against them (+1
+                  where they cancel)
     ============= ==========================================================================
 
     Args:
-      axis_name: the mapped axis along which the workers lie.
+      axis_name: the mapped axis along which the workers lie, or a tuple of axes.
       workers: the indices of the attackers along it.
       attack: one of the above, or a function of a worker's updates and of a random key, another
         one on each worker and step. For a blind multiplicative adversary
         `lambda g, key: jax.tree.map(lambda leaf: leaf * jax.random.normal(key, leaf.shape), g)`.
+        What it returns must have the shapes of the updates, and is cast to their dtypes.
       key: a random key; `"random"` needs one. The same key makes the same attack.
 
     Returns:
@@ -59,7 +61,8 @@ def adversary(
       all-reduce of whole numbers, which no other attack does.
 
     Raises:
-      ValueError: `attack` is unknown, or a worker is named twice or is none of the axis.
+      ValueError: `attack` is unknown, or a worker is named twice or is none of the axis; at the
+        update, a function returns other shapes.
       TypeError: `key` is not a random key, or missing; at the update, a leaf is not floating-point.
       NameError: at the update, the axis is not bound.
 
@@ -100,8 +103,12 @@ def adversary(
         attacks = jnp.any(index == jnp.array(workers, jnp.int32))
         next_key, drawn = jax.random.split(state.key)
         forged = _forge(attack, updates, jax.random.fold_in(drawn, index), axis_name, attacks)
-        chosen = jax.tree.map(lambda f, own: jnp.where(attacks, f, own), forged, updates)
-        return chosen, AdversaryState(key=next_key)
+        check_alike("attack's result", forged, "updates", updates, "it must return their shapes")
+
+        def choose(forged, own):
+            return jnp.where(attacks, jnp.asarray(forged).astype(own.dtype), own)
+
+        return jax.tree.map(choose, forged, updates), AdversaryState(key=next_key)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -10,7 +10,7 @@ import optax
 
 from signax import _packing
 from signax._agreement import THRESHOLD
-from signax._checks import check_floating, check_mode, check_number
+from signax._checks import check_count, check_floating, check_mode, check_number
 from signax._exchange import choose_transport, part_words, share_words
 from signax._hlo import Collective, collective_bytes, collectives
 from signax._numerics import relative_to_peak, wide_dtype, words_of
@@ -83,8 +83,9 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
     messages in one all_gather instead, (M-1) 4 P bytes with all the bits in P. A mean of signs has
     ceil(log2(M + 1)) times as many words in the parts of its all_gather. A mean of scaled signs
     sends like a vote, each leaf cut into M parts, and one scale with each. A ring all-reduce of
-    B bytes sends 2 (M-1)/M B. A compiler may choose otherwise (on CPU the mean of bf16 travels as
-    f32): :func:`collective_bytes` reads what a program does.
+    B bytes sends 2 (M-1)/M B. A program may do otherwise: :func:`signax.average_updates` sends f32
+    for bf16 and f16, as XLA does for any mean of bf16 on CPUs, and large pods forward packed words
+    in an all-reduce. :func:`collective_bytes` reads it.
 
     Args:
       tree: pytree of floating-point arrays or `jax.ShapeDtypeStruct`, one worker's updates.
@@ -98,7 +99,7 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
 
     Raises:
       ValueError: `scheme` is unknown or `num_workers` below 1.
-      TypeError: a leaf is not floating point.
+      TypeError: a leaf is not floating point, or `num_workers` no whole number.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -108,8 +109,7 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
       (2200576, 70000000)
     """
     check_mode("scheme", scheme, _SCHEMES)
-    if num_workers < 1:
-        raise ValueError(f"num_workers={num_workers!r} must be at least 1")
+    check_count("num_workers", num_workers)
     check_floating(tree, "tree")
     leaves = jax.tree.leaves(jax.eval_shape(lambda arrays: arrays, tree))
     if scheme == "mean":
@@ -243,7 +243,7 @@ def opposes(state: Any, *, threshold: float = THRESHOLD) -> jax.Array:
       Page, Continuous Inspection Schemes, Biometrika 41, 1954,
       https://doi.org/10.1093/biomet/41.1-2.100
     """
-    check_number("threshold", threshold, low=0)
+    check_number("threshold", threshold, low=0, ends="()")
     found = [score for _, score in optax.tree.get_all_with_path(state, "opposition")]
     if not found:
         raise ValueError(

@@ -107,6 +107,23 @@ def test_a_function_attacks_with_a_key_of_its_own():
     assert abs(np.corrcoef(sent[:2])[0, 1]) < 0.1
 
 
+def test_what_a_function_returns_is_cast_but_not_broadcast():
+    rows = random_rows(3, jnp.bfloat16)
+
+    def in_f32(updates, key):
+        del key
+        return jax.tree.map(lambda leaf: 2 * leaf.astype(jnp.float32), updates)
+
+    sent = attacked(rows, [1], in_f32)
+    for name, leaf in rows.items():
+        expected = leaf.at[1].multiply(2)
+        np.testing.assert_array_equal(sent[name], expected, strict=True)
+    with pytest.raises(ValueError, match=r"attack's result.* has shape \(\)"):
+        attacked(rows, [1], lambda updates, key: jax.tree.map(jnp.sum, updates))
+    with pytest.raises(ValueError, match="attack's result and updates differ in structure"):
+        attacked(rows, [1], lambda updates, key: list(updates.values()))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("attack", ["random", "scale", "collude", "inf"])
 def test_dtypes_are_kept(attack, dtype):

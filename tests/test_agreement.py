@@ -13,6 +13,7 @@ from workers import AXIS, auto_mesh, rows_of_workers
 
 import signax
 from signax import adversaries, diagnostics
+from signax._agreement import add_up
 
 THRESHOLD = 1.25  # of diagnostics.opposes, by default
 SHAPES = {"odd": (5,), "matrix": (33, 31), "large": (141, 128), "number": (), "none": (0, 2)}
@@ -217,5 +218,12 @@ def test_what_cannot_be_measured_is_refused():
         signax.signum(0.1, agreement=True)
     with pytest.raises(ValueError, match="state holds no agreement"):
         diagnostics.opposes(signax.majority_vote(AXIS).init(rows))
-    with pytest.raises(ValueError, match=r"threshold=-1 is outside \[0"):
-        diagnostics.opposes(tx.init(rows), threshold=-1)
+    with pytest.raises(ValueError, match=r"threshold=0 is outside \(0"):
+        diagnostics.opposes(tx.init(rows), threshold=0)
+
+
+def test_devices_may_count_more_coordinates_together_than_32_bits_hold():
+    counts = np.array([[2**32 - 1, 70_000], [2**32 - 2, 3], [5, 2**16]], np.uint32)
+    found = jax.jit(add_up)(counts)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, counts.astype(np.float64).sum(axis=0), rtol=1e-6)

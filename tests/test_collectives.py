@@ -189,7 +189,7 @@ def test_a_step_that_nothing_uses_may_be_left_out():
 @pytest.mark.parametrize(("zeros", "ties"), [("dither", "plus"), ("plus", "dither")])
 def test_a_step_that_is_used_must_be_given(zeros, ties):
     vote = on_workers("vmap", lambda row: signax.pvote(row, AXIS, zeros=zeros, ties=ties), 2)
-    with pytest.raises(ValueError, match="step=None"):
+    with pytest.raises(ValueError, match=r"step=None, but .*='dither' needs it"):
         vote(jnp.ones((2, 3)))
 
 

@@ -301,11 +301,11 @@ def test_leaves_of_several_dtypes_keep_each_its_own(name):
     assert after == state
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtypes", ["bfloat16", "float32", "float32 bfloat16"])
 @every
-def test_no_dtype_is_promoted_by_accident(name, dtype):
+def test_no_dtype_is_promoted_by_accident(name, dtypes):
     with jax.numpy_dtype_promotion("strict"):
-        tree = small_tree(dtype)
+        tree = {dtype: small_tree(dtype) for dtype in dtypes.split()}
         abstract_update(REGISTRY[name].make(), tree, steps=2)
 
 

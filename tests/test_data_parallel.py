@@ -242,6 +242,68 @@ def test_a_worker_that_is_not_finite_forgets_its_local_steps(mesh):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.parametrize(
+    ("local", "slope", "extra"),
+    [
+        (signax.signum(0.5), np.inf, 0.0),  # whose sign is finite
+        (optax.adam(0.5), 1.0, np.nan),  # a loss without consequences
+        (optax.adam(0.5), 1e30, 0.0),  # whose square is not
+    ],
+    ids=["gradient", "loss", "state"],
+)
+def test_a_worker_whose_local_steps_hide_that_they_are_not_finite_is_out(mesh, local, slope, extra):
+    """Its second micro-batch is the bad one; the third is as good as the first."""
+
+    def loss_fn(params, batch):
+        return jnp.sum(params * batch["slope"]) + jnp.sum(batch["extra"])
+
+    tx = signax.DataParallel(SIGNUM, mesh, local=local)
+    slopes = np.ones((WORKERS, 3, 4), np.float32)
+    slopes[1, 1, 2] = slope
+    extras = np.zeros((WORKERS, 3), np.float32)
+    extras[1, 1] = extra
+    batch = {"slope": slopes.reshape(-1, 4), "extra": extras.reshape(-1)}
+    params = jnp.zeros(4)
+    before = tx.init(params)
+    follow = jax.jit(tx.local_steps(loss_fn, accumulate=3))
+    _, rows, state = follow(params, before, batch)
+    bad = np.arange(WORKERS) == 1
+    np.testing.assert_array_equal(np.isnan(rows).all(axis=1), bad)
+    np.testing.assert_array_equal(np.isnan(rows).any(axis=1), bad)
+    for leaf in jax.tree.leaves(state.local):
+        if leaf.ndim > 1:  # a momentum
+            np.testing.assert_array_equal(np.any(leaf != 0, axis=1), ~bad)
+    _, state = jax.jit(tx.update)(rows, state, params)
+    assert optax.tree.get(state, "voters") == WORKERS - 1
+
+
+def test_a_state_that_local_steps_do_not_fit_is_refused(mesh):
+    batch = make_batch()
+    tx = signax.DataParallel(SIGNUM, mesh, local=signax.signum(0.1))
+    state = tx.init(PARAMS)
+    plain = signax.DataParallel(SIGNUM, mesh).init(PARAMS)
+    for follow in (tx.local_steps(squared_error), tx.train_step(squared_error)):
+        with pytest.raises(ValueError, match="state and params do not belong together"):
+            follow(PARAMS, plain, batch)
+        for workers in (4, 16):
+            with pytest.raises(ValueError, match="resize"):
+                follow(PARAMS, tx.resize(state, PARAMS, workers), batch)
+
+
+def test_a_training_step_leaves_out_who_is_not_active(mesh):
+    tx = signax.DataParallel(SIGNUM, mesh)
+    active = np.arange(WORKERS) != 3
+    batch = make_batch()
+    _, grads = tx.value_and_grad(squared_error)(PARAMS, batch)
+    state = tx.init(PARAMS)
+    updates, expected_state = tx.update(grads, state, PARAMS, active=active)
+    expected = optax.apply_updates(PARAMS, updates)
+    params = jax.tree.map(jnp.copy, PARAMS)
+    params, state, _ = tx.train_step(squared_error)(params, state, batch, active=active)
+    assert optax.tree.get(state, "voters") == WORKERS - 1
+    assert_trees_equal((params, state), (expected, expected_state))
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_local_steps_send_as_much_as_one_vote(kind):
     batch, sent = make_batch(64), []
@@ -360,8 +422,15 @@ def test_batch_that_cannot_be_cut_evenly_is_refused(batch, accumulate, said, mes
 
 @pytest.mark.parametrize("accumulate", [0, -1, 1.5, "2"])
 def test_number_of_micro_batches_must_be_positive(accumulate, mesh):
-    with pytest.raises(ValueError, match=f"accumulate={accumulate!r}"):
+    with pytest.raises((ValueError, TypeError), match=f"accumulate={accumulate!r} must be"):
         signax.DataParallel(SIGNUM, mesh).value_and_grad(squared_error, accumulate=accumulate)
+
+
+def test_a_number_of_micro_batches_of_numpy_will_do(mesh):
+    tx = signax.DataParallel(SIGNUM, mesh)
+    found = tx.value_and_grad(squared_error, accumulate=np.int64(2))(PARAMS, make_batch())
+    expected = tx.value_and_grad(squared_error, accumulate=2)(PARAMS, make_batch())
+    assert_trees_equal(found, expected)
 
 
 # Updates, against a simulation of signum with majority vote.

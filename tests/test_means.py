@@ -92,7 +92,7 @@ def test_nothing_undecided_needs_no_step():
     for zeros, expected in [("abstain", [1.0, -0.5]), ("plus", [1.0, 0.0])]:
         mean = on_workers("vmap", lambda row, z=zeros: signax.pmean_signs(row, AXIS, zeros=z), 2)
         np.testing.assert_array_equal(mean(rows), expected)
-    with pytest.raises(ValueError, match="step=None"):
+    with pytest.raises(ValueError, match="step=None, but zeros='dither' needs it"):
         on_workers("vmap", lambda row: signax.pmean_signs(row, AXIS), 2)(rows)
 
 

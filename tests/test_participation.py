@@ -37,6 +37,22 @@ def partitioned(kernel, others):
     return optax.partition({"kernel": kernel, "others": others}, labels)
 
 
+@pytest.mark.parametrize(
+    ("before", "voters"),
+    [
+        (optax.identity(), 2),
+        (optax.clip(1.0), 3),  # makes a 1 of an infinity, so that nobody knows
+        (signax.hold_if_nonfinite(optax.clip(1.0)), 2),
+    ],
+    ids=["as it is", "clipped", "held"],
+)
+def test_a_vote_sees_what_reaches_it(before, voters):
+    tx = signax.leave_out_nonfinite(optax.chain(before, signax.majority_vote(AXIS)))
+    rows = jnp.array([[1.0, 2.0], [-1.0, 3.0], [jnp.inf, 1.0]])
+    _, state = jax.vmap(lambda g: tx.update(g, tx.init(g)), axis_name=AXIS)(rows)
+    np.testing.assert_array_equal(optax.tree.get(state, "voters"), voters)
+
+
 @pytest.mark.parametrize("name", MEANS)
 def test_voters_and_missed_steps_are_in_the_state(name):
     num_workers, steps = 5, 7

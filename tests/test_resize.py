@@ -76,6 +76,11 @@ def test_keys_become_distinct(raw, new):
     assert len(np.unique(together, axis=0)) == new + 4
 
 
+def test_counters_of_two_workers_are_no_keys():
+    """u32[2] is two numbers, and not one raw key."""
+    np.testing.assert_array_equal(resize_rows(jnp.array([3, 5], jnp.uint32), 4), [3, 3, 5, 5])
+
+
 def test_integers_are_taken_over():
     np.testing.assert_array_equal(resize_rows(jnp.array([3, 5]), 4), [3, 3, 5, 5])
     np.testing.assert_array_equal(resize_rows(jnp.array([True, False, False, True]), 2), [1, 0])
@@ -177,6 +182,8 @@ def test_what_does_not_fit_is_refused():
         tx.resize(state, PARAMS, 0)
     with pytest.raises(ValueError, match="num_workers=-1 must be at least 1"):
         tx.abstract_state(PARAMS, -1)
+    with pytest.raises(TypeError, match=r"num_workers=4\.0 must be a whole number"):
+        tx.abstract_state(PARAMS, 4.0)
     with pytest.raises(ValueError, match="do not belong together"):
         tx.resize(state, {"other": jnp.zeros(3)})
     with pytest.raises(ValueError, match=r"has shape \(4, 5, 7\), but should have \(4, 7, 5\)"):

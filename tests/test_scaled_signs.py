@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import references
 from jax.sharding import PartitionSpec
@@ -242,16 +243,39 @@ def test_wrong_arguments_are_named():
         mean(tree, block=0)
     with pytest.raises(ValueError, match=r"decay=1\.5 is outside"):
         mean(tree, decay=1.5)
-    with pytest.raises(TypeError, match="dtype int32"):
+    with pytest.raises(TypeError, match="tree has dtype int32"):
         mean(tree.astype(jnp.int32))
     with pytest.raises(ValueError, match=r"memory\.server has leaves.*DataParallel\.resize"):
         mean(jnp.ones((3, 300)))
-    with pytest.raises(ValueError, match=r"updates and memory\.worker differ"):
+    with pytest.raises(
+        ValueError, match=r"tree and memory\.worker differ.*from scaled_signs_memory on the same"
+    ):
         mean({"a": tree})
     with pytest.raises(ValueError, match="feedback='all' is unknown"):
         signax.scaled_signs_memory(tree, 2, feedback="all")
     with pytest.raises(ValueError, match="num_workers=0"):
         signax.scaled_signs_memory(tree, 0)
+    with pytest.raises(TypeError, match="num_workers='2' must be a whole number"):
+        signax.scaled_signs_memory(tree, "2")
+    with pytest.raises(TypeError, match=r"num_workers=2\.5 must be a whole number"):
+        signax.mean_scaled_signs(AXIS, num_workers=2.5)
+
+
+def test_a_size_of_blocks_is_a_whole_number_of_python_or_numpy():
+    rows = jnp.ones((2, 300)).at[:, ::7].set(-3)
+    found = [
+        jax.vmap(lambda g, tx=tx: tx.update(g, tx.init(g))[0], axis_name=AXIS)(rows)
+        for tx in (signax.mean_scaled_signs(AXIS, block=size) for size in (8, np.int64(8)))
+    ]
+    np.testing.assert_array_equal(*found)
+    with pytest.raises(TypeError, match=r"block must be known.*'block' in the static_args"):
+        signax.mean_scaled_signs(AXIS, block=jnp.int32(8))
+
+
+def test_a_number_of_workers_must_be_static_under_inject_hyperparams():
+    tx = optax.inject_hyperparams(signax.ef_sign_sgd)(0.1, axis_name=AXIS, num_workers=2)
+    with pytest.raises(TypeError, match=r"num_workers must be known.*'num_workers' in the static_"):
+        tx.init(jnp.zeros(3))
 
 
 @pytest.mark.parametrize("memory_dtype", [None, jnp.float32])
