@@ -62,7 +62,7 @@ sigma = rng.permutation(np.logspace(-2, 0, dimension)).astype(np.float32)
 start = 2 * rng.standard_normal(dimension).astype(np.float32)
 shapes = {
     "convex, $x^2/2$": lambda x: x**2 / 2,
-    "non-convex, $x^2/2(1 + x^2)$": lambda x: x**2 / (2 * (1 + x**2)),
+    "non-convex, $x^2/(2 + 2x^2)$": lambda x: x**2 / (2 * (1 + x**2)),
 }
 
 
@@ -115,16 +115,19 @@ plt.show()
 
 # %% [markdown]
 # The bound holds for every $K$ by four standard errors of the 32 repeats. On the parabola it is not
-# loose either: from 65,536 gradients on three quarters of it are used up. There the measured norm
-# falls as the bound does, with $N^{-1/2}$; a shorter run is better than its bound, since the
-# gradient cannot be larger than it was at the start.
+# loose either: from 65,536 gradients on about seven tenths of it are used up, and more than half is
+# asserted. There the square of the measured norm falls as the bound does, with $N^{-1/2}$; a
+# shorter run is better than its bound, since the gradient cannot be larger than it was at the
+# start. The slope is that of the last three points, and the tenth around -1/2 which it is allowed
+# is for what the shortest of them still has of that.
 
 # %%
-assert all(-0.6 < slope < -0.4 for slope in slopes)  # last three points; the bound's is -1/2
-assert shares[0][-1] > 0.5
+assert all(-0.6 < slope < -0.4 for slope in slopes)
+assert (shares[0][-3:] > 0.5).all()
 measured["rate"] = (
     f"of the bound {shares[0].max():.2f} (convex) and {shares[1].max():.2f} (non-convex) at most, "
-    f"N = 16 to {steps[-1] ** 2:,}; falls with N^{slopes[0]:.2f} and N^{slopes[1]:.2f}"
+    f"N = 16 to {steps[-1] ** 2:,}; the squared norm falls with N^{slopes[0]:.2f} and "
+    f"N^{slopes[1]:.2f}"
 )
 
 # %% [markdown]
@@ -137,7 +140,7 @@ measured["rate"] = (
 # 100, is not yet where it should be.
 #
 # Each method is given that of 13 step sizes, half a decade apart, for which its mean value over the
-# run is smallest. For the paper's toy these turn out to be the paper's, 0.001 and 0.01.
+# run is smallest. For the paper's toy these have to be the paper's, 0.001 and 0.01.
 
 # %%
 dimension, repeats, num_steps = 100, 10, 10_000
@@ -171,13 +174,13 @@ descents = jax.jit(jax.vmap(descents, (None, 0, None, None, None)), static_argnu
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
 keys = jax.random.split(jax.random.key(1), repeats)
-averages = {}  # of f over the run: [repeats]
+averages, chosen = {}, {}  # of f over the run: [repeats]; and step sizes
 for axes, (toy, (deviation, starts)) in zip(panels, toys.items(), strict=True):
     for method in methods:
         values = descents(method, jnp.float32(rates), deviation, jnp.float32(starts), keys)
         over_run = np.nan_to_num(np.mean(values, axis=-1), nan=np.inf)  # [rates, repeats]
         best = over_run.mean(axis=1).argmin()
-        averages[toy, method] = over_run[best]
+        averages[toy, method], chosen[toy, method] = over_run[best], rates[best]
         print(f"{toy}: {method}, rate {rates[best]:.4g}, f {over_run[best].mean():.2f} on average")
 
         curve = np.asarray(values[best])
@@ -193,6 +196,8 @@ plt.show()
 ratios = {toy: averages[toy, "SGD"].mean() / averages[toy, "signSGD"].mean() for toy in toys}
 for toy, ratio in ratios.items():
     print(f"{toy}: SGD's mean value is {ratio:.2f} of signSGD's")
+np.testing.assert_allclose(chosen["sparse noise", "SGD"], 0.001)
+np.testing.assert_allclose(chosen["sparse noise", "signSGD"], 0.01)
 assert (averages["sparse noise", "SGD"] > averages["sparse noise", "signSGD"]).all()
 assert ratios["sparse noise"] > 3
 assert (averages["dense noise", "SGD"] < averages["dense noise", "signSGD"]).all()
@@ -220,8 +225,9 @@ measured["sparse noise"] = "mean value of SGD over signSGD's: " + ", ".join(
 #
 # $$\frac{4}{\sqrt N} \frac{\phi(\sigma)}{\phi(g)} \lVert\sigma\rVert_2^2 .$$
 #
-# So signs suit a problem whose gradient is denser than its noise, and cost a factor of
-# $\phi(\sigma)/\phi(g)$ where it is sparser. The toys above have .01/.64, 1/.64 and 1/.01.
+# So as far as noise goes, signs suit a problem whose gradient is denser than its noise, and cost a
+# factor of $\phi(\sigma)/\phi(g)$ where it is sparser. The toys above have .01/.64, 1/.64 and
+# 1/.01.
 #
 # Here a network of 26,122 parameters learns the digits by Signum; on the way the gradient of all
 # images and the deviation of the gradients of single images are measured.
@@ -303,7 +309,8 @@ for part, ratios_of_part in zip(parts, ratio.T, strict=True):
     print(f"{part}: noise {ratios_of_part.min():.2f} to {ratios_of_part.max():.2f} of the gradient")
 assert gradient.min() > 0.05
 assert noise.min() > 0.05
-assert 1 < ratio[..., 0].mean() < 2
+assert (ratio[..., 0] > 1).all()
+assert ratio[..., 0].mean() < 2
 measured["density"] = (
     f"gradient {gradient[..., 0].min():.2f} to {gradient[..., 0].max():.2f}, noise "
     f"{noise[..., 0].min():.2f} to {noise[..., 0].max():.2f}, their ratio "
@@ -314,8 +321,9 @@ measured["density"] = (
 # Densities are far above $1/d$, as the paper found on CIFAR-10: nothing here is like the sparse
 # toy. But noise is denser than gradient in the whole network all through training, by a factor of
 # 1.1 to 2, so that by the theory's noise term signs have nothing to win here, and little to lose.
-# The bars of the assertion, which is on the mean over steps and seeds, are 1, where signs and
-# gradients are level, and 2.
+# What is asserted: densities above .05, which is 64 times that of a single coordinate of the
+# smallest kernel; noise denser than gradient, a ratio above 1, at all times and seeds; and less
+# than twice as dense in the mean over them.
 
 # %% [markdown]
 # ## 4. Signum, Adam and SGD
@@ -324,8 +332,8 @@ measured["density"] = (
 # the best of 300 settings each were .917 for SGD, .912 for Signum and .916 for Adam.
 #
 # Here each learns the digits with the same momentum of 0.9 (Adam's second decay is Optax's .999),
-# batches of 32, warm-up and cosine decay. Its peak step size is that of the same 13, from .001
-# to 1, which has the lowest loss on 300 images for validation, as the mean of 5 seeds. What is
+# batches of 32, warm-up and cosine decay. Of 13 peak step sizes from .001 to 1 each method is given
+# the one with the lowest loss on 300 images for validation, as the mean of 5 seeds. What is
 # compared is then what twenty other seeds give on 400 further images.
 
 # %%
@@ -381,18 +389,18 @@ def compare(one, other):
     return differences.mean(), differences.std(ddof=1) / math.sqrt(len(differences))
 
 
-for other in ("Adam", "SGD"):
-    ahead, error = compare("Signum", other)
-    print(f"Signum is ahead of {other} by {ahead:.2%} +- {error:.2%}")
+for one, other in (("Signum", "Adam"), ("Signum", "SGD"), ("Adam", "SGD")):
+    ahead, error = compare(one, other)
+    print(f"{one} is ahead of {other} by {ahead:.2%} +- {error:.2%}")
     assert ahead - 3 * error > -0.01
 measured["Signum"] = ", ".join(f"{method} {a.mean():.2%}" for method, a in accuracy.items())
 
 # %% [markdown]
 # Signum is like Adam here too: ahead, but by half a percentage point, which is two of the 400
-# images, the same ones for all seeds. Tuned SGD is *not* ahead of them: ImageNet's two points do
-# not show on a network this small, which says nothing about large ones. The assertion pins down
-# what holds: Signum is less than one point behind either, even with three standard errors of the
-# paired difference over the twenty seeds against it.
+# images. Tuned SGD is *not* ahead of them by two points, as on ImageNet: none shows on a network
+# this small, which says nothing about large ones. The assertions pin down what holds: Signum is
+# less than one point behind either, and Adam than one behind SGD, even with three standard errors
+# of the paired difference over the twenty seeds against them.
 
 # %% [markdown]
 # ## 5. The warm-up

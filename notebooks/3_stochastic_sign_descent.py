@@ -26,8 +26,8 @@
 #
 # In June 2026 the authors corrected their Theorem on SSDM (version 6 of the text): it needs workers
 # whose gradients are unbiased for the *same* objective, and not for parts of it. So the rate is
-# shown for such workers, and section 6 shows what SSDM does on partitioned data without claiming
-# that it converges.
+# shown for such workers, and section 6 shows what SSDM does on partitioned data, where nothing
+# says that it comes to the minimum.
 
 # %%
 from functools import partial
@@ -93,10 +93,11 @@ figure, axis = plt.subplots(figsize=(6.5, 3.8))
 rates = {}
 for name, noise in NOISES.items():
     rates[name] = np.asarray(jax.jit(partial(success, noise))(jax.random.key(0)), np.float64)
-    axis.semilogx(RATIOS, rates[name], marker=".", label=name)
+    errors = 4 * np.sqrt(rates[name] * (1 - rates[name]) / DRAWS)
+    axis.errorbar(RATIOS, rates[name], errors, marker=".", label=name)
 axis.semilogx(RATIOS, bound, "k--", label="bound")
 axis.set(xlabel="$|g| / \\sigma$", ylabel="probability that the sign is right")
-axis.legend(fontsize=8)
+axis.legend(fontsize=8, title="bars: 4 standard errors")
 figure.tight_layout()
 
 # %%
@@ -105,8 +106,8 @@ error = np.sqrt(bound * (1 - bound) / DRAWS)
 for name in symmetric:
     assert np.all(rates[name] > bound - 4 * error), name
 nearest = rates["uniform"][0] - bound[0]
-assert nearest < 0.002 + 4 * error[0]
-assert np.all(rates[skew][RATIOS < 0.5] < 0.25)
+assert nearest < 0.0002 + 4 * error[0]
+assert np.all(np.abs(rates[skew][RATIOS < 0.5] - 0.2) < 4 * np.sqrt(0.2 * 0.8 / DRAWS))
 margin = min(((rates[name] - bound) / error).min() for name in symmetric)
 claim(
     "unimodal symmetric noise: rho >= 1/2 + |g| / (2 (|g| + sqrt(3) sigma))",
@@ -115,7 +116,9 @@ claim(
 )
 
 # %% [markdown]
-# Four standard errors of a share of 100,000 draws.
+# Four standard errors of a share of 100,000 draws. For uniform noise and the smallest ratio, .03,
+# $\rho$ is by .00015 above the bound. The skew noise leaves a positive gradient below $\sigma / 2$
+# its sign in one of five draws.
 #
 # ## 2. Descent in the $\rho$-norm, and Option 2
 #
@@ -208,7 +211,6 @@ figure.tight_layout()
 assert abs(score) < 4
 assert reached[1] <= bounds[1]
 assert reached[2] <= bounds[2]
-assert np.all(np.diff(options[2][0], axis=1) <= 0)
 assert np.mean(options[2][0][:, -1]) < np.mean(options[1][0][:, -1])
 claim(
     "E<g, sign> is the rho-norm",
@@ -220,7 +222,7 @@ claim(
 )
 
 # %% [markdown]
-# Four standard errors for the first; the others are bounds. Option 2 costs two exact values of $f$
+# Four standard errors for the first; the others are bounds. Option 2 costs an exact value of $f$
 # per step, which signSGD is meant to save; here it also ends lower, since noise cannot drive it up.
 #
 # ## 3. Workers that share their data: a majority is right more often
@@ -274,8 +276,9 @@ claim(
 # ## 4. The stochastic sign is right on average
 #
 # $P(s_i = +1) = \frac{1}{2} + \frac{g_i}{2 \lVert g \rVert_2}$, so that
-# $\mathrm{E}[s] = g / \lVert g \rVert_2$: the direction of the gradient, which the sign of no
-# single coordinate tells. It is paid for by noise: the variance of $s$ is $d - 1$, whatever $g$.
+# $\mathrm{E}[s] = g / \lVert g \rVert_2$: the direction of the gradient, while its plain sign says
+# nothing of how large one coordinate is beside another. It is paid for by noise: the variance of
+# $s$ is $d - 1$, whatever $g$.
 
 # %%
 gradient = jnp.asarray(np.random.default_rng(0).normal(size=50) * np.geomspace(0.01, 1, 50))
@@ -296,9 +299,18 @@ probability = stats.chi2.sf(spread, 50)
 variance = signs.var(axis=0, ddof=1).sum()
 print(f"chi-squared {spread:.1f} of 50 (probability {probability:.2f}); variance {variance:.3f}")
 
+figure, axis = plt.subplots(figsize=(6.5, 3.4))
+errors = 4 / np.sqrt(DRAWS)
+axis.errorbar(direction, signs.mean(axis=0), errors, fmt=".", label="mean of 100,000 draws")
+axis.plot([-0.6, 0.6], [-0.6, 0.6], "k--", linewidth=1, label="$g_i / ||g||_2$")
+axis.plot(direction, np.sign(direction), "x", label="plain sign")
+axis.set(xlabel="$g_i / ||g||_2$", ylabel="of the sign: mean, 4 standard errors")
+axis.legend()
+figure.tight_layout()
+
 # %%
 assert 1e-4 < probability < 1 - 1e-4
-np.testing.assert_allclose(variance, 50 - 1, rtol=1e-3)
+assert abs(variance - (50 - 1)) < 4 * 2 / np.sqrt(DRAWS)
 claim(
     "E[stochastic sign] = g / ||g||_2",
     f"{DRAWS:,} draws of 50 coordinates: chi-squared {spread:.1f} of 50 (p = {probability:.2f})",
@@ -307,8 +319,8 @@ claim("its variance is d - 1", f"{variance:.2f} for d = 50")
 
 # %% [markdown]
 # The bounds on the probability of chi-squared fail once in 5,000 seeds. The variance is
-# $50 - \sum_i \bar s_i^2$ and $\sum_i \bar s_i^2 = 1$ up to about
-# $50 / 100{,}000 + 2 / \sqrt{100{,}000} < 0.01$.
+# $50 - \sum_i \bar s_i^2$, and $\sum_i \bar s_i^2$ is 1 with a standard deviation of at most
+# $2 / \sqrt{100{,}000}$; four of those.
 #
 # ## 5. SSDM on workers with the same objective
 #
@@ -377,23 +389,28 @@ def mean_gradient_norms(method, length):
     return np.asarray(jax.vmap(run)(jax.random.split(jax.random.key(3), 20)), np.float64)
 
 
-norms = np.array([mean_gradient_norms(ssdm, length) for length in LENGTHS])
+norms, failing = (
+    np.array([mean_gradient_norms(method, length) for length in LENGTHS])  # [K, repeats]
+    for method in (ssdm, voted_signs)
+)
 slopes = np.polyfit(np.log(LENGTHS), np.log(norms), 1)[0]  # one for each repeat
 print(f"slope {slopes.mean():.3f} +- {slopes.std(ddof=1):.3f} (standard deviation of repeats)")
-failing = mean_gradient_norms(voted_signs, 4096)
-print(f"signs of the gradients by majority, K = 4096: {failing.mean():.2f}")
+by_length = dict(zip(LENGTHS, failing.mean(axis=1).round(2).tolist(), strict=True))
+print(f"signs of the gradients by majority: {by_length}")
 
 figure, axis = plt.subplots(figsize=(6.5, 3.6))
-axis.errorbar(LENGTHS, norms.mean(axis=1), norms.std(axis=1, ddof=1), capsize=3, label="SSDM")
+for values, label in ((norms, "SSDM"), (failing, "majority of signs")):
+    axis.errorbar(LENGTHS, values.mean(axis=1), values.std(axis=1, ddof=1), capsize=3, label=label)
 reference = norms[0].mean() * (np.array(LENGTHS) / LENGTHS[0]) ** -0.25
 axis.plot(LENGTHS, reference, "k--", label="$K^{-1/4}$")
-axis.set(xscale="log", yscale="log", xlabel="steps K", ylabel="mean of $||\\nabla f(x_k)||_2$")
+axis.set(xscale="log", yscale="log", xlabel="steps K")
+axis.set(ylabel="mean of $||\\nabla f(x_k)||_2$ (deviation of 20 repeats)")
 axis.legend()
 figure.tight_layout()
 
 # %%
 assert abs(slopes.mean() + 0.25) < 0.05
-assert norms[-1].mean() < 0.3 * failing.mean()
+assert np.all(failing.mean(axis=1)[2:] > np.sqrt(10) / 2 - 0.2)
 claim(
     "SSDM, homogeneous workers: mean gradient norm O(K^(-1/4))",
     f"slope {slopes.mean():.3f} +- {slopes.std(ddof=1):.3f} over K = 64 to 16384, 20 repeats",
@@ -403,8 +420,9 @@ claim(
 # The theorem is a bound, so a steeper slope would not contradict it; what is asserted is that this
 # problem shows the rate itself, within 0.05 (the spread of the repeats is below 0.01, the rest is
 # for what the smallest K have not forgotten of their start). Votes on the signs of single gradients
-# hover where the gradient is as large as the noise's usual -1/2, at a norm of
-# $\sqrt{10} / 2 = 1.58$, however many steps they have.
+# go to where the gradient is as large as the noise's usual -1/2, at a norm of
+# $\sqrt{10} / 2 = 1.58$, and more steps leave them there: from 1,024 on, where chance has little
+# part in it, they are no more than 0.2 below.
 #
 # ## 6. Workers with data of their own
 #
@@ -412,9 +430,10 @@ claim(
 # $f(x) = \langle a_1, x \rangle^2 + \langle a_2, x \rangle^2$,
 # $a_{1,2} = \pm(1, -1) + \frac{1}{2} (1, 1)$, and stochastic gradients that are right up to a
 # random positive factor of mean 1, so signs are those of the full gradients. They are $\pm(1, -1)$
-# for both: whatever the majority, and a mean of signs as well, $x$ stays on $x_1 + x_2 = 2$, where
-# $f \ge 2$; the minimum is 0 at 0. With `zeros="abstain"` a tie is no step: as soon as the two
-# disagree, which is at $f = 4$ here, they stand still.
+# for both. While the two agree, a vote moves $x$ along the line $x_1 + x_2 = 2$, on which
+# $f \ge 2$, and a mean of signs does the same; when they disagree, which is at $f = 4$ here, a mean
+# of signs is 0, and so is a vote with `zeros="abstain"`. So both stand still there, while the
+# minimum of $f$ is 0 at 0. (Other rules for ties leave the line, but not because of the data.)
 
 # %%
 TERMS = jnp.array([[1.5, -0.5], [-0.5, 1.5]])
@@ -453,9 +472,20 @@ squares = {name: np.sum((path @ TERMS.T) ** 2, axis=-1) for name, path in partit
 for name, values in squares.items():
     last = np.quantile(values[:, -1], (0, 0.5, 1))
     print(f"{name:14} f = {last[1]:.1e} ({last[0]:.1e} to {last[2]:.1e})")
+
+figure, axis = plt.subplots(figsize=(6.5, 3.4))
+for (name, values), style in zip(squares.items(), ("-", "--", "-"), strict=True):
+    (line,) = axis.semilogy(np.median(values, axis=0), style, label=name)
+    low, high = values.min(axis=0), values.max(axis=0)
+    axis.fill_between(np.arange(LONG), low, high, color=line.get_color(), alpha=0.2)
+axis.set(xlabel="step", ylabel="f, median and range of 10 repeats")
+axis.legend()
+figure.tight_layout()
+
+# %%
 for name in ("majority vote", "mean of signs"):
     np.testing.assert_array_equal(partitioned[name].sum(axis=-1), 2)
-    assert squares[name].min() >= 2
+    np.testing.assert_allclose(squares[name][:, -1], 4, atol=0.05)
 assert squares["SSDM"][:, -1].max() < 0.1
 claim(
     "partitioned data: signs stay on x1+x2=2, f >= 2",
@@ -463,11 +493,12 @@ claim(
 )
 
 # %% [markdown]
-# The steps are multiples of 1/256, so that the sums are exact. SSDM gets away, since the stochastic
-# signs of $g_i$ do leave the line. But this is no proof that it converges on partitioned data: here
-# both workers' terms have the same minimum, where all momenta vanish.
+# The steps are multiples of 1/256, so that the sums are exact; one of them changes $f$ by .03 near
+# 4. SSDM gets away, to less than a fortieth of that, since the stochastic signs of $g_i$ do leave
+# the line. But this is no proof that it converges on partitioned data: here both workers' terms
+# have the same minimum, where all momenta vanish.
 #
-# **Where minima differ, SSDM converges to something else.** Its mean step is
+# **Where minima differ, SSDM ends elsewhere.** Its mean step is
 # $\frac{1}{M} \sum_i g_i / \lVert g_i \rVert$, in which every worker has the same weight however
 # large its gradient is. With $f_i = \frac{1}{2} \lVert x - c_i \rVert^2$ this vanishes not at the
 # mean of the $c_i$, the minimum of $f$, but at their *geometric median*; a majority of signs goes
@@ -527,6 +558,7 @@ def distance(points, target):
     return np.linalg.norm(points - TARGETS[target], axis=1)
 
 
+apart = np.linalg.norm(TARGETS["geometric median"] - TARGETS["mean, minimum of f"])
 for name, points in ends.items():
     gaps = ", ".join(f"{distance(points, target).mean():.3f} to the {target}" for target in TARGETS)
     print(f"{name}: {gaps}")
@@ -536,24 +568,24 @@ short, long = ends["SSDM, K = 4096"], ends["SSDM, K = 16384"]
 nearer = [distance(points, "geometric median").mean() for points in (short, long)]
 stuck = [distance(points, "mean, minimum of f").mean() for points in (short, long)]
 assert nearer[1] < min(nearer[0], 0.1)
-assert min(stuck) > 0.5
-assert stuck[1] > 0.9 * stuck[0]
+assert min(stuck) > apart - 0.1
 assert np.all(distance(ends["majority vote"], "median of coordinates") < 0.1)
 unbiased = distance(ends["SSDM with one bound"], "mean, minimum of f")
-assert np.all(unbiased < 0.2)
+assert np.all(unbiased < 0.3)
 claim(
     "different minima: SSDM ends at the geometric median, not at the minimum of f",
-    f"gradient norm {stuck[0]:.2f} at K = 4096 and {stuck[1]:.2f} at 16384: it does not vanish; "
-    f"with one bound for all workers {unbiased.mean():.2f} from it",
+    f"gradient norm {stuck[0]:.2f} at K = 4096 and {stuck[1]:.2f} at 16384, {apart:.2f} at that "
+    f"median; with one bound for all workers {unbiased.mean():.2f} from it",
 )
 
 # %% [markdown]
-# The gradient of $f$ is the distance from the mean of the centres. The larger K, the nearer SSDM is
-# to the geometric median, and that distance does not shrink: the rate of section 5 cannot hold
-# here, which is what the correction says. The tolerances of 0.1 and 0.2 are for the noise: with one
-# bound, steps of $\gamma = 0.01$ are a random walk whose standard deviation is
+# The gradient of $f$ is the distance from the mean of the centres. The larger K, the nearer SSDM
+# comes to the geometric median, and the less of its distance from the minimum of $f$ it loses: the
+# rate of section 5 cannot hold here, which is why the theorem had to be corrected. Ends may be off
+# by 0.1, which is about what the shorter run still is from the geometric median. With one bound,
+# steps of $\gamma = 0.01$ are a random walk whose standard deviation is
 # $\sqrt{\gamma B / 2 M} = 0.1$ per coordinate at any time, and less in the mean over a quarter of
-# the run.
+# the run: the distances of all ten ends are within 0.3.
 #
 # ## What was measured
 

@@ -104,15 +104,19 @@ def descend(direction, gradient, start, rates, keys, project=lambda x: x):
 
 
 STEPS, REPEATS = 4000, 40
-shrinking = jnp.broadcast_to(0.05 / jnp.sqrt(jnp.arange(1, STEPS + 1)), (REPEATS, STEPS))
 keys = jax.random.split(jax.random.key(0), REPEATS)
+
+
+def shrinking(steps):
+    return jnp.broadcast_to(0.05 / jnp.sqrt(jnp.arange(1, steps + 1)), (REPEATS, steps))
+
 
 # %% [markdown]
 # **First.** $\min_{-1 \le x \le 1} x / 4$ with the stochastic gradient 4 with probability 1/4 and
 # -1 else. The mean of the gradient is 1/4, that of its sign -1/2: signSGD walks to the wrong end.
 # In one dimension the scaled sign is the gradient itself, and error feedback on it SGD. So the
-# unscaled sign is given a memory as well: its errors stay bounded since the mean gradient is below
-# 1, and that is all that is needed.
+# unscaled sign is given a memory as well: on average its errors stay bounded, since the mean
+# gradient is below 1, and that is all that is needed. 9000 steps, of which more below.
 
 
 # %%
@@ -126,9 +130,10 @@ def into_interval(x):
 
 one_bit = {"error feedback, sign": signax.error_feedback(signax.scale_by_sign())}
 first = {
-    name: descend(direction, rare_and_large, jnp.zeros(1), shrinking, keys, into_interval)[..., 0]
+    name: descend(direction, rare_and_large, jnp.zeros(1), shrinking(9000), keys, into_interval)
     for name, direction in (DIRECTIONS | one_bit).items()
 }
+first = {name: path[..., 0] for name, path in first.items()}
 ends = {name: np.asarray(path[:, -1]) for name, path in first.items()}
 for name, end in ends.items():
     print(f"{name:22} ends between {end.min():+.3f} and {end.max():+.3f}; the minimum is at -1")
@@ -144,9 +149,11 @@ claim(
 )
 
 # %% [markdown]
-# The tolerance of 0.1 is the noise: with step size $\gamma = 0.05 / \sqrt{4000}$, drift 1/4 and
-# variance 4.7, the distance from the wall is at the end distributed about exponentially with mean
-# $4.7 \gamma / (2 \cdot 1/4) = 0.007$, and some times that is what the farthest of 40 repeats have.
+# The drift towards the minimum adds up to $\frac14 \sum_t \gamma_t = 2.4$, and the noise, of
+# variance 4.7, to a standard deviation of $(4.7 \sum_t \gamma_t^2)^{1/2} = 0.3$: all of 40 repeats
+# come to the wall at a distance of 1. There, with $\gamma = 0.05 / \sqrt{9000}$ at the end, the
+# distance from it is distributed about exponentially with mean
+# $4.7 \gamma / (2 \cdot 1/4) = 0.005$, and the tolerance is twenty times that.
 #
 # **Second.** $f(x) = \epsilon |x_1 + x_2| + |x_1 - x_2|$ from $(1, 1)$, $0 < \epsilon < 1$, with
 # subgradients of $\pm 1$ at the kinks, as `jax.grad` has them. Every subgradient has signs
@@ -176,7 +183,7 @@ for name in ("sign", "scaled sign"):
     np.testing.assert_array_equal(path.sum(axis=-1), 2)
 second = {
     name: jax.vmap(jax.vmap(kinked))(
-        descend(direction, kinked_gradient, corner, shrinking[:1], keys[:1])
+        descend(direction, kinked_gradient, corner, shrinking(STEPS)[:1], keys[:1])
     )
     for name, direction in DIRECTIONS.items()
 }
@@ -192,9 +199,10 @@ claim(
 )
 
 # %% [markdown]
-# Error feedback gets as near to the minimum 0 as its last steps are long, like SGD: $f$ changes by
-# less than $\gamma (2 + 2\epsilon)^2 = 0.007$ in a step. With the shrinking step sizes sums are
-# rounded, which is what $10^{-4}$ is for.
+# Error feedback gets as near to the minimum 0 as its last steps are long, like SGD: $f$ changes in
+# a step by no more than $\gamma (1 + \epsilon) \lVert p \rVert_1$, which is 0.005 with
+# $\lVert p \rVert_1 = 4$, twice that of a gradient. With the shrinking step sizes sums are rounded,
+# which is what $10^{-4}$ is for.
 #
 # **Third**, a smooth one: $f(x) = \langle a_1, x \rangle^2 + \langle a_2, x \rangle^2$,
 # $a_{1,2} = \pm(1, -1) + \epsilon (1, 1)$, one of the terms per step at random, from $(1, 1)$. The
@@ -215,7 +223,9 @@ def one_term(x, key):
 
 
 third = {
-    name: jax.vmap(jax.vmap(least_squares))(descend(direction, one_term, corner, shrinking, keys))
+    name: jax.vmap(jax.vmap(least_squares))(
+        descend(direction, one_term, corner, shrinking(STEPS), keys)
+    )
     for name, direction in DIRECTIONS.items()
 }
 for name, value in third.items():
@@ -263,7 +273,7 @@ claim(
 #    \mathrm{dist}(x_t, \mathrm{span}) \le \gamma\, \lVert e_t \rVert . $$
 #
 # The data are random, so everything is repeated with 20 draws of them. Step sizes are 0.5 for SGD
-# and 10 for the others, whose updates are shorter by their density.
+# and 10 for the others, whose updates are shorter by the square root of their density.
 
 # %%
 POINTS, DIMENSIONS, DRAWS, FIT_STEPS = 200, 1200, 20, 400
@@ -349,10 +359,12 @@ claim(
 )
 
 # %% [markdown]
-# $10^{-4}$ in the distance is f32 rounding: SGD, which is in the span, has a distance of $10^{-6}$
-# by the same computation, and early steps of rate 10 are ten times as large as what remains of
-# them. At the end the memory is empty, the iterates are back in the span, and the losses of SGD and
-# of error feedback agree within 1% in every draw.
+# Training losses of $10^{-8}$ and less are fits as good as f32 has them. The scaled sign's test
+# loss is about 600 times SGD's; a hundred is asserted of every draw. In the bound on the distance
+# $10^{-4}$ is f32 rounding, which for SGD, which is in the span, comes to $10^{-6}$, but more where
+# steps were as long as the early ones of rate 10; and 1.001 that of the norms. At the end the
+# memory is empty, the iterates are back in the span, and the losses of SGD and of error feedback
+# agree within 1% in every draw.
 #
 # ## 3. The memory stays bounded
 #
@@ -373,7 +385,7 @@ claim(
 # %%
 images, held_out, labels, held_out_labels = map(jnp.asarray, load_data())
 graph = nnx.graphdef(Network(nnx.Rngs(0)))
-SEEDS = 9
+SEEDS = 11
 starts = [nnx.state(Network(nnx.Rngs(seed))) for seed in range(SEEDS)]
 starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
 FRACTION = 0.05
@@ -430,9 +442,13 @@ for name, compressor in COMPRESSORS.items():
         f"delta {delta:.3f}, at most {memory.max() / bound:.1%} of it",
     )
     (line,) = axis.plot(memory / sigma_squared, label=name)
+    low, high = (extreme(memories, axis=0) / sigma_squared for extreme in (np.min, np.max))
+    axis.fill_between(range(len(memory)), low, high, color=line.get_color(), alpha=0.2)
     axis.axhline(bound / sigma_squared, color=line.get_color(), linestyle="--")
 axis.set(
-    xlabel="step", ylabel="$||e_t||^2 / \\sigma^2$, mean of seeds (dashed: bound)", yscale="log"
+    xlabel="step",
+    ylabel="$||e_t||^2 / \\sigma^2$, mean and range of seeds (dashed: bound)",
+    yscale="log",
 )
 axis.legend()
 figure.tight_layout()
@@ -473,8 +489,8 @@ claim("the bound is tight but for a factor of about 2", f"random-k reaches {shar
 #
 # ## 4. The smaller the batch, the more feedback matters
 #
-# The paper trains ResNet-18 on CIFAR-100 for 200 epochs. Against SGD with momentum it loses, in
-# points of accuracy:
+# The paper trains ResNet-18 on CIFAR-100 for 200 epochs. In points of accuracy, this is how far the
+# other methods end behind SGD with momentum:
 #
 # | batch | scaled sign | sign with momentum | error feedback |
 # |---|---|---|---|
@@ -483,8 +499,8 @@ claim("the bound is tight but for a factor of about 2", f"random-k reaches {shar
 #
 # Here it is the digits network, 12 epochs at any batch size, with a warm-up and a cosine. As in the
 # paper there is momentum (0.9) in SGD and in the sign with momentum (Signum), and none in the other
-# two. The step size is, for each method and batch size, the one of eight with the lowest held-out
-# loss on one seed; then eight other seeds are trained with it. All eight runs, of the step sizes or
+# two. The step size is, for each method and batch size, the one of ten with the lowest held-out
+# loss on one seed; then ten other seeds are trained with it. All ten runs, of the step sizes or
 # of the seeds, are one compiled program.
 
 
@@ -521,9 +537,15 @@ def tune(method, rates, *args):
     """Accuracies of as many seeds as there are rates, with the rate best for another seed."""
     train, runs = trainer(method, *args), len(rates)
     _, losses = train(jnp.asarray(rates), jnp.full(runs, SEEDS - 1))
-    best = rates[np.nanargmin(losses)]
+    best = within(rates, np.nanargmin(losses))
     accuracy, _ = train(jnp.full(runs, best), jnp.arange(runs))
     return np.asarray(accuracy, np.float64), best
+
+
+def within(rates, place):
+    """That rate, which has to have both its neighbours: the best may lie beyond an end."""
+    assert 0 < place < len(rates) - 1
+    return rates[place]
 
 
 def two_at_a_time(function, items):
@@ -547,7 +569,7 @@ METHODS = {
     "sign": signax.signum,
     "error feedback": signax.ef_sign_sgd,
 }
-EPOCHS, RATES, BATCHES = 12, 10.0 ** np.arange(0, -4, -0.5), (128, 32, 8)
+EPOCHS, RATES, BATCHES = 12, 10.0 ** np.arange(1, -4, -0.5), (128, 32, 8)
 
 
 def tune_cell(cell):
@@ -579,21 +601,32 @@ figure.tight_layout()
 
 
 # %%
-def behind_sgd(name, batch_size):
-    return table["SGD", batch_size].mean() - table[name, batch_size].mean()
+def lead(one, other):
+    """By how many points the mean of the first is ahead, and the standard error of that."""
+    square = one.var(ddof=1) / len(one) + other.var(ddof=1) / len(other)
+    return one.mean() - other.mean(), np.sqrt(square)
 
 
+def is_level(one, other):
+    """Whether the first is not behind by three standard errors."""
+    points, error = lead(one, other)
+    return points > -3 * error
+
+
+gains = []
 for batch_size in BATCHES:
-    gaps = {name: behind_sgd(name, batch_size) for name in METHODS if name != "SGD"}
-    line = ", ".join(f"{name} {gap:.2f}" for name, gap in gaps.items())
+    at = {name: table[name, batch_size] for name in METHODS}
+    gaps = {name: lead(at["SGD"], at[name]) for name in METHODS if name != "SGD"}
+    line = ", ".join(f"{name} {gap:.2f} +- {error:.2f}" for name, (gap, error) in gaps.items())
     print(f"batch {batch_size:3}: points behind SGD with momentum: {line}")
-    assert gaps["error feedback"] < 0.7
+    assert is_level(at["error feedback"], at["SGD"])
     claim(f"batch {batch_size}: points behind SGDm", line)
-gained = [behind_sgd("scaled sign", b) - behind_sgd("error feedback", b) for b in BATCHES]
+    gains.append(lead(at["error feedback"], at["scaled sign"]))
+gained, errors = np.transpose(gains)
 print("what feedback gains on the scaled sign:", ", ".join(f"{gain:.2f}" for gain in gained))
-assert gained[-1] > gained[0] + 0.5
-assert gained[-1] > 1
-assert behind_sgd("sign", 8) < 0.7  # not as in the paper
+assert np.all(np.diff(gained) > 0)
+assert gained[-1] - gained[0] > 3 * np.linalg.norm(errors[[0, -1]])
+assert is_level(table["sign", 8], table["SGD", 8])  # not as in the paper
 
 # %% [markdown]
 # **What holds:** error feedback is level with SGD or ahead at every batch size, and the smaller the
@@ -601,19 +634,18 @@ assert behind_sgd("sign", 8) < 0.7  # not as in the paper
 # momentum, 6.6 points behind in the paper, is level with SGD here. Momentum averages many small
 # batches before the sign is taken, and the step size, which falls to 0, is tuned for every batch
 # size, while the paper's is tuned at 128 and divided by 16 for batches of 8. The digits are also an
-# easy task. The margins of 0.7 and 0.5 points are three times the standard error of a difference of
-# two means, which is about 0.2.
+# easy task. Level means, here and below, not behind by three standard errors of the difference of
+# the means, and ahead means ahead by more; so much more must feedback also gain at 8 than at 128.
 #
 # ## 5. Other compressors: top-k and random-k
 #
 # With a hundredth of the coordinates per step, so $\delta = 0.01$; batches of 32, 200 steps. From
-# here on the step size is 1, 0.32 or 0.1, the one with the lowest mean held-out loss over five
-# seeds, of which the accuracies are given. (At 3.2 all that choose 1 get worse or diverge, here and
-# above.)
+# here on the step size is one of seven from 10 to 0.01, the one with the lowest mean held-out loss
+# over five seeds, of which the accuracies are given.
 
 # %%
 FEW = 0.01
-FEW_RATES = RATES[:3]
+FEW_RATES = RATES[:7]
 
 
 def best_of_five(method, *args):
@@ -621,7 +653,7 @@ def best_of_five(method, *args):
     seeds = jnp.tile(jnp.arange(5), len(FEW_RATES))
     accuracy, losses = trainer(method, *args)(jnp.repeat(jnp.asarray(FEW_RATES), 5), seeds)
     best = np.nanargmin(np.mean(np.reshape(losses, (-1, 5)), axis=1))
-    return np.asarray(accuracy, np.float64).reshape(-1, 5)[best], FEW_RATES[best]
+    return np.asarray(accuracy, np.float64).reshape(-1, 5)[best], within(FEW_RATES, best)
 
 
 def after_compression(compressor):
@@ -638,23 +670,23 @@ sparse_methods = {
 results = two_at_a_time(lambda method: best_of_five(method, 32, 200), sparse_methods.values())
 sparse = {}
 for name, (accuracy, best) in zip(sparse_methods, results, strict=True):
-    sparse[name] = accuracy.mean()
+    sparse[name] = accuracy
     show(name, accuracy, best)
 
 # %%
-assert sparse["top-k, error feedback"] > sparse["SGD"] - 2
-assert sparse["top-k, error feedback"] > sparse["top-k"] + 1
-assert sparse["random-k, error feedback"] < sparse["top-k, error feedback"]
+kept = sparse["top-k, error feedback"]
+assert is_level(kept, sparse["SGD"])
+assert not is_level(sparse["top-k"], kept)
+assert not is_level(sparse["random-k, error feedback"], kept)
 claim(
     "top-k and random-k with feedback, k/d = 1%",
-    ", ".join(f"{name} {accuracy:.2f}%" for name, accuracy in sparse.items()),
+    ", ".join(f"{name} {accuracy.mean():.2f}%" for name, accuracy in sparse.items()),
 )
 
 # %% [markdown]
 # With feedback top-k, a hundredth of the coordinates, keeps up with SGD (none of the four has
 # momentum), and without it lags by points. Random-k lags even with feedback: a coordinate waits for
-# 100 of the 200 steps on average, and what its memory holds is as old. The margins of 2 and 1
-# points are for means of five seeds, whose standard errors are 1 or less.
+# 100 of the 200 steps on average, and what its memory holds is as old.
 #
 # ## 6. In both directions
 #
@@ -682,7 +714,7 @@ for feedback in ("both", "none"):
 results = two_at_a_time(lambda method: best_of_five(method, 8, 200, WORKERS), both_ways.values())
 two_way = {}
 for name, (accuracy, best) in zip(both_ways, results, strict=True):
-    two_way[name] = accuracy.mean()
+    two_way[name] = accuracy
     show(name, accuracy, best)
 
 # %% [markdown]
@@ -698,26 +730,31 @@ for name in list(both_ways)[:4]:
     state = parallel.init(params)
     compiled = jax.jit(parallel.update).lower(rows, state, params).compile()
     sent[name] = diagnostics.collective_bytes(compiled)
-    print(f"{name:28} {sent[name]:7,} bytes per worker and step, {two_way[name]:.2f}%")
+    print(f"{name:28} {sent[name]:7,} bytes per worker and step")
 
 # %%
-assert two_way["feedback both"] > two_way["mean of gradients, momentum"] - 1
-assert two_way["feedback both"] > two_way["feedback none"] + 0.7
+both, averaged_result = two_way["feedback both"], two_way["mean of gradients, momentum"]
+assert is_level(both, averaged_result)
+assert is_level(both, two_way["feedback worker"])
+assert not is_level(two_way["feedback none"], both)
+assert is_level(two_way["feedback none, momentum"], two_way["feedback both, momentum"])
+# An f32 all-reduce against a bit each way is 32; of small leaves padding takes a good part.
 assert sent["feedback both"] < sent["mean of gradients, momentum"] / 20
 claim(
     "both directions, 8 workers: accuracy kept at one bit each way",
-    ", ".join(f"{name} {two_way[name]:.2f}%, {size:,} bytes" for name, size in sent.items()),
+    ", ".join(f"{name} {two_way[name].mean():.2f}%, {size:,} bytes" for name, size in sent.items()),
 )
 claim(
     "the same behind Nesterov momentum",
-    ", ".join(f"{name} {two_way[name]:.2f}%" for name in two_way if name.endswith("momentum")),
+    ", ".join(
+        f"{name} {x.mean():.2f}%" for name, x in two_way.items() if name.endswith("momentum")
+    ),
 )
 
 # %% [markdown]
 # One bit down in place of full precision costs no accuracy that could be seen. Without momentum the
 # scaled signs need their memories; behind momentum they do not here, presumably because the mean of
-# eight workers' scaled signs of averaged gradients is already close to a mean of gradients. The
-# margins are those of section 4.
+# eight workers' scaled signs of averaged gradients is already close to a mean of gradients.
 #
 # ## What was measured
 
