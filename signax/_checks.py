@@ -40,6 +40,11 @@ def check_number(
         raise ValueError(f"{name}={value!r} is outside {interval}")
 
 
+_STATIC = (
+    "must be known when the step is built: list {!r} in the static_args of optax.inject_hyperparams"
+)
+
+
 def check_count(name: str, value: Any) -> None:
     """Refuses what is no whole number from 1 on."""
     if isinstance(value, jax.Array):
@@ -50,11 +55,6 @@ def check_count(name: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r} must be a whole number") from None
     if number < 1:
         raise ValueError(f"{name}={value!r} must be at least 1")
-
-
-_STATIC = (
-    "must be known when the step is built: list {!r} in the static_args of optax.inject_hyperparams"
-)
 
 
 def check_block(block: Any, allowed: tuple[str, ...]) -> Any:
