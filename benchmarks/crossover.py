@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,7 @@ def main() -> None:
     """Fits, predicts, and prints, saves and draws both tables."""
     args = parse_arguments()
     sweep = json.loads(Path(args.sweep).read_text())["results"]
+    check_sweep(sweep, args.sweep)
     machines, predictions = predict(sweep)
     print_predictions(predictions)
     by_model = speedups(args.workers, args.latency, args.memory_bandwidth)
@@ -110,6 +112,19 @@ def parse_arguments() -> argparse.Namespace:
     if args.workers < 2 or args.latency < 0 or args.memory_bandwidth <= 0:
         parser.error("--workers must be at least 2, --latency 0, --memory-bandwidth above 0")
     return args
+
+
+def check_sweep(sweep: Sequence[dict[str, Any]], file: str) -> None:
+    """Refuses what has too few settings to fit the model, or none to compare it with."""
+    for workers in {setting["workers"] for setting in sweep} or {0}:
+        rates = [one["rate_bits_per_second"] for one in sweep if one["workers"] == workers]
+        unlimited = rates.count(None)
+        if unlimited < 2 or unlimited == len(rates):
+            sys.exit(
+                f"error: --sweep {file} has {unlimited} settings over unlimited links and "
+                f"{len(rates) - unlimited} over others for {workers} workers, at least 2 and 1 are "
+                "needed: run network.py --sweep to its end, where there are network namespaces"
+            )
 
 
 def array(parameters: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

@@ -13,8 +13,7 @@ run, and the same command goes on from there.
 the given rate (namespaces.py), with one thread of computation each, and train by AdamW on means in
 full precision and by votes, with the step size and momentum that `tune` has found. `seconds` is the
 time of all steps until a validation loss is seen that is no higher than that of AdamW at its end;
-validation itself, compiling and loading are left out on both sides. A vote may take `--voted-steps`
-for it.
+validation itself and compiling are left out on both sides. A vote may take `--voted-steps` for it.
 
 Options that are not listed here go to the example: `tune --layers 2 --batch-size 16`.
 """
@@ -72,7 +71,9 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the example's --seed is not the start of our --seeds
     )
     add = parser.add_argument
     add("command", choices=("tune", "network"))
@@ -103,8 +104,10 @@ def parse_arguments() -> argparse.Namespace:
     tunes = args.command == "tune"
     name = "language_model" if tunes else "language_model_network"
     args.json = args.json or str(here / "results" / f"{name}.json")
-    args.workers = args.workers or (8 if tunes else 4)
-    args.voted_steps = args.voted_steps or args.steps
+    if args.workers is None:
+        args.workers = 8 if tunes else 4
+    if args.voted_steps is None:
+        args.voted_steps = args.steps
     if min(args.workers, args.steps, args.voted_steps, args.evaluate_every) < 1:
         parser.error("--workers, --steps, --voted-steps and --evaluate-every must be at least 1")
     try:
@@ -172,6 +175,8 @@ def tune(args: argparse.Namespace, runs: list[Run]) -> None:
 def next_exponent(losses: Mapping[int, float]) -> int | None:
     """The next one to try, or None if the best has a worse neighbour on either side."""
     best = min(losses, key=losses.__getitem__)
+    if losses[best] == math.inf:
+        return min(losses) - 1  # all were too large
     for neighbour in (best - 1, best + 1):
         if neighbour not in losses:
             return neighbour
@@ -243,17 +248,30 @@ def network(args: argparse.Namespace, runs: list[Run]) -> None:
     setting = {"workers": args.workers, "rate": args.rate, "delay": "0ms"}
     for seed in args.seeds:
         for method in args.methods:
-            if any((run["method"], run["seed"]) == (method, seed) for run in runs):
-                continue
             steps = args.steps if method == BASELINE else args.voted_steps
             options = {"method": method, **{name: found[method][name] for name in tuned_names}}
+            options |= {"steps": steps, "seed": seed}
             with join(setting) as links:
-                runs.append(train_together(args, links, **options, steps=steps, seed=seed))
+                if not is_finished(args, runs, {**options, "link": links.kind}):
+                    runs.append(train_together(args, links, **options))
             results = {"times": times(runs), "runs": runs}
             save(args.json, "language_model_network", settings_of(args), results)
     print_times(times(runs))
     if args.figure:
         draw(args, runs)
+
+
+def is_finished(args: argparse.Namespace, runs: Sequence[Run], wanted: Mapping[str, Any]) -> bool:
+    """Whether that run is among those of its method and seed, all of which must be like it."""
+    own = [run for run in runs if all(run[name] == wanted[name] for name in ("method", "seed"))]
+    for run in own:
+        for name, value in wanted.items():
+            if run[name] != value:
+                sys.exit(
+                    f"error: {args.json} holds a run of {wanted['method']} with {name} = "
+                    f"{run[name]}, this one has {value}: write to another --json FILE"
+                )
+    return bool(own)
 
 
 def train_together(args: argparse.Namespace, links: Links, **options: Any) -> Run:
@@ -318,6 +336,8 @@ def draw(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     """Saves the figure: validation losses over the seconds of training, a curve for each seed."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
+    limited = runs[0]["link"] == "namespaces"
+    where = f"behind links of {args.rate}/s" if limited else "on one machine, without links"
     for number, method in enumerate(dict.fromkeys(run["method"] for run in runs)):
         own = [run for run in runs if run["method"] == method]
         for run in own:
@@ -327,7 +347,7 @@ def draw(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     axes.set(
         xlabel="time of training (s)",
         ylabel="validation loss (nats per character)",
-        title=f"{args.workers} processes behind links of {args.rate}/s",
+        title=f"{args.workers} processes {where}",
     )
     axes.legend()
     axes.grid(alpha=0.3)

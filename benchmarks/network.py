@@ -65,6 +65,8 @@ def main() -> None:
     args = parse_arguments()
     for number in (signal.SIGINT, signal.SIGTERM):  # so that namespaces are deleted
         signal.signal(number, lambda number, _: sys.exit(128 + number))
+    grid = {"workers": sweep_workers, "rate": sweep_rates, "parameters": sweep_parameters}
+    recorded = vars(args) | (grid if args.sweep else {})
     results = []
     for setting in settings(args):
         try:
@@ -72,7 +74,7 @@ def main() -> None:
         except OSError as error:
             sys.exit(f"error: {error}")
         print_result(results[-1])
-        save(args.json, "network", vars(args), results)  # after each: a sweep takes long
+        save(args.json, "network", recorded, results)  # after each: a sweep takes long
     print(f"\nResults are in {args.json}.")
     if not args.sweep:
         draw(results[0], args.figure)
@@ -97,6 +99,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", metavar="FILE", help="(default benchmarks/results/network.json, or -sweep.json)")
     add("--figure", metavar="FILE", help="(default benchmarks/results/network.png)")
     args = parser.parse_args()
+    if args.sweep and args.figure:
+        parser.error(f"--figure {args.figure}: a sweep is drawn by benchmarks/crossover.py")
     name = "network-sweep" if args.sweep else "network"
     args.json = args.json or str(here / "results" / f"{name}.json")
     args.figure = args.figure or str(here / "results" / f"{name}.png")

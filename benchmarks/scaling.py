@@ -51,6 +51,7 @@ width = 256  # of the transformer
 def main() -> None:
     """Measures all of it, and prints, saves and draws what comes out."""
     args = parse_arguments()
+    jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.devices)
     workers = powers_of_two(args.most_workers)
     results = {

@@ -75,6 +75,14 @@ def make_optimizer(steps):
     )
 
 
+def mean_of_finite(rows, old):
+    """The mean of those workers' statistics that are finite, and the old ones where none are."""
+    finite = jnp.isfinite(rows)
+    total = jnp.sum(jnp.where(finite, rows, 0), axis=0)
+    number = jnp.sum(finite, axis=0)
+    return jnp.where(number > 0, total / jnp.maximum(number, 1), old)
+
+
 def load_data():
     digits: Any = load_digits()  # scikit-learn's types leave open what it is
     images = (digits.images[..., None] / 16).astype(np.float32)
@@ -120,9 +128,10 @@ def main():
             return losses.mean(), nnx.state(network, nnx.BatchStat)
 
         gradient = tx.value_and_grad(loss_fn, has_aux=True)
-        (loss, statistics), grads = gradient(params, batch, statistics, key=key)
+        (loss, rows), grads = gradient(params, batch, statistics, key=key)
         optimizer.update(model, grads)
-        nnx.update(model, jax.tree.map(lambda rows: rows.mean(axis=0), statistics))
+        # A worker that is out of the vote is out of these too.
+        nnx.update(model, jax.tree.map(mean_of_finite, rows, statistics))
         return loss
 
     @nnx.jit

@@ -14,7 +14,7 @@ With checkpoints, stopped on the way, continued in new processes, and on another
 
 With all processes started anew from the last checkpoint whenever one of them is killed or hangs:
 
-    python examples/multihost.py --processes 4 --checkpoint /tmp/digits --resume
+    python examples/multihost.py --processes 4 --checkpoint /tmp/others --resume
 
 On a TPU pod, under Slurm or under Open MPI, on every host, where jax.distributed.initialize()
 finds the others by itself (on a machine that belongs to no cluster, the same line is one process
@@ -30,8 +30,9 @@ A checkpoint holds the parameters, the momentum of every worker and all else tha
 depends on, so that a run that was stopped ends where an uninterrupted one does, bit for bit. With
 --checkpoint a run always continues from the last one that is whole, if there is any; on a cluster,
 whose scheduler starts processes anew, that is all it takes. A cluster that takes a machine away
-says so by SIGTERM: all processes then save the same step and end. Processes that wait in vain, for
-one that hangs or never came, end with an error and show where, after --timeout seconds at most.
+says so by SIGTERM: all processes then save the same step and end with the exit code of that signal,
+143, so that nobody takes the run for finished. Processes that wait in vain, for one that hangs or
+never came, end with an error and show where, after --timeout seconds at most.
 
 The data are scikit-learn's 1,797 handwritten digits of 8x8 pixels, which ship in its package.
 """
@@ -63,6 +64,7 @@ import signax
 
 step_size, decay = 1e-3, 5e-2
 test_images = 400
+preempted_code = 128 + signal.SIGTERM  # as shells have it
 
 
 class Network(nn.Module):
@@ -136,7 +138,7 @@ class Checkpoints:
 
 
 def train(args):
-    """One process of the run."""
+    """One process of the run, which returns its exit code."""
     first = jax.process_index() == 0
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -197,6 +199,10 @@ def train(args):
     progress.close()
     if checkpoints:
         checkpoints.manager.close()  # waits for what is still being written
+    if number < stop:
+        if first:
+            print(f"told to end at step {number} of {args.steps}", file=sys.stderr)
+        return preempted_code
 
     if first:
         params = jax.device_get(params)
@@ -212,6 +218,7 @@ def train(args):
             }
             with open(args.params, "wb") as file:
                 np.savez(file, **named)
+    return 0
 
 
 def watch(seconds):
@@ -229,10 +236,12 @@ def join(args):
         jax.config.update("jax_num_cpu_devices", args.devices)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if args.coordinator:
-        jax.distributed.initialize(args.coordinator, args.processes, args.process_id)
+        jax.distributed.initialize(
+            args.coordinator, args.processes, args.process_id, initialization_timeout=args.timeout
+        )
     elif not args.devices:
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(initialization_timeout=args.timeout)
         except ValueError as error:
             if "coordinator_address" not in str(error):
                 raise
@@ -247,9 +256,12 @@ def launch(args):
     restarts_left = args.resume
     while True:
         codes = run_processes(args, stopped)
+        preempted = preempted_code in codes
         killed = any(code is not None and code < 0 for code in codes)
-        if stopped or not killed or not restarts_left:  # an error of its own would come again
-            return 128 + stopped[0] if stopped else int(any(codes))
+        if stopped:
+            return 128 + stopped[0]
+        if not (killed or preempted) or not restarts_left:  # an error of its own would come again
+            return preempted_code if preempted and not killed else int(any(codes))
         restarts_left -= 1
         print("all processes start anew, from the last checkpoint", file=sys.stderr, flush=True)
 
@@ -278,12 +290,12 @@ def run_processes(args, stopped):
         print("processes:", *(process.pid for process in processes), flush=True)
         codes = wait(processes, stopped)
         for index, (code, log) in enumerate(zip(codes, logs, strict=True)):
-            if code:
+            if code and code != preempted_code:
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
                 if code == -signal.SIGALRM:
                     how = f"got no further within the {args.timeout} seconds of --timeout"
                 print(f"error: process {index} {how}", file=sys.stderr)
-            if code and log:
+            if code and code != preempted_code and log:
                 log.seek(0)
                 print(log.read()[-4000:], end="", file=sys.stderr)
     return codes
@@ -293,7 +305,9 @@ def wait(processes, stopped):
     """The processes' exit codes when all have ended, one has failed, or the user has had enough."""
     while True:
         codes = [process.poll() for process in processes]
-        if stopped or any(codes) or None not in codes:  # the others would wait for one that failed
+        # The others would wait for one that failed; when told to end, they save and end together.
+        failed = any(code not in (None, 0, preempted_code) for code in codes)
+        if stopped or failed or None not in codes:
             # Asked again: what was seen first may have come of another's end just before.
             return [process.poll() for process in processes]
         time.sleep(0.05)
@@ -319,7 +333,8 @@ def parse_arguments(parser):
         const=100,
         default=0,
         metavar="N",
-        help="when a process is killed or hangs start all anew, at most N times (100 if not given)",
+        help="when one of the processes started here is killed or hangs, or all are told to end, "
+        "start all anew, at most N times (100 if not given)",
     )
     add(
         "--timeout",
@@ -339,6 +354,8 @@ def parse_arguments(parser):
     for name in ("seed", "resume"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} {getattr(args, name)} must not be negative")
+    if args.resize and not args.checkpoint:
+        parser.error("--resize needs --checkpoint, which holds what is to be continued")
     if args.resume and None in (args.checkpoint, args.processes):
         parser.error("--resume needs --checkpoint, and --processes for it to start")
     if args.stop_at is not None and args.stop_at > args.steps:

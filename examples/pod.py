@@ -14,12 +14,13 @@ On this machine, three slices of 2 x 2 simulated devices, in one process or a pr
     python examples/pod.py --coordinator localhost:1234 --processes 3 --process-id 1 &
     python examples/pod.py --coordinator localhost:1234 --processes 3 --process-id 2
 
-GPT-2 small on a TPU pod, on every host, where all the devices that JAX finds are slices of 16 x 4:
+GPT-2 small on a TPU pod, on every host, where all the devices that JAX finds are slices of 16 x 4
+(gs:// takes the package gcsfs):
 
     python examples/pod.py --accelerators --fsdp 16 --model 4 --size gpt2 --batch-size 256 \
-        --dtype bfloat16 --step-size 1e-4 --checkpoint gs://bucket/gpt2
+        --validation-windows 64 --dtype bfloat16 --step-size 1e-4 --checkpoint gs://bucket/gpt2
 
-The other options are those of train_language_model.py.
+The other options are those of train_language_model.py; workers are slices.
 """
 
 import collections

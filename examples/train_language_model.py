@@ -18,7 +18,7 @@ worker on every device that JAX finds, of all hosts of a cluster:
 
     python examples/train_language_model.py --layers 8 --heads 6 --width 384 --context 256
     python examples/train_language_model.py --size gpt2 --batch-size 64 --dtype bfloat16 \
-        --accelerators --step-size 1e-4
+        --accelerators --step-size 1e-4 --validation-windows 64
 
 On hosts that JAX knows nothing of, on each of them with its own --process-id from 0, two workers on
 either host:
@@ -269,7 +269,7 @@ def train(args, mesh, batch_axes, spec_of=whole):
 
     abstract_params = jax.tree.map(lay_out, shapes, specs)
     laid_out = abstract_params, tx.abstract_state(abstract_params)
-    settings = settings_of(args, tx.num_workers, training_text)
+    settings = settings_of(args, mesh, training_text)
     checkpoints = Checkpoints(args, settings) if args.checkpoint else None
     number = checkpoints.manager.latest_step() if checkpoints else None
     if checkpoints and number is not None:
@@ -333,12 +333,13 @@ def train(args, mesh, batch_axes, spec_of=whole):
     return step, params
 
 
-def settings_of(args, workers, text):
+def settings_of(args, mesh, text):
     """All that a run's numbers depend on."""
     names = ("method", "step_size", "momentum", "steps", "batch_size", "seed", "dtype")
-    settings = {name: getattr(args, name) for name in (*names, *sizes["small"])}
+    names += ("validation_windows", *sizes["small"])
+    settings = {name: getattr(args, name) for name in names}
     digest = hashlib.sha256(text).hexdigest()[:16]  # another Python's text is another task
-    return {**settings, "workers": workers, "text": digest}
+    return {**settings, "workers": mesh.devices.shape[0], "mesh": dict(mesh.shape), "text": digest}
 
 
 def sample(graph, params, text, args):
@@ -409,21 +410,21 @@ def make_parser(description):
     add("--method", choices=step_sizes, default="lion", help="(default lion)")
     add("--step-size", type=float, help=f"at the peak (defaults: {step_sizes})")
     add("--momentum", type=float, help=f"its decay, in [0, 1) (defaults: {momenta})")
-    add("--steps", type=int, default=300, help="of the whole run (default 300)")
+    add("--steps", type=int, default=300, help="of the whole run (default %(default)s)")
     add("--stop-at", type=int, metavar="STEP", help="end after this step, to be continued")
-    add("--batch-size", type=int, default=32, help="rows per step, all workers' (default 32)")
+    add("--batch-size", type=int, default=32, help="rows per step, all's (default %(default)s)")
     add("--seed", type=int, default=0, help="of weights, batches and samples (default 0)")
     add("--size", choices=sizes, default="small", help="defaults of the next five")
     for name, value in sizes["small"].items():
         add(f"--{name}", type=int, help=f"(default {value:,}; gpt2 {sizes['gpt2'][name]:,})")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in")
-    add("--workers", type=int, default=8, help="simulated, in all processes together (default 8)")
-    add("--accelerators", action="store_true", help="a worker on each device of JAX instead")
+    add("--workers", type=int, default=8, help="of all processes (default %(default)s, simulated)")
+    add("--accelerators", action="store_true", help="on all devices of JAX, not on simulated ones")
     add("--coordinator", metavar="HOST:PORT", help="a free port of process 0's host")
     add("--processes", type=int, metavar="N", help="how many processes there are")
     add("--process-id", type=int, metavar="I", help="which of them this one is, from 0")
     add("--evaluate-every", type=int, default=50, metavar="STEPS", help="and save (default 50)")
-    add("--validation-windows", type=int, default=512, metavar="N", help="(default 512)")
+    add("--validation-windows", type=int, default=512, metavar="N", help="(default %(default)s)")
     add("--checkpoint", metavar="DIR", help="save to DIR, and continue from what it holds")
     add("--json", metavar="FILE", help="write losses, curves and bytes to FILE")
     add("--figure", metavar="FILE", help="draw the curves to FILE")
@@ -458,7 +459,7 @@ def parse_arguments(parser):
         parser.error("--coordinator, --processes and --process-id belong together")
     if args.processes is not None and not 0 <= args.process_id < args.processes:
         parser.error(f"--process-id {args.process_id} is none of --processes {args.processes}")
-    if args.workers % (args.processes or 1):
+    if not args.accelerators and args.workers % (args.processes or 1):
         parser.error(f"--workers {args.workers} is no multiple of --processes {args.processes}")
     return args
 

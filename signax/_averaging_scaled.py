@@ -153,7 +153,7 @@ def _checked(options: MeanOptions) -> MeanOptions:
 
 
 def _init_mean(params: optax.Params, options: MeanOptions) -> MeanScaledSignsState:
-    check_floating(params, "params")
+    check_floating(params, "params", only_arrays=False)
     workers = 1  # without servers' parts of leaves their number does not matter
     if options.feedback == "both" and jax.tree.leaves(params):
         workers = options.num_workers or _axis_size(options.axis_name)

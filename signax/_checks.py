@@ -106,15 +106,15 @@ def check_axis_name(axis_name: Hashable) -> None:
         raise ValueError(f"axis_name={axis_name!r} names an axis twice")
 
 
-def check_floating(tree: Any, name: str = "updates") -> None:
+def check_floating(tree: Any, name: str = "updates", *, only_arrays: bool = True) -> None:
     """Refuses leaves that are not arrays of real floating-point numbers of 16 bits or more.
 
-    A parameter, which is looked at for its shape and dtype only, may be a number of Python's.
+    What is looked at for its shape and dtype only may be a number of Python's.
     """
     for path, leaf in jax.tree.leaves_with_path(tree):
         place = f"{name}{jax.tree_util.keystr(path)}"
         if not hasattr(leaf, "dtype"):
-            if name != "updates" and isinstance(leaf, float):
+            if not only_arrays and isinstance(leaf, float):
                 continue
             raise TypeError(f"{place}={leaf!r} is not an array: make one with jnp.asarray")
         dtype = leaf.dtype

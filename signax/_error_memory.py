@@ -67,7 +67,7 @@ def scaled_signs_memory(
       (3, 5) (32, 2)
     """
     check_mode("feedback", feedback, FEEDBACKS)
-    check_floating(tree, "tree")
+    check_floating(tree, "tree", only_arrays=False)
     check_count("num_workers", num_workers)
 
     def zeros(leaf, shape):

@@ -86,7 +86,7 @@ def scale_by_signum(
     warmup_steps = _warmup_steps(float(b1)) if warmup else 0
 
     def init_fn(params):
-        check_floating(params, "params")
+        check_floating(params, "params", only_arrays=False)
         momentum = optax.tree.zeros_like(params, dtype=accumulator_dtype)
         return ScaleBySignumState(count=jnp.zeros([], jnp.int32), momentum=momentum)
 
@@ -210,7 +210,7 @@ def error_feedback(
     compressor = optax.with_extra_args_support(compressor)
 
     def init_fn(params):
-        check_floating(params, "params")
+        check_floating(params, "params", only_arrays=False)
         error = optax.tree.zeros_like(params, dtype=accumulator_dtype)
         count = jnp.zeros([], jnp.int32)
         return ErrorFeedbackState(error=error, inner_state=compressor.init(error), count=count)
@@ -362,7 +362,7 @@ def checked(
 
     def init_fn(params):
         if memory is not None:
-            check_floating(params, "params")
+            check_floating(params, "params", only_arrays=False)
         return inner.init(params)
 
     def update_fn(updates, state, params=None, **extra_args):

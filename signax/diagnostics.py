@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from signax._agreement import THRESHOLD
 from signax._checks import check_count, check_floating, check_mode, check_number
 from signax._exchange import choose_transport, part_words, share_words
 from signax._hlo import Collective, collective_bytes, collectives
-from signax._numerics import relative_to_peak, wide_dtype, words_of
+from signax._numerics import common_dtype, relative_to_peak, wide_dtype, words_of
 from signax._parts import part_columns
 
 __all__ = [
@@ -59,7 +60,7 @@ def density(tree: Any) -> Any:
       Bernstein et al., signSGD: Compressed Optimisation for Non-Convex Problems, 2018,
       https://arxiv.org/abs/1802.04434
     """
-    check_floating(tree, "tree")
+    check_floating(tree, "tree", only_arrays=False)
     return jax.tree.map(_leaf_density, tree)
 
 
@@ -110,7 +111,7 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
     """
     check_mode("scheme", scheme, _SCHEMES)
     check_count("num_workers", num_workers)
-    check_floating(tree, "tree")
+    check_floating(tree, "tree", only_arrays=False)
     leaves = jax.tree.leaves(jax.eval_shape(lambda arrays: arrays, tree))
     if scheme == "mean":
         total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
@@ -121,11 +122,13 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
 
 def _exchanged(leaves: Sequence[Any], num_workers: int, scheme: str) -> tuple[int, int]:
     """The words that a worker sends in an exchange of packed bits, and in how many collectives."""
-    if not sum(leaf.size for leaf in leaves):
+    leaves = [leaf for leaf in leaves if leaf.size]
+    if not leaves:
         return 0, 0
     if scheme == "scaled_signs":
-        bits = sum(part_columns(leaf.shape, num_workers) for leaf in leaves if leaf.size)
-        scales = sum(words_of(1, wide_dtype(leaf.dtype)) for leaf in leaves if leaf.size)
+        bits = sum(part_columns(leaf.shape, num_workers) for leaf in leaves)
+        widest = reduce(common_dtype, (wide_dtype(leaf.dtype) for leaf in leaves))
+        scales = words_of(len(leaves), widest)  # all scales are sent in one dtype
         return 2 * (num_workers - 1) * part_words(bits + scales), 2
     words = _PLANES[scheme] * _packing.num_words(leaves)
     digits = num_workers.bit_length() if scheme == "mean_signs" else 1

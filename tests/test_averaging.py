@@ -63,6 +63,18 @@ def test_options_reach_the_mean():
     assert_updates(history, reference(rows, block=4, decay=0.5))
 
 
+def test_options_of_ef_sign_sgd_reach_the_mean():
+    rows = random_rows(10, 3)
+    options = {"block": 4, "decay": 0.5, "feedback": "worker"}
+    tx = signax.ef_sign_sgd(1.0, axis_name="data", **options)
+    assert_updates(follow(tx, rows, 3), reference(rows, **options), -1.0)
+    tx = signax.ef_sign_sgd(1.0, 0.9, axis_name="data", accumulator_dtype=jnp.float32)
+    _, state = follow(tx, random_rows(1, 3), 3, jnp.bfloat16)[0]
+    for field in ("trace", "worker", "server"):
+        for leaf in jax.tree.leaves(optax.tree.get(state, field)):
+            assert leaf.dtype == jnp.float32
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_ef_sign_sgd_over_workers_compresses_each_ones_momentum(nesterov):
     steps, rate, decay = 15, 0.5, 0.9

@@ -9,6 +9,7 @@ import pytest
 import references
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
 from jax.sharding import PartitionSpec
 from workers import AXIS, MAPS, auto_mesh, on_workers, one_of_equals, rows_of_workers
 
@@ -77,6 +78,23 @@ def maps_and_workers(*quick):
 def test_votes_equal_the_reference_with_any_number_of_workers_out(kind, num_workers):
     with jax.enable_x64(True):
         assert_votes_equal_the_reference(kind, num_workers, SHAPES, OPTIONS)
+
+
+@pytest.fixture
+def as_accelerators_pack(monkeypatch):
+    """Lets programs take the branch of platforms that are not named."""
+    jax.clear_caches()
+    monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **_: default(*args))
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("as_accelerators_pack")
+@pytest.mark.parametrize("shapes", [SHAPES, LARGE_SHAPES], ids=["small", "large"])
+def test_votes_equal_the_reference_in_the_order_of_accelerators(shapes):
+    options = [("dither", "dither"), ("abstain", "dither")]
+    with jax.enable_x64(True):
+        assert_votes_equal_the_reference("shard_map", 4, shapes, options)
 
 
 @maps_and_workers(("shard_map", 8))

@@ -886,6 +886,26 @@ def test_one_device_is_a_mesh_of_one_worker():
     assert_trees_equal(actual, params)
 
 
+@pytest.mark.parametrize("axes", [("slice", "chip"), ("chip", "slice")])
+def test_workers_may_lie_along_several_axes(axes):
+    """In the order in which the tuple names them, the last one running fastest."""
+    mesh = auto_mesh({"slice": 2, "chip": 4})
+    optimizer = signax.ef_sign_sgd(0.1, 0.9, axis_name=axes)
+    tx = signax.DataParallel(optimizer, mesh, axes)
+    plain = signax.DataParallel(signax.ef_sign_sgd(0.1, 0.9, axis_name="data"), make_mesh())
+    assert tx.num_workers == plain.num_workers == WORKERS
+    results = []
+    for parallel in (tx, plain):
+        _, grads = parallel.value_and_grad(squared_error)(PARAMS, make_batch())
+        update = jax.jit(parallel.update)
+        _, state = update(grads, parallel.init(PARAMS), PARAMS)
+        updates, state = update(grads, state, PARAMS)
+        there = parallel.resize(state, PARAMS, 4)
+        back = parallel.resize(there, PARAMS)
+        results.append(jax.device_get((grads, updates, state, there, back)))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
 # What is sent.
 
 
@@ -911,16 +931,20 @@ def large_floating(compiled, elements=8):
     ids=["Auto with specs", "Explicit with specs", "Explicit, known by type"],
 )
 @pytest.mark.parametrize(
-    "optimizer", [signax.signum, signax.lion, signax.sign_sgd], ids=lambda f: f.__name__
+    "optimizer",
+    [
+        signax.signum(0.1, axis_name="data", weight_decay=0.1),
+        signax.lion(0.1, axis_name="data", weight_decay=0.1),
+        signax.sign_sgd(0.1, axis_name="data", weight_decay=0.1),
+        signax.ssdm(0.1, jax.random.key(0), axis_name="data", weight_decay=0.1),
+        signax.mean_signs("data"),
+    ],
+    ids=["signum", "lion", "sign_sgd", "ssdm", "mean_signs"],
 )
 def test_update_of_sharded_parameters_sends_no_floating_point_array(kind, specs, optimizer):
     mesh = make_mesh((4, 2), kind)
     places = {"w": PartitionSpec(None, "model"), "b": PartitionSpec()}
-    tx = signax.DataParallel(
-        optimizer(0.1, axis_name="data", weight_decay=0.1),
-        mesh,
-        param_specs=places if specs else None,
-    )
+    tx = signax.DataParallel(optimizer, mesh, param_specs=places if specs else None)
     shapes = {"w": (256, 128), "b": (128,)}
     params = {
         name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, places[name]))

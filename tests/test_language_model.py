@@ -81,6 +81,14 @@ def test_what_does_not_fit_is_refused(monkeypatch, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+def test_processes_need_not_divide_simulated_workers_where_none_are(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    example = importlib.import_module("train_language_model")
+    options = "--coordinator a:1 --processes 3 --process-id 0 --accelerators"
+    monkeypatch.setattr(sys, "argv", [EXAMPLE.name, *options.split()])
+    assert example.parse_arguments(example.make_parser("")).processes == 3
+
+
 def test_a_batch_that_workers_cannot_share_is_refused():
     finished = run(EXAMPLE, "--workers", 3)
     assert finished.returncode == 2
@@ -173,6 +181,26 @@ def test_the_search_ends_where_the_best_has_a_worse_neighbour_on_either_side(ben
         best = min(losses, key=losses.__getitem__)
         assert best == min(lowest, 2)
         assert losses[best - 1] > losses[best] < losses[best + 1]
+
+
+def test_the_search_goes_down_from_where_everything_diverges(benchmark):
+    losses, exponent = {4: float("inf")}, 4
+    while exponent is not None and len(losses) < 20:
+        losses[exponent] = float("inf") if exponent > 1 else 2.0 + exponent**2
+        exponent = benchmark.next_exponent(losses)
+    assert min(losses, key=losses.__getitem__) == 0
+    assert {-1, 0, 1} <= set(losses)
+
+
+def test_a_run_that_is_there_is_not_mixed_with_another(benchmark):
+    args = types.SimpleNamespace(json="out.json")
+    runs = [{**finished_run("lion", 2.0, 0, 2.1), "link": "namespaces"}]
+    wanted = {"method": "lion", "step_size": 2.0, "seed": 0, "link": "namespaces"}
+    assert benchmark.is_finished(args, runs, wanted)
+    assert not benchmark.is_finished(args, runs, {**wanted, "seed": 1})
+    for name, value in {"step_size": 1.0, "link": "loopback"}.items():
+        with pytest.raises(SystemExit, match=f"out.json holds a run of lion with {name} = "):
+            benchmark.is_finished(args, runs, {**wanted, name: value})
 
 
 def test_the_best_is_chosen_by_the_first_seed_and_judged_by_all(benchmark):

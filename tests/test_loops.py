@@ -1,5 +1,6 @@
 """The examples of training loops run as a user would run them, and learn the digits."""
 
+import importlib
 import os
 import re
 import runpy
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -43,6 +45,14 @@ def test_a_short_run_lowers_the_loss(name):
     assert last < 0.9 * first
     assert accuracy > 0.2  # twice what guessing gives
     assert "12/12" in progress
+
+
+def test_statistics_are_the_mean_of_those_that_are_finite(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    mean_of_finite = importlib.import_module("loop_nnx").mean_of_finite
+    rows = np.array([[1.0, np.nan, 5.0], [np.inf, np.nan, 7.0]], np.float32)
+    old = np.array([2.0, 3.0, 4.0], np.float32)
+    np.testing.assert_array_equal(mean_of_finite(rows, old), [1, 3, 6])
 
 
 @pytest.mark.slow

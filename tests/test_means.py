@@ -151,6 +151,24 @@ def test_the_transformation_counts_its_steps_under_data_parallel():
     assert optax.tree.get(state, "count") == steps
 
 
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_options_of_the_transformation_reach_the_mean(zeros, transport):
+    rows = np.random.default_rng(5).choice([-1.0, 0.0, 1.0], size=(3, 40)).astype(np.float32)
+    tx = signax.mean_signs(AXIS, zeros=zeros, transport=transport)
+    mesh = auto_mesh({AXIS: 3})
+    parallel = signax.DataParallel(tx, mesh, AXIS)
+    params = jnp.zeros(40)
+    update = jax.jit(parallel.update).lower(rows, parallel.init(params), params).compile()
+    updates, _ = update(rows, parallel.init(params), params)
+    expected = references.mean_of_signs(rows, 0, zeros)
+    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+    sent = {record.operation for record in diagnostics.collectives(update)}
+    ways = {"packed": "all-to-all", "gather": "all-gather", "int8": "all-reduce"}
+    assert ways[transport] in sent
+    assert ("all-to-all" in sent) == (transport == "packed")
+
+
 # --- SSDM: Safaryan and Richtarik 2021 (arXiv 1905.12938) -------------------------------------
 
 

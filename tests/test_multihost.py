@@ -80,10 +80,14 @@ def train(start, tmp_path):
     def train(*options):
         run = start("--params", tmp_path / "params.npz", *options)
         assert run.wait() == 0, run.stderr
-        with np.load(tmp_path / "params.npz") as params:
-            return dict(params)
+        return load(tmp_path / "params.npz")
 
     return train
+
+
+def load(file):
+    with np.load(file) as params:
+        return dict(params)
 
 
 def assert_same(actual, expected):
@@ -127,6 +131,7 @@ def test_help_tells_the_commands_and_the_options(monkeypatch, capsys):
         ("--stop-at 0", "--stop-at 0 must be at least 1"),
         ("--timeout 0", "--timeout 0 must be at least 1"),
         ("--resume -1", "--resume -1 must not be negative"),
+        ("--resize", "--resize needs --checkpoint"),
         ("--resume --processes 2", "--resume needs --checkpoint"),
         ("--resume --checkpoint saved", "--resume needs --checkpoint, and --processes"),
         ("--steps 9 --stop-at 10", "--stop-at 10 is after the last of --steps 9"),
@@ -183,16 +188,24 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, tmp_path, worker
 
 @slow
 def test_a_cluster_that_takes_a_machine_away_loses_no_step(start, train, tmp_path):
-    steps = "--steps", 1000
-    options = "--processes", 2, "--checkpoint", tmp_path / "saved", *steps
-    run = start(*options, "--checkpoint-every", 5000)
+    """Twice: nobody starts the processes anew after the first time, the program does after that."""
+    steps, params = ("--steps", 1000), tmp_path / "stopped.npz"
+    options = "--processes", 2, "--checkpoint", tmp_path / "saved", "--checkpoint-every", 5000
+    run = start(*options, *steps, "--params", params)
     run.wait_for("loss=")
     os.kill(run.workers()[1], signal.SIGTERM)
-    assert run.wait() == 0, run.stderr
-    number = int(run.wait_for("step ([0-9]+) of 1000")[1])
-    assert number < 1000
+    assert run.wait() == 128 + signal.SIGTERM, run.stderr
+    number = int(run.wait_for("told to end at step ([0-9]+) of 1000")[1])
     assert (tmp_path / "saved" / str(number)).is_dir()
-    assert_same(train(*options), train("--devices", 2, *steps))
+    assert not params.exists()
+
+    run = start(*options, *steps, "--params", params, "--resume")
+    run.wait_for("loss=")
+    os.kill(run.workers()[0], signal.SIGTERM)
+    assert run.wait() == 0, run.stderr
+    assert int(run.wait_for("told to end at step ([0-9]+) of 1000")[1]) > number
+    assert "start anew" in run.stderr
+    assert_same(load(params), train("--devices", 2, *steps))
 
 
 @slow

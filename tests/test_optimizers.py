@@ -10,8 +10,10 @@ import optax
 import pytest
 import references
 from jax import lax
+from workers import auto_mesh
 
 import signax
+from signax import diagnostics
 
 STEPS = 100
 CURVATURE = np.linspace(0.1, 3.0, 12).astype(np.float32)
@@ -298,6 +300,24 @@ def test_the_options_of_the_vote_reach_it(name, zeros):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("name", VOTED)
+def test_a_vote_may_be_split_and_measure_agreement(name):
+    mesh = auto_mesh({"data": 4, "chip": 2})
+    factory = getattr(signax, name)
+    options = {"axis_name": "data", "split_over": "chip", "agreement": True, "transport": "packed"}
+    tx = signax.DataParallel(factory(1.0, **options), mesh)
+    params = jnp.zeros(5000)
+    rows = jnp.asarray(normal((4, 5000)), jnp.float32)
+    state = tx.init(params)
+    program = jax.jit(tx.update).lower(rows, state, params).compile()
+    _, state = program(rows, state, params)
+    share = optax.tree.get(state, "share")
+    assert share.shape == (4,)
+    assert np.all(share != 0.5)
+    sizes = {record.group_size for record in diagnostics.collectives(program)}
+    assert {2, 4} <= sizes  # inside and between
+
+
 @pytest.mark.parametrize("name", PER_WORKER)
 def test_active_reaches_the_vote(name):
     tx = PER_WORKER[name][0](1.0, weight_decay=0.0, axis_name="workers")
@@ -336,6 +356,23 @@ def test_an_unknown_mode_of_the_vote_is_refused(factory, name):
 def test_a_b1_that_is_no_decay_is_refused(factory, b1):
     with pytest.raises(ValueError, match=rf"b1={b1!r} is outside \[0, 1\)"):
         factory(0.1, b1)
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"),
+    [
+        ({"b1": 1}, ValueError),
+        ({"weight_decay": -0.1}, ValueError),
+        ({"norm": "l1"}, ValueError),
+        ({"learning_rate": "0.1"}, TypeError),
+        ({"key": 3}, TypeError),
+    ],
+)
+def test_ssdm_refuses_what_others_do(option, kind):
+    [(name, value)] = option.items()
+    options = {"learning_rate": 0.1, "key": jax.random.key(0), **option}
+    with pytest.raises(kind, match=f"{name}={value!r} is"):
+        signax.ssdm(**options)
 
 
 @pytest.mark.parametrize("b2", [1, -0.1])

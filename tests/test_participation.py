@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 from workers import AXIS, auto_mesh, rows_of_workers
 
 import signax
@@ -147,6 +148,9 @@ def test_one_vote_on_everything_is_judged_once():
     )
     both = jax.make_jaxpr(groups.update)(random_rows(2), groups.init(PARAMS), PARAMS)
     assert str(bare).count(" is_finite ") < str(both).count(" is_finite ")
+    vote = jax.vmap(lambda row: signax.pvote(row, AXIS, step=0), axis_name=AXIS)
+    alone = jax.make_jaxpr(vote)(random_rows(2))
+    assert str(bare).count(" is_finite ") == str(alone).count(" is_finite ") > 0
 
 
 def test_a_loss_scale_is_lowered_when_somebody_is_out():
@@ -218,9 +222,39 @@ def test_a_bad_leaf_of_another_group_leaves_no_trace_in_momenta_and_memories(nam
             assert np.all(np.any(new[::2] != old[::2], axis=(1, 2)))
 
 
-def test_who_is_left_out_by_a_flag_goes_on_with_its_momentum():
-    tx = signax.DataParallel(signax.signum(0.1, axis_name="data"), auto_mesh({"data": 2}))
+@pytest.mark.parametrize(
+    ("optimizer", "momentum"),
+    [
+        (signax.signum(0.1, axis_name="data"), "momentum"),
+        (signax.lion(0.1, axis_name="data"), "mu"),
+        (signax.ef_sign_sgd(0.1, 0.9, axis_name="data"), "trace"),
+        (signax.ssdm(0.1, jax.random.key(0), axis_name="data"), "ema"),
+    ],
+    ids=["signum", "lion", "ef_sign_sgd", "ssdm"],
+)
+def test_who_is_left_out_by_a_flag_goes_on_with_its_momentum(optimizer, momentum):
+    tx = signax.DataParallel(optimizer, auto_mesh({"data": 2}))
     flags = jnp.array([True, False])
     _, state = jax.jit(tx.update)(random_rows(2), tx.init(PARAMS), PARAMS, active=flags)
-    for leaf in jax.tree.leaves(optax.tree.get(state, "momentum")):
+    leaves = jax.tree.leaves(optax.tree.get(state, momentum))
+    assert len(leaves) == 3
+    for leaf in leaves:
+        assert leaf.shape[0] == 2
         assert np.all(np.asarray(leaf))
+
+
+@pytest.mark.parametrize("name", [name for name in MEANS if name != "both memories"])
+def test_one_bad_block_of_a_sharded_leaf_leaves_its_worker_out(name):
+    """As a flag does; the second device along `model` alone holds the NaN."""
+    mesh = auto_mesh({"data": 3, "model": 2})
+    specs = {"kernel": PartitionSpec("model"), "bias": PartitionSpec(), "scale": PartitionSpec()}
+    tx = signax.DataParallel(MEANS[name](), mesh, param_specs=specs)
+    update, state = jax.jit(tx.update), tx.init(PARAMS)
+    rows = random_rows(3)
+    expected, _ = update(rows, state, PARAMS, active=jnp.array([True, False, True]))
+    rows["kernel"][1, 3, 0] = np.nan
+    updates, after = update(rows, state, PARAMS)
+    assert optax.tree.get(after, "voters") == 2
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    for leaf in jax.tree.leaves(after):
+        assert np.isfinite(np.asarray(leaf, np.float64)).all()

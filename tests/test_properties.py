@@ -348,7 +348,7 @@ def test_a_leaf_of_another_kind_is_refused_by_its_name(name, data):
         refuse = functools.partial(tx.update, state=tx.init(tree), params=tree)
     with pytest.raises(TypeError) as caught:
         jax.vmap(lambda _: refuse(spoilt), axis_name=AXIS)(jnp.arange(2))
-    assert f"updates{path}" in str(caught.value)
+    assert f"{'tree' if name in COLLECTIVES else 'updates'}{path}" in str(caught.value)
     assert wrong.split(":")[0] in str(caught.value)
 
 

@@ -72,6 +72,9 @@ def test_keys_become_distinct(raw, new):
     data = np.asarray(found if raw else jax.random.key_data(found))
     assert data.shape == (new, 2)
     assert found.dtype == rows.dtype
+    for worker, key in enumerate(data):
+        expected = jax.random.fold_in(keys[worker * 4 // new], worker)
+        np.testing.assert_array_equal(key, jax.random.key_data(expected))
     together = np.concatenate([data, np.asarray(jax.random.key_data(keys))])
     assert len(np.unique(together, axis=0)) == new + 4
 
@@ -112,6 +115,19 @@ def test_memories_momentum_and_servers_survive_another_number_of_workers(new):
         assert leaf.size == 1 or np.any(kept)
     assert int(optax.tree.get(resized, "count")) == int(optax.tree.get(state, "count")) == 3
     jax.jit(tx.update)(gradients(new, 5), resized, PARAMS)
+
+
+def test_memories_of_workers_alone_are_resized_too():
+    optimizer = signax.ef_sign_sgd(0.1, axis_name="data", feedback="worker")
+    old, tx = data_parallel(8, optimizer), data_parallel(4, optimizer)
+    state = state_after_steps(old)
+    resized = tx.resize(state, PARAMS)
+    before, after = optax.tree.get(state, "worker"), optax.tree.get(resized, "worker")
+    for name in PARAMS:
+        rows = np.asarray(before[name], np.float64)
+        np.testing.assert_allclose(after[name], dealt_out(rows, 4), rtol=1e-5, atol=1e-6)
+    assert optax.tree.get(resized, "server") is None
+    jax.jit(tx.update)(gradients(4, 5), resized, PARAMS)
 
 
 def test_the_same_number_changes_nothing():

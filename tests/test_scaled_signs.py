@@ -1,5 +1,6 @@
 """Means of scaled signs against their reference, what they send, and what they remember."""
 
+import itertools
 import math
 from functools import partial
 
@@ -177,6 +178,25 @@ def transformer_shapes(layers=16, width=256):
     tree = {f"layer{n}": layer for n in range(layers)} | outer
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     return jax.tree.map(shape, tree, is_leaf=lambda node: isinstance(node, tuple))
+
+
+@pytest.mark.parametrize("num_workers", [2, 4])
+@pytest.mark.parametrize(
+    "dtypes", [("float32",), ("bfloat16", "float16"), ("float32", "float64")], ids="-".join
+)
+def test_the_formula_is_what_programs_send(num_workers, dtypes):
+    with jax.enable_x64(True):
+        shapes = [(7, 5), (), (33,), (3, 4), (0, 2)] * 40
+        kinds = itertools.cycle(dtypes)
+        tree = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, kinds, strict=False)]
+        tx = signax.DataParallel(
+            signax.mean_scaled_signs(AXIS), auto_mesh({AXIS: num_workers}), AXIS
+        )
+        rows = jax.tree.map(lambda s: jax.ShapeDtypeStruct((num_workers, *s.shape), s.dtype), tree)
+        state = jax.eval_shape(tx.init, tree)
+        program = jax.jit(tx.update).lower(rows, state, tree).compile()
+        sent = diagnostics.collective_bytes(program)
+        assert sent == diagnostics.wire_bytes(tree, num_workers, scheme="scaled_signs")
 
 
 @pytest.mark.slow
