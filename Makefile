@@ -12,8 +12,7 @@ OLDEST_PYTHON ?= $(firstword $(PYTHONS))
 # pyproject.toml's lower bounds, as exact versions.
 OLDEST = $(shell sed -n '/^dependencies/,/^]/s/.*"\(.*\)>=\(.*\)".*/\1==\2/p' pyproject.toml)
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --upgrade
-# Three at a time on two cores, since some wait for processes of their own; who is done takes over.
-PYTEST = -m pytest -n 3 --dist worksteal -q
+PYTEST = -m pytest -n 2 --dist worksteal -q
 
 .PHONY: help demo notebooks test check lint test-newest test-oldest test-accelerators clean
 
