@@ -28,7 +28,7 @@ notebooks: .venv/notebooks  ## run the notebooks' paired text, and write them wi
 
 test: lint test-newest test-oldest test-accelerators  ## run everything, at the newest jax and at the oldest
 
-check: lint  ## run two minutes' worth of it, for working
+check: lint  ## run what is quick of it, in eight minutes on two cores, for working
 	.venv/bin/python $(PYTEST) -m "not slow"
 
 lint: .venv/test  ## lint, check the format and the types
