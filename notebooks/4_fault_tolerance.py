@@ -545,11 +545,11 @@ left.set(xscale="log", xlabel="seconds of exchange (modelled)")
 left.set(ylabel="held-out digits recognised (%)", title="Mean and range of three seeds")
 left.legend()
 computing = np.geomspace(1e-3, 10, 100)
-total = {method: needed[method].mean() * (step_seconds[method] + computing) for method in peaks}
+cost = {method: step_seconds[method] + computing for method in peaks}
+total = {method: needed[method].mean() * cost[method] for method in peaks}
 right.semilogx(computing, total["mean"] / total["vote"])
 # The spread: every seed of one method against every one of the other.
 pairs = needed["mean"][:, None] / needed["vote"]
-cost = {method: step_seconds[method] + computing for method in peaks}
 low, high = (extreme * cost["mean"] / cost["vote"] for extreme in (pairs.min(), pairs.max()))
 right.fill_between(computing, low, high, alpha=0.3)
 right.axhline(1, color="k", ls=":")
