@@ -410,6 +410,7 @@ figure.tight_layout()
 
 # %%
 assert abs(slopes.mean() + 0.25) < 0.05
+assert norms[-1].mean() < 0.3 * failing[-1].mean()
 assert np.all(failing.mean(axis=1)[2:] > np.sqrt(10) / 2 - 0.2)
 claim(
     "SSDM, homogeneous workers: mean gradient norm O(K^(-1/4))",
@@ -422,7 +423,8 @@ claim(
 # for what the smallest K have not forgotten of their start). Votes on the signs of single gradients
 # go to where the gradient is as large as the noise's usual -1/2, at a norm of
 # $\sqrt{10} / 2 = 1.58$, and more steps leave them there: from 1,024 on, where chance has little
-# part in it, they are no more than 0.2 below.
+# part in it, they are no more than 0.2 below. SSDM is held to three tenths of what they have at the
+# most steps, and comes to a sixth.
 #
 # ## 6. Workers with data of their own
 #
@@ -571,7 +573,7 @@ assert nearer[1] < min(nearer[0], 0.1)
 assert min(stuck) > apart - 0.1
 assert np.all(distance(ends["majority vote"], "median of coordinates") < 0.1)
 unbiased = distance(ends["SSDM with one bound"], "mean, minimum of f")
-assert np.all(unbiased < 0.3)
+assert np.all(unbiased < 0.2)
 claim(
     "different minima: SSDM ends at the geometric median, not at the minimum of f",
     f"gradient norm {stuck[0]:.2f} at K = 4096 and {stuck[1]:.2f} at 16384, {apart:.2f} at that "
@@ -585,7 +587,7 @@ claim(
 # by 0.1, which is about what the shorter run still is from the geometric median. With one bound,
 # steps of $\gamma = 0.01$ are a random walk whose standard deviation is
 # $\sqrt{\gamma B / 2 M} = 0.1$ per coordinate at any time, and less in the mean over a quarter of
-# the run: the distances of all ten ends are within 0.3.
+# the run: twice that is allowed to all ten ends.
 #
 # ## What was measured
 

@@ -218,8 +218,9 @@ def test_what_cannot_be_measured_is_refused():
         signax.signum(0.1, agreement=True)
     with pytest.raises(ValueError, match="state holds no agreement"):
         diagnostics.opposes(signax.majority_vote(AXIS).init(rows))
-    with pytest.raises(ValueError, match=r"threshold=0 is outside \(0"):
-        diagnostics.opposes(tx.init(rows), threshold=0)
+    for threshold in (0, -1):
+        with pytest.raises(ValueError, match=rf"threshold={threshold} is outside \(0"):
+            diagnostics.opposes(tx.init(rows), threshold=threshold)
 
 
 def test_devices_may_count_more_coordinates_together_than_32_bits_hold():

@@ -196,6 +196,7 @@ def test_a_cluster_that_takes_a_machine_away_loses_no_step(start, train, tmp_pat
     os.kill(run.workers()[1], signal.SIGTERM)
     assert run.wait() == 128 + signal.SIGTERM, run.stderr
     number = int(run.wait_for("told to end at step ([0-9]+) of 1000")[1])
+    assert number < 1000
     assert (tmp_path / "saved" / str(number)).is_dir()
     assert not params.exists()
 
