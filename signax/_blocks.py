@@ -20,7 +20,7 @@ class Block(NamedTuple):
     Attributes:
       positions: where they stand in the flattened tree.
       specs: their partition specs.
-      axes: the mesh axes in these.
+      axes: the mesh axes in these, in the mesh's order, which is the same in every process.
     """
 
     positions: list[int]
@@ -32,11 +32,12 @@ def find_blocks(tree: Any, param_specs: Any) -> list[Block]:
     """Groups the leaves of a tree that are not empty by the axes over which they are sharded."""
     leaves = jax.tree.leaves(tree)
     specs = jax.tree.leaves(specs_like(tree, param_specs))
-    groups: dict[frozenset, Block] = {}
+    mesh_axes = jax.sharding.get_abstract_mesh().axis_names
+    groups: dict[tuple, Block] = {}
     for position, (leaf, spec) in enumerate(zip(leaves, specs, strict=True)):
-        axes = spec_axes(spec)
+        axes = tuple(sorted(spec_axes(spec), key=mesh_axes.index))
         if leaf.size:
-            block = groups.setdefault(axes, Block([], [], tuple(axes)))
+            block = groups.setdefault(axes, Block([], [], axes))
             block.positions.append(position)
             block.specs.append(spec)
     return list(groups.values())

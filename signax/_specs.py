@@ -15,9 +15,9 @@ def entry_axes(entry: Any) -> tuple[Hashable, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def spec_axes(spec: PartitionSpec) -> frozenset[Hashable]:
-    """The mesh axes in a spec."""
-    return frozenset(axis for entry in spec for axis in entry_axes(entry))
+def spec_axes(spec: PartitionSpec) -> tuple[Hashable, ...]:
+    """The mesh axes in a spec, in its order."""
+    return tuple(axis for entry in spec for axis in entry_axes(entry))
 
 
 def keep_axes(spec: PartitionSpec, axes: frozenset[Hashable]) -> PartitionSpec:

@@ -63,8 +63,14 @@ def test_a_process_for_each_slice_learns_and_sends_the_same(tmp_path, of_one_pro
         processes = []
         for index in range(3):
             pipes = {"stdout": subprocess.PIPE if index == 0 else subprocess.DEVNULL}
+            # String hashes differ between the processes, as they do on a cluster: the order of a
+            # set must not reach the program.
             process = subprocess.Popen(
-                [*command, str(index)], env=env, stderr=subprocess.DEVNULL, text=True, **pipes
+                [*command, str(index)],
+                env={**env, "PYTHONHASHSEED": str(index + 1)},
+                stderr=subprocess.DEVNULL,
+                text=True,
+                **pipes,
             )
             stack.callback(process.wait)
             stack.callback(process.kill)
