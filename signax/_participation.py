@@ -36,6 +36,16 @@ def next_participation(
     return Participation(voters=voters.astype(jnp.int32), missed=missed)
 
 
+class RawUpdates(NamedTuple):
+    """A worker's updates before any transformation, on their way to votes as an extra argument.
+
+    Optax masks an extra argument that has the structure of the updates
+    (`mask_compatible_extra_args=True`). This node of its own keeps the raw updates whole.
+    """
+
+    tree: Any
+
+
 def leave_out_nonfinite(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
@@ -59,7 +69,7 @@ def leave_out_nonfinite(
 
     Returns:
       A transformation with the inner one's state; extra arguments are passed on, and with them
-      `raw`, the updates.
+      `raw`, all the updates, which masks leave whole.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, signax
@@ -76,12 +86,13 @@ def leave_out_nonfinite(
     inner = optax.with_extra_args_support(inner)
 
     def update_fn(updates, state, params=None, **extra_args):
-        return inner.update(updates, state, params, **{**extra_args, "raw": updates})
+        extra_args = {**extra_args, "raw": RawUpdates(updates)}
+        return inner.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
-def finite_elsewhere(updates: Any, raw: Any) -> jax.Array | None:
+def finite_elsewhere(updates: Any, raw: RawUpdates | None) -> jax.Array | None:
     """Whether those of the raw updates that are masked here are finite; `None` if there are none.
 
     Where updates are laid out in another way, as by `optax.flatten`, all raw ones are looked at.
@@ -98,10 +109,10 @@ def finite_elsewhere(updates: Any, raw: Any) -> jax.Array | None:
             is_alike = False
 
     try:
-        jax.tree.map(look, updates, raw, is_leaf=is_masked)
+        jax.tree.map(look, updates, raw.tree, is_leaf=is_masked)
     except ValueError:
         is_alike = False
-    hidden = hidden if is_alike else [raw]
+    hidden = hidden if is_alike else [raw.tree]
     return all_finite(hidden) if jax.tree.leaves(hidden) else None
 
 

@@ -115,6 +115,21 @@ def test_loops_of_your_own_have_one_verdict_too(kind):
     assert not np.all(update(tx) == 1)  # without it the worker votes
 
 
+def test_masks_of_extra_arguments_hide_no_updates():
+    def masked(tx, *names):
+        mask = {name: name in names for name in PARAMS}
+        return optax.masked(tx, mask, mask_compatible_extra_args=True)
+
+    vote, mean = signax.majority_vote(AXIS), signax.average_updates(AXIS)
+    inner = optax.chain(masked(vote, "kernel"), masked(mean, "bias", "scale"))
+    tx = signax.leave_out_nonfinite(inner)
+    rows = random_rows(3)
+    rows["bias"][1, 0] = np.nan
+    state = rows_of_workers("vmap", lambda g: tx.update(g, tx.init(g))[1], 3)(rows)
+    for _, voters in optax.tree.get_all_with_path(state, "voters"):
+        np.testing.assert_array_equal(voters, 2)
+
+
 def test_whoever_rearranges_the_tree_is_judged_on_all_of_it():
     tx = optax.flatten(optax.chain(optax.identity(), signax.majority_vote(AXIS)))
     masked = optax.masked(tx, {"kernel": True, "bias": False, "scale": False})
