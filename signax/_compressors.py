@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -17,7 +18,6 @@ from signax._checks import (
     check_floating,
     check_key,
     check_number,
-    is_traced,
 )
 from signax._collectives import worker_index
 from signax._numerics import (
@@ -225,7 +225,7 @@ def scale_by_top_k(fraction: float) -> optax.GradientTransformationExtraArgs:
 
     Args:
       fraction: the share of each leaf's coordinates to keep, above 0 and at most 1; exact to six
-        digits if it is traced, as under `optax.inject_hyperparams`.
+        digits if it is a JAX array, as under `optax.inject_hyperparams`.
 
     Returns:
       A stateless transformation that keeps shapes and dtypes.
@@ -252,7 +252,8 @@ def scale_by_top_k(fraction: float) -> optax.GradientTransformationExtraArgs:
         check_floating(updates)
 
         def keep_largest(leaf):
-            most = leaf.size if is_traced(fraction) else _num_kept(fraction, leaf.size)
+            is_array = isinstance(fraction, jax.Array)
+            most = leaf.size if is_array else _num_kept(fraction, leaf.size)
             _, order = lax.top_k(jnp.abs(leaf).reshape(-1), most)
             return _keep_first(leaf, order, fraction)
 
@@ -280,7 +281,7 @@ def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransfor
 
     Args:
       fraction: the share of each leaf's coordinates to keep, above 0 and at most 1; exact to six
-        digits if it is traced, as under `optax.inject_hyperparams`.
+        digits if it is a JAX array, as under `optax.inject_hyperparams`.
       key: a random key. Workers that are given the same one keep the same coordinates.
 
     Returns:
@@ -326,12 +327,15 @@ def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransfor
 def _num_kept(fraction: Any, size: int) -> Any:
     """ceil(fraction * size), of the decimal number that `fraction` was written as.
 
-    A traced one is exact to six digits: up to 3 coordinates in ten million fewer are kept by f32.
+    JAX arrays, traced or not, are exact to six digits: f32 keeps up to 3 coordinates in ten million
+    fewer. A number of Python or NumPy is exact.
     """
-    if is_traced(fraction):  # rounding must not lift a whole number to the next
-        exact = 1 - 2 * jnp.finfo(jnp.result_type(fraction)).eps
-        return jnp.ceil(fraction * size * exact).astype(jnp.int32)
-    return math.ceil(Fraction(str(float(fraction))) * size)
+    if isinstance(fraction, jax.Array):  # rounding must not lift a whole number to the next
+        exact = 1 - 2 * float(jnp.finfo(fraction.dtype).eps)
+        wide = fraction.astype(wide_dtype(fraction.dtype))  # f16 ends below the size of many leaves
+        return jnp.ceil(wide * size * exact).astype(jnp.int32)
+    # NumPy writes the shortest decimal that rounds to the number in its own dtype.
+    return math.ceil(Fraction(str(np.asarray(fraction)[()])) * size)
 
 
 def _keep_first(leaf: jax.Array, order: jax.Array, fraction: Any) -> jax.Array:

@@ -376,6 +376,28 @@ def test_a_numpy_integer_is_a_block_size(size):
     np.testing.assert_allclose(found, [2, 2, 2, 4.5, 4.5])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "make",
+    [signax.scale_by_top_k, lambda fraction: signax.scale_by_random_k(fraction, KEY)],
+    ids=["top-k", "random-k"],
+)
+def test_a_fraction_in_an_array_keeps_as_much_compiled_as_eagerly(make, dtype):
+    tx = optax.inject_hyperparams(make)(fraction=jnp.asarray(0.1, dtype))
+    for size in (10, 30, 100_000):
+        leaf = jnp.arange(1.0, size + 1)
+        for update in (tx.update, jax.jit(tx.update)):
+            kept = int(jnp.sum(update(leaf, tx.init(leaf))[0] != 0))
+            # Half a unit in the last place of a fraction may cost that share of the coordinates.
+            lost = 0 if dtype == "float32" else 3 * float(jnp.finfo(dtype).eps) * size
+            assert size / 10 - lost <= kept <= math.ceil(size / 10)
+
+
+def test_a_fraction_of_numpys_is_the_decimal_that_it_prints():
+    for fraction in (np.float32(0.1), np.float16(0.1), np.array(0.1, np.float32)):
+        assert int(jnp.sum(compress(signax.scale_by_top_k(fraction), jnp.ones(10)))) == 1
+
+
 @pytest.mark.parametrize("fraction", [0, 0.0, -0.1, 1.5, math.nan, math.inf])
 @pytest.mark.parametrize(
     "make",
