@@ -52,14 +52,16 @@ def find_layout(
     """The layout of the state of `tx` for parameters of the given shapes and specs.
 
     Rows of another number of workers than the mesh has are sharded where they can be shared out.
+    Which leaves are per worker does not depend on that number, for which `tx` need not even run.
     """
     sizes = dict(mesh.shape)
     first, *others = axis_names(axis_name)
     on_mesh = math.prod(sizes[axis] for axis in axis_names(axis_name))
+    state, found = _find_per_worker(tx, params, axis_name, sizes)
     if num_workers != on_mesh:
         sizes |= {first: num_workers, **dict.fromkeys(others, 1)}
+        _, state = _trace_init(tx, params, sizes)
     rows = axis_name if num_workers % on_mesh == 0 else None
-    state, found = _find_per_worker(tx, params, axis_name, sizes)
     shapes, structure = jax.tree.flatten_with_path(state)
     leaves = []
     for (path, leaf), per_worker, spec in zip(
@@ -76,6 +78,11 @@ def find_layout(
     return Layout(structure, leaves)
 
 
+def _trace_init(tx: Any, params: Any, sizes: dict[Hashable, int]) -> tuple[Any, Any]:
+    """The jaxpr of `init` on axes of the given sizes, and the shapes of one worker's state."""
+    return jax.make_jaxpr(tx.init, axis_env=list(sizes.items()), return_shape=True)(params)
+
+
 def _find_per_worker(
     tx: optax.GradientTransformationExtraArgs,
     params: Any,
@@ -83,10 +90,9 @@ def _find_per_worker(
     sizes: dict[Hashable, int],
 ) -> tuple[Any, list[bool]]:
     """The shapes of one worker's state, and which of its leaves differ between the workers."""
-    axes = list(sizes.items())
-    init, state = jax.make_jaxpr(tx.init, axis_env=axes, return_shape=True)(params)
+    init, state = _trace_init(tx, params, sizes)
     try:
-        update = jax.make_jaxpr(tx.update, axis_env=axes)(params, state, params)
+        update = jax.make_jaxpr(tx.update, axis_env=list(sizes.items()))(params, state, params)
     except TypeError as error:
         if "unexpected keyword argument" in str(error):
             raise TypeError(
