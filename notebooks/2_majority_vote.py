@@ -455,7 +455,7 @@ measured["bits on the wire, accelerators"] = (
 # parameter is pushed by that share of a step. A coordinate that is 0 on all workers, such as a dead
 # unit's, is pushed by whole steps. `zeros="plus"` and `ties="plus"` are this rule. By default
 # signax dithers both, so that what nobody decided cancels over time: there is no push, and what is
-# 0 everywhere stays within one step for ever.
+# 0 everywhere stays within one step, since all take part.
 
 
 # %%

@@ -6,6 +6,7 @@ from signax import adversaries, diagnostics
 from signax._agreement import Agreement
 from signax._averaging import AverageUpdatesState, MeanSignsState, average_updates, mean_signs
 from signax._averaging_scaled import MeanScaledSignsState, mean_scaled_signs
+from signax._ballots import DitherMemory
 from signax._collectives import pvote
 from signax._compressors import (
     ScaleByRandomKState,
@@ -38,6 +39,7 @@ __all__ = [
     "Agreement",
     "AverageUpdatesState",
     "DataParallel",
+    "DitherMemory",
     "ErrorFeedbackState",
     "LocalStepsState",
     "MajorityVoteState",

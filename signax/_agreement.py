@@ -1,9 +1,12 @@
 """How far each worker agrees with the others, measured where ballots are counted.
 
 A worker's own ballot moves the result, so it is compared with the majority of the *others*, and
-only where that is clear, by three ballots or more. There a worker that has nothing to say agrees on
-half of the coordinates, however many workers there are. Coordinates that are zero on all workers
-are never among them, since dithered ballots cancel.
+only where that is clear, by three ballots or more. There a worker whose ballots are random agrees
+on half of the coordinates, however many workers there are.
+
+A dithered zero is no opinion. It must count neither for nor against its worker, nor for a majority:
+where workers of one parity are excluded, the dither of the others leans to one side. So a second
+bit per coordinate goes up with a dithered ballot, which says whether it is an opinion.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +23,9 @@ LEAST_VOTERS = MARGIN + 1
 # Of the rule for who opposes the others, see `signax.diagnostics.opposes`.
 SLACK = 0.1
 THRESHOLD = 1.25
+ENOUGH = 16  # coordinates: a share of fewer weighs less
 
-# The bits at which the sum of all ballots is at least a number, and at most its negative.
+# The bits at which the sum of all opinions is at least a number, and at most its negative.
 Lead = Callable[[int], tuple[jax.Array, jax.Array]]
 
 
@@ -29,9 +33,10 @@ class Agreement(NamedTuple):
     """How far a worker agrees with the others, in the state of a vote with `agreement=True`.
 
     Attributes:
-      share: float32[], of the coordinates on which the other voters had a majority of three ballots
-        or more, the share on which this worker's ballot was the same; of the last step that it took
-        part in, and a half before that or if there were none.
+      share: float32[], the share of coordinates on which this worker had the sign of the majority,
+        of those on which its value was not zero and the signs of the other voters added up to 3 or
+        more, or -3 or less. It is of the last step that the worker took part in and that had such
+        coordinates, and a half before that.
       opposition: float32[], how far this share has been below a half, summed up: see
         :func:`signax.diagnostics.opposes`.
     """
@@ -50,47 +55,49 @@ def next_agreement(
 ) -> Agreement:
     """That after a step on which `agreed` says what `compare` has counted: f32[2]."""
     agree, disagree = agreed
-    share = agree / jnp.maximum(agree + disagree, 1)
-    measured = takes_part & (voters >= LEAST_VOTERS) & (agree + disagree > 0)
-    opposition = jnp.maximum(before.opposition + 0.5 - share - SLACK, 0)
+    compared = agree + disagree
+    share = agree / jnp.maximum(compared, 1)
+    measured = takes_part & (voters >= LEAST_VOTERS) & (compared > 0)
+    # A share of few coordinates varies much: it counts for less, in proportion.
+    weight = jnp.minimum(compared / ENOUGH, 1)
+    opposition = before.opposition + 0.5 * weight - share * weight - SLACK * weight
     return Agreement(
         share=jnp.where(measured, share, before.share),
-        opposition=jnp.where(measured, opposition, before.opposition),
+        opposition=jnp.where(measured, jnp.maximum(opposition, 0), before.opposition),
     )
 
 
-def compare(ballots: Sequence[jax.Array], lead: Lead) -> jax.Array:
+def compare(opinions: Sequence[jax.Array], lead: Lead) -> jax.Array:
     """Counts for each worker the coordinates on which it is with the others, and against them.
 
-    With S the sum of all ballots, the others' is S - 1 for a worker with ballot +1: it agrees where
-    S is 4 or more, and disagrees where S is -2 or less.
+    With S the sum of all opinions, the others' is S - 1 for a worker with +1: it agrees where S is
+    4 or more, and disagrees where S is -2 or less.
 
     Args:
-      ballots: u32[M, n] for +1, and with two planes for -1.
+      opinions: u32[M, n] for +1 and for -1.
       lead: where S is how large, in words of n.
 
     Returns:
       u32[2, M].
     """
-    plus, *minus = ballots
-    against = minus[0] if minus else ~plus
+    plus, minus = opinions
     up, down = lead(MARGIN - 1)
     far_up, far_down = lead(MARGIN + 1)
-    agree = (plus & far_up) | (against & far_down)
-    disagree = (against & up) | (plus & down)
+    agree = (plus & far_up) | (minus & far_down)
+    disagree = (minus & up) | (plus & down)
     counts = [lax.population_count(x) for x in (agree, disagree)]
     zeros = [np.uint32(0)] * 2
     # One reduction of both reads the words once.
     return jnp.stack(lax.reduce(counts, zeros, lambda x, y: list(map(lax.add, x, y)), (1,)))
 
 
-def compare_sums(ballots: Sequence[jax.Array], totals: Sequence[jax.Array]) -> jax.Array:
-    """The same of one worker, from its ballots of -1, 0 and +1 and from their sums: u32[2]."""
+def compare_sums(opinions: Sequence[jax.Array], totals: Sequence[jax.Array]) -> jax.Array:
+    """The same of one worker, from its opinions, -1, 0 and +1, and from their sums: u32[2]."""
     agreed = jnp.zeros(2, jnp.uint32)
-    for ballot, total in zip(ballots, totals, strict=True):
-        others = total - ballot
+    for opinion, total in zip(opinions, totals, strict=True):
+        others = total - opinion
         clear = jnp.abs(others) >= MARGIN
-        same, opposite = (ballot * jnp.sign(others) == sign for sign in (1, -1))
+        same, opposite = (opinion * jnp.sign(others) == sign for sign in (1, -1))
         agreed += jnp.stack([jnp.sum(clear & x, dtype=jnp.uint32) for x in (same, opposite)])
     return agreed
 

@@ -1,10 +1,20 @@
 """What a worker votes: its ballot on each coordinate, the coins of the dither, who takes part.
 
-The dither turns what is undecided, a zero ballot or a tie, into +-1 so that it cancels over the
-workers and over time. A plain parity of coordinate, worker and step resonates with itself and
-with gradients that are zero periodically: parameters drift by whole steps. Here the worker's
-place rotates every second step, and two hash bits decide each pair of steps anew; within a pair
-the signs are opposite, so that a coordinate nobody votes on stays within one step for ever.
+The dither turns zero ballots and ties into +-1 such that they cancel over the workers and over
+time. A plain parity of coordinate, worker and step resonates with itself and with gradients that
+are zero periodically: parameters drift by whole steps. Here a worker's place rotates every second
+step, and two hash bits decide each pair of steps. Within a pair the signs are opposite, so a *dead*
+coordinate, on which every ballot is zero, moves back by the step that it moved away.
+
+This needs the same voters in both steps of a pair. Where voters change, one parity of places may
+outnumber the other and decide dead coordinates, in either direction. Two remedies take a memory,
+`DitherMemory`. While dead coordinates are off their place, the coin for ties moves them back. And
+once a worker has missed a step, places are shuffled in every pair: places that only rotate would
+leave out the same parity in every step, and the workers of that parity could never move a
+coordinate on which they vote alone.
+
+No rule of one bit bounds the drift for all sequences of voters. A voter alone must be followed, so
+voters that come and go can make a dead coordinate follow any of the dithered ballots.
 """
 
 from collections.abc import Sequence
@@ -40,6 +50,11 @@ class Rules(NamedTuple):
     @property
     def relative(self) -> bool:
         return self.ties == "dither" and self.zeros != "abstain"
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the vote keeps a `DitherMemory`: where dead coordinates are dithered."""
+        return self.ties == self.zeros == "dither"
 
     def __call__(self, values: jax.Array, odd: jax.Array, coin: jax.Array) -> tuple[jax.Array, ...]:
         """The bits of a worker's ballots: float[...] and bool[...] to `planes` times bool[...].
@@ -88,6 +103,58 @@ class Rules(NamedTuple):
         return 2 * plus - voters.astype(jnp.int32)
 
 
+NEVER = np.int32(2**31 - 1)
+
+
+class WithOpinions(NamedTuple):
+    """Rules of one bit, with a second bit for each ballot: whether the value was not zero."""
+
+    rules: Rules
+
+    @property
+    def planes(self) -> int:
+        return 2
+
+    def __call__(self, values: jax.Array, odd: jax.Array, coin: jax.Array) -> tuple[jax.Array, ...]:
+        return *self.rules(values, odd, coin), (values > 0) | (values < 0)
+
+
+class DitherMemory(NamedTuple):
+    """What a vote remembers of its dither; the same on every worker.
+
+    Attributes:
+      drift: int32[], how many steps a dead coordinate of even index has moved in total. One of odd
+        index has moved as far in the other direction.
+      first_missed: int32[], the pair of steps (count // 2) in which a worker first did not take
+        part; 2^31 - 1 before that.
+    """
+
+    drift: jax.typing.ArrayLike
+    first_missed: jax.typing.ArrayLike
+
+
+def no_dither_memory() -> DitherMemory:
+    """The memory before the first step."""
+    return DitherMemory(jnp.zeros([], jnp.int32), jnp.full([], NEVER, jnp.int32))
+
+
+def next_dither_memory(
+    before: DitherMemory, dead: jax.Array, voters: jax.Array, step: jax.Array, num_workers: int
+) -> DitherMemory:
+    """The memory after a step.
+
+    Args:
+      before: the memory before it.
+      dead: u32[] in {0, 1}, whether dead coordinates of even index moved up; down otherwise.
+      voters: u32[], how many workers took part. Nothing moves without any.
+      step: int32[], the number of the step.
+      num_workers: M.
+    """
+    moved = jnp.where(voters > 0, 2 * dead.astype(jnp.int32) - 1, 0)
+    pair = jnp.where(voters < num_workers, step // 2, NEVER)
+    return DitherMemory(before.drift + moved, jnp.minimum(before.first_missed, pair))
+
+
 class Coins(NamedTuple):
     """Parities that are added to a coordinate's index j: an even sum is +1, an odd one -1."""
 
@@ -102,21 +169,35 @@ def _mix(number: jax.Array) -> jax.Array:
     return number ^ (number >> 16)
 
 
-def toss(step: jax.Array, worker: jax.Array, num_workers: int) -> Coins:
+def toss(
+    step: jax.Array, worker: jax.Array, num_workers: int, memory: DitherMemory | None = None
+) -> Coins:
     """The coins of one worker at one step.
 
     With t the step, i the worker of M, r = (i + t // 2) mod M, and h1, h2 two bits of a hash of
     t // 2: a zero ballot on coordinate j has the parity of r + j + t + h1, a tie that of
     j + t + h2.
+
+    With a memory, r is the rank of a hash of i and t // 2 after the first pair of steps that a
+    worker missed, and ties move dead coordinates back where they have drifted.
     """
-    step = step.astype(jnp.uint32)
+    step, worker = step.astype(jnp.uint32), worker.astype(jnp.uint32)
     pair = step // 2
     hashed = _mix(pair)
-    place = (worker.astype(jnp.uint32) + pair) % num_workers
-    return Coins(
-        zero=(place + step + (hashed & 1)) & 1,
-        tie=(step + ((hashed >> 16) & 1)) & 1,
-    )
+    place = (worker + pair) % num_workers
+    tie = (step + ((hashed >> 16) & 1)) & 1
+    if memory is not None:
+        drift, first_missed = map(jnp.asarray, memory)
+        is_shuffled = pair > first_missed.astype(jnp.uint32)
+        place = jnp.where(is_shuffled, _shuffled_place(hashed, worker, num_workers), place)
+        tie = jnp.where(drift == 0, tie, (drift > 0).astype(jnp.uint32))
+    return Coins(zero=(place + step + (hashed & 1)) & 1, tie=tie)
+
+
+def _shuffled_place(seed: jax.Array, worker: jax.Array, num_workers: int) -> jax.Array:
+    """A worker's rank among hashes of all workers: u32[], a random permutation of 0 to M - 1."""
+    hashes = _mix(seed + jnp.arange(num_workers, dtype=jnp.uint32))  # distinct: _mix is one-to-one
+    return jnp.sum(hashes < _mix(seed + worker), dtype=jnp.uint32)
 
 
 def all_finite(tree: Any) -> jax.Array:

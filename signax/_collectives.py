@@ -12,18 +12,31 @@ from jax.sharding import PartitionSpec
 
 from signax import _packing
 from signax._agreement import LEAST_VOTERS, add_up, compare_sums
-from signax._ballots import Rules, Ties, Zeros, all_finite, take_part, toss
+from signax._ballots import (
+    DitherMemory,
+    Rules,
+    Ties,
+    WithOpinions,
+    Zeros,
+    all_finite,
+    next_dither_memory,
+    take_part,
+    toss,
+)
 from signax._blocks import find_blocks, locally
 from signax._checks import check_axis_name, check_floating, check_mode
 from signax._exchange import (
     TRANSPORTS,
+    Settle,
     Transport,
     decide,
     decide_and_compare,
+    decide_and_compare_opinions,
     make_header,
     send,
     send_in_parts,
     send_summed,
+    sender,
     sum_dtype,
     tally,
 )
@@ -64,7 +77,10 @@ def pvote(
       step: int32[], counts steps from 0 and is the same on every worker. It drives the dither, and
         may be left out only where nothing is dithered.
       zeros: `"dither"` turns a zero ballot into +-1 so that it cancels over workers and steps;
-        `"abstain"` lets it count for nothing, at two bits each way; `"plus"` makes it +1.
+        `"abstain"` lets it count for nothing, at two bits each way; `"plus"` makes it +1. Dithered
+        zeros of all workers stay within one step if the same workers vote in both steps of each
+        pair (0 and 1, 2 and 3, ...), and walk at random otherwise; :func:`signax.majority_vote`
+        remembers such walks and moves back.
       ties: `"dither"` settles a tie by a coin that every worker tosses alike, `"plus"` by +1, which
         drifts. With `zeros="abstain"` a tie is 0 whatever `ties` says.
       active: bool[], whether this worker takes part; by default it does.
@@ -112,6 +128,11 @@ class VoteOptions(NamedTuple):
     split_over: Hashable | None
     mean: bool = False  # of the ballots, not their majority
     agreement: bool = False  # whether to measure how far each worker agrees with the others
+
+    @property
+    def sends_opinions(self) -> bool:
+        """Whether ballots do not tell a zero, and a second bit must."""
+        return self.agreement and self.rules.planes == 1
 
 
 def check_vote_options(options: VoteOptions) -> None:
@@ -202,8 +223,13 @@ class Worker(NamedTuple):
     tie: jax.Array
 
 
-def find_worker(axis_name: Hashable, rules: Rules, step: jax.Array | int | None) -> Worker:
-    """This worker at this step."""
+def find_worker(
+    axis_name: Hashable,
+    rules: Rules,
+    step: jax.Array | int | None,
+    memory: DitherMemory | None = None,
+) -> Worker:
+    """This worker at this step, with what its dither remembers of the steps before."""
     if step is None:
         if rules.zeros == "dither" or (rules.zeros == "plus" and rules.ties == "dither"):
             dithered = "zeros" if rules.zeros == "dither" else "ties"
@@ -216,7 +242,7 @@ def find_worker(axis_name: Hashable, rules: Rules, step: jax.Array | int | None)
         raise TypeError(f"step={step!r} must be one integer")
     number = jnp.asarray(np.uint32(step % 2**32) if isinstance(step, int) else step)
     index = worker_index(axis_name).astype(jnp.uint32)
-    coins = toss(number, index, lax.axis_size(axis_name))
+    coins = toss(number, index, lax.axis_size(axis_name), memory)
     return Worker(index, coins.zero, rules.tie(coins.tie))
 
 
@@ -228,6 +254,7 @@ class Outcome(NamedTuple):
       voters: u32[], how many workers took part, the same on every worker.
       takes_part: bool[], whether this worker did.
       finite: bool[], whether its own updates are.
+      memory: what the dither remembers now, if it remembered anything before.
       agreed: f32[2], on how many coordinates it agrees and disagrees with a clear majority of the
         others, with `agreement`.
     """
@@ -236,6 +263,7 @@ class Outcome(NamedTuple):
     voters: jax.Array
     takes_part: jax.Array
     finite: jax.Array
+    memory: DitherMemory | None = None
     agreed: jax.Array | None = None
 
 
@@ -245,6 +273,7 @@ def vote(
     *,
     step: jax.Array | int | None,
     active: jax.Array | bool | None,
+    memory: DitherMemory | None = None,
     param_specs: Any = None,
     like: Any = None,
     name: str = "updates",
@@ -252,19 +281,21 @@ def vote(
     """The vote by checked options.
 
     The signs come in the shapes of the leaves of `like`, if it is given, which may be those of
-    `tree` before they were cut into blocks. `name` is what errors call the tree.
+    `tree` before they were cut into blocks. Without a `memory` the dither depends on `step` alone.
+    `name` is what errors call the tree.
     """
     check_votable(tree, options.axis_name, options.split_over, name)
     check_enough_workers(options)
-    worker = find_worker(options.axis_name, options.rules, step)
+    worker = find_worker(options.axis_name, options.rules, step, memory)
     leaves, structure = jax.tree.flatten(tree)
     like = leaves if like is None else jax.tree.leaves(like)
     blocks = find_blocks(tree, param_specs)
 
     # In two passes over the blocks: a worker is out if any of them is not finite.
     whole = PartitionSpec()
+    copies = 2 if options.sends_opinions else 1
     message_specs = [
-        block.specs if options.transport == "int8" else PartitionSpec(block.axes or None)
+        block.specs * copies if options.transport == "int8" else PartitionSpec(block.axes or None)
         for block in blocks
     ]
     messages, finite = [], jnp.bool_(True)
@@ -277,10 +308,10 @@ def vote(
         finite &= jnp.all(flags)
 
     takes_part = take_part(finite, active)
-    header = make_header(worker.index, worker.tie, takes_part)
+    header = make_header(worker.index, worker.coin, worker.tie, takes_part)
     split, place, place_spec = _split_axes(options.split_over)
-    voted, voters = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like], jnp.uint32(0)
-    agreed = jnp.zeros(2, jnp.float32)
+    voted = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like]
+    voters_and_dead, agreed = jnp.zeros(2, jnp.uint32), jnp.zeros(2, jnp.float32)
     for block, message, message_spec in zip(blocks, messages, message_specs, strict=True):
         settle = partial(_settle, options=options)
         in_specs = block.specs, message_spec, whole, place_spec
@@ -290,9 +321,14 @@ def vote(
         signs, found, counts = settle([like[n] for n in block.positions], message, header, place)
         for position, sign in zip(block.positions, signs, strict=True):
             voted[position] = sign
-        voters = jnp.max(found)  # each block found the same; older JAX cannot take one of them
+        # Each block found the same. Older JAX cannot take one of them.
+        voters_and_dead = jnp.max(found, axis=0)
         agreed += add_up(counts)
-    outcome = Outcome(structure.unflatten(voted), voters, takes_part, finite)
+    voters, dead = voters_and_dead
+    if memory is not None:
+        num_workers = lax.axis_size(options.axis_name)
+        memory = next_dither_memory(memory, dead, voters, jnp.asarray(step), num_workers)
+    outcome = Outcome(structure.unflatten(voted), voters, takes_part, finite, memory)
     return outcome._replace(agreed=agreed) if options.agreement else outcome
 
 
@@ -302,14 +338,20 @@ def _cast(
     """A worker's ballots as they are sent, and whether all values are finite: bool[1]."""
     rules = options.rules
     if options.transport != "int8":
-        message, finite = _packing.pack(leaves, rules, coin)
+        ballots = WithOpinions(rules) if options.sends_opinions else rules
+        message, finite = _packing.pack(leaves, ballots, coin)
         return message, finite[None]
     dtype = sum_dtype(lax.axis_size(options.axis_name))
-    ballots = []
-    for leaf in leaves:
-        plus, *minus = rules(leaf, _packing.odd(leaf.shape), coin)
-        against = minus[0] if minus else ~plus
-        ballots.append(plus.astype(dtype) - against.astype(dtype))
+
+    def numbers(rules):
+        for leaf in leaves:
+            plus, *minus = rules(leaf, _packing.odd(leaf.shape), coin)
+            against = minus[0] if minus else ~plus
+            yield plus.astype(dtype) - against.astype(dtype)
+
+    ballots = [*numbers(rules)]
+    if options.sends_opinions:
+        ballots += numbers(Rules("abstain", rules.ties))
     return ballots, all_finite(leaves)[None]
 
 
@@ -322,34 +364,40 @@ def _settle(
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
     """What the workers decide like each leaf, whose values are not used: signs, or their means.
 
-    Of the devices of `split_over`, this is the one at `place`, i32[1]. Also how many voted, u32[1],
-    and how far this worker agrees with the others, u32[1, 2].
+    Of the devices of `split_over`, this is the one at `place`, i32[1]. Also how many voted and what
+    came of dithered zeros alone, u32[1, 2], and how far this worker agrees with the others,
+    u32[1, 2].
     """
     if options.transport == "int8":
-        outcomes, voters, agreed = _settle_sums(message, header, options)
+        outcomes, voters, dead, agreed = _settle_sums(message, header, len(leaves), options)
     else:
-        outcomes, voters, agreed = _settle_words(leaves, message, header, place, options)
+        outcomes, voters, dead, agreed = _settle_words(leaves, message, header, place, options)
     if options.mean:
         finish = partial(_mean_ballot, voters=voters)
     else:
         finish = partial(_signs, voters=voters, rules=options.rules)
     settled = [finish(outcome, leaf) for outcome, leaf in zip(outcomes, leaves, strict=True)]
-    return settled, voters[None], agreed[None]
+    return settled, jnp.stack([voters, dead])[None], agreed[None]
 
 
 def _settle_sums(
-    ballots: Sequence[jax.Array], header: jax.Array, options: VoteOptions
-) -> tuple[list[Any], jax.Array, jax.Array]:
-    """For each leaf the sum of the ballots, or the bits of what is decided; and the rest."""
-    totals, voters, tie = send_summed(ballots, header, options.axis_name)
-    agreed = compare_sums(ballots, totals) if options.agreement else jnp.zeros(2, jnp.uint32)
+    numbers: Sequence[jax.Array], header: jax.Array, count: int, options: VoteOptions
+) -> tuple[list[Any], jax.Array, jax.Array, jax.Array]:
+    """For each leaf the sum of the ballots, or the bits of what is decided; and the rest.
+
+    Of the numbers the first are the ballots on so many leaves, the last the opinions.
+    """
+    sums = send_summed(numbers, header, options.axis_name)
+    totals, agreed = sums.totals[:count], jnp.zeros(2, jnp.uint32)
+    if options.agreement:
+        agreed = compare_sums(numbers[-count:], sums.totals[-count:])
     if options.mean:
         outcomes = totals
     elif options.rules.planes == 2:
         outcomes = [[total > 0, total < 0] for total in totals]
     else:
-        outcomes = [[(total > 0) | ((total == 0) & (tie == 1))] for total in totals]
-    return outcomes, voters, agreed
+        outcomes = [[(total > 0) | ((total == 0) & (sums.tie == 1))] for total in totals]
+    return outcomes, sums.voters, sums.dead, agreed
 
 
 def _settle_words(
@@ -358,22 +406,29 @@ def _settle_words(
     header: jax.Array,
     place: jax.Array,
     options: VoteOptions,
-) -> tuple[list[Any], jax.Array, jax.Array]:
+) -> tuple[list[Any], jax.Array, jax.Array, jax.Array]:
     """The same from packed words."""
     rules, split_over = options.rules, options.split_over
     exchange = send if split_over is None else partial(send_in_parts, split_over, place[0])
-    settle = decide_and_compare if options.agreement else tally if options.mean else decide
-    settled = exchange(message, header, options.axis_name, options.transport, settle)
+    settle, planes_down = _counting(options)
+    settled = exchange(message, header, options.axis_name, options.transport, settle, planes_down)
     agreed = jnp.zeros(2, jnp.uint32)
     if settled.agreed is not None:
-        agreed = settled.agreed[:, (header >> 1) - 1]  # its place; who is out has none
-        if rules.planes == 1:  # bits that are padding agree everywhere
-            padding = settled.padding + _packing.num_padding(leaves, rules.zeros == "plus")
-            agreed -= jnp.array([padding, 0], jnp.uint32)
+        agreed = settled.agreed[:, sender(header)]  # who is out has none, whatever this takes
     bits = _packing.unpack(settled.planes, leaves)
     if options.mean:
         bits = [rules.total(digits, settled.voters) for digits in bits]
-    return bits, settled.voters, agreed
+    return bits, settled.voters, settled.dead, agreed
+
+
+def _counting(options: VoteOptions) -> tuple[Settle, int]:
+    """How whoever counts makes planes of those that come up, and how many."""
+    planes = options.rules.planes
+    if options.mean:
+        return tally, planes * lax.axis_size(options.axis_name).bit_length()
+    if not options.agreement:
+        return decide, planes
+    return (decide_and_compare_opinions if options.sends_opinions else decide_and_compare), planes
 
 
 def _mean_ballot(total: jax.Array, leaf: jax.Array, voters: jax.Array) -> jax.Array:

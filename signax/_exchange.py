@@ -41,16 +41,15 @@ class Settled(NamedTuple):
     Attributes:
       planes: u32[share] each, of what was decided or counted.
       voters: u32[], how many workers took part.
+      dead: u32[] in {0, 1}, the bit that is decided where every ballot is a dithered zero.
       agreed: u32[2, M], on how many coordinates each worker agrees and disagrees with the others,
-        see `compare`; `None` where nobody asks. Bits that are padding, and so the same for all,
-        are among the former.
-      padding: the bits that a worker's message was padded with here.
+        see `compare`; `None` where nobody asks.
     """
 
     planes: Planes
     voters: jax.Array
+    dead: jax.Array
     agreed: jax.Array | None = None
-    padding: int = 0
 
 
 # Of M workers' parts, u32[M, part], of so many planes of u32[share].
@@ -73,13 +72,12 @@ def part_words(payload: int) -> int:
     return -(-(payload + 1) // LANES) * LANES
 
 
-def choose_transport(words: int, num_workers: int, digits: int = 1) -> Literal["packed", "gather"]:
-    """What is faster for a message of so many words: fewer bytes, or fewer collectives.
+def choose_transport(up: int, down: int, num_workers: int) -> Literal["packed", "gather"]:
+    """What is faster for a message of `up` words that `down` words answer: fewer bytes or calls.
 
-    Of every word that is sent up, `digits` come down. For two workers and one digit the bytes are
-    the same.
+    For two workers and as many words down as up, both send the same bytes.
     """
-    more = (num_workers - 1) * words * (num_workers - 1 - digits) // num_workers
+    more = (num_workers - 1) * (up * (num_workers - 1) - down) // num_workers
     return "gather" if more <= GATHER_WORDS else "packed"
 
 
@@ -90,7 +88,7 @@ def send_packed(message: Planes, header: jax.Array, axis_name: Hashable, settle:
       message: this worker's ballots.
       header: u32[], as `make_header` gives it.
       axis_name: the axis of the workers.
-      settle: `decide`, `decide_and_compare` or `tally`.
+      settle: `decide`, one of its variants that compare, or `tally`.
 
     Returns:
       What `settle` makes of the whole, the same on every worker.
@@ -111,16 +109,15 @@ def _share(part: Settled, axis_name: Hashable, words: int) -> Settled:
     rows = [plane[None] for plane in part.planes]
     if part.agreed is not None:
         rows.append(part.agreed.reshape(1, -1))
-    parts = gather(seal(rows, part.voters)[0], axis_name)  # u32[M, part]
-    planes, voters = unseal(parts, [row.shape[1] for row in rows])
+    sealed = seal(rows, 2 * part.voters + part.dead)  # 0 without voters, of whom none is dead
+    parts = gather(sealed[0], axis_name)  # u32[M, part]
+    planes, headers = unseal(parts, [row.shape[1] for row in rows])
     agreed = None
     if part.agreed is not None:
         *planes, counts = planes
         agreed = jnp.sum(counts, axis=0).reshape(part.agreed.shape)
     joined = [plane.reshape(-1)[:words] for plane in planes]
-    added = len(parts) * planes[0].shape[1] - words
-    padding = len(parts) * part.padding + _bits.WORD_BITS * added
-    return Settled(joined, voters[0], agreed, padding)
+    return Settled(joined, headers[0] >> 1, headers[0] & 1, agreed)
 
 
 def send_gathered(
@@ -139,6 +136,7 @@ def send_in_parts(
     axis_name: Hashable,
     transport: Transport,
     settle: Settle,
+    planes_down: int,
 ) -> Settled:
     """Shares the exchange among devices that hold the same message, then gathers its result.
 
@@ -151,7 +149,8 @@ def send_in_parts(
         lax.dynamic_slice_in_dim(_pad(plane, devices * share), place * share, share)
         for plane in message
     ]
-    return _share(send(part, header, axis_name, transport, settle), split_over, words)
+    settled = send(part, header, axis_name, transport, settle, planes_down)
+    return _share(settled, split_over, words)
 
 
 def _pad(plane: jax.Array, words: int) -> jax.Array:
@@ -164,23 +163,40 @@ def send(
     axis_name: Hashable,
     transport: Transport,
     settle: Settle,
+    planes_down: int,
 ) -> Settled:
-    """Sends a packed message by `"packed"`, `"gather"`, or whichever of them is faster."""
+    """Sends a packed message by `"packed"`, `"gather"`, or whichever of them is faster.
+
+    `settle` answers the planes of the message with `planes_down` others.
+    """
     if transport == "auto":
-        words, num_workers = len(message) * message[0].size, lax.axis_size(axis_name)
-        digits = num_workers.bit_length() if settle is tally else 1
-        transport = choose_transport(words, num_workers, digits)
+        words = message[0].size
+        up, down = len(message) * words, planes_down * words
+        transport = choose_transport(up, down, lax.axis_size(axis_name))
     sender = send_gathered if transport == "gather" else send_packed
     return sender(message, header, axis_name, settle)
 
 
-def send_summed(
-    ballots: Sequence[jax.Array], header: jax.Array, axis_name: Hashable
-) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """Sums integer ballots of -1, 0 and +1 of any shape: their sums, the voters, the tie bit."""
-    counted = [jnp.where(header > 0, ballot, 0) for ballot in ballots]
-    sums, voters, ties = lax.psum((counted, (header > 0).astype(jnp.uint32), header & 1), axis_name)
-    return sums, voters, (ties > 0).astype(jnp.uint32)
+class Sums(NamedTuple):
+    """What an all-reduce of integers gives: totals of any shape, and as in `Settled` the others.
+
+    `tie` is the bit that settles ties, u32[].
+    """
+
+    totals: list[jax.Array]
+    voters: jax.Array
+    dead: jax.Array
+    tie: jax.Array
+
+
+def send_summed(ballots: Sequence[jax.Array], header: jax.Array, axis_name: Hashable) -> Sums:
+    """Sums integer ballots of -1, 0 and +1 of any shape."""
+    votes = header > 0
+    counted = [jnp.where(votes, ballot, 0) for ballot in ballots]
+    flags = votes.astype(jnp.uint32), (header >> 1) & 1, header & 1
+    totals, (voters, coins, ties) = lax.psum((counted, flags), axis_name)
+    tie = (ties > 0).astype(jnp.uint32)
+    return Sums(totals, voters, _dead_bit(coins, voters, tie), tie)
 
 
 def sum_dtype(num_workers: int) -> np.dtype:
@@ -192,14 +208,30 @@ def sum_dtype(num_workers: int) -> np.dtype:
     )
 
 
-def make_header(worker: jax.Array, tie: jax.Array, takes_part: jax.Array) -> jax.Array:
+def make_header(
+    worker: jax.Array, coin: jax.Array, tie: jax.Array, takes_part: jax.Array
+) -> jax.Array:
     """What goes with a worker's message: u32[], 0 if it is out.
 
-    Else the lowest bit is what settles a tie, the same on every worker, and the others are the
-    worker's index + 1.
+    Else the lowest bit is what settles a tie, the same on every worker, the next one the worker's
+    coin for zero ballots, and the others are the worker's index + 1.
     """
-    header = jnp.where(takes_part, 2 * (worker + 1) + tie, 0)
+    header = jnp.where(takes_part, 4 * (worker + 1) + 2 * coin + tie, 0)
     return lax.optimization_barrier(header)  # else it is computed anew for every word
+
+
+def sender(header: jax.Array) -> jax.Array:
+    """The index of the worker that a header comes from, if it takes part."""
+    return (header >> 2) - 1
+
+
+def _dead_bit(coins: jax.Array, voters: jax.Array, tie: jax.Array) -> jax.Array:
+    """The bit that is decided where every ballot is a dithered zero: u32[], 0 without voters.
+
+    There a worker's bit is 1 if its coin is 0, relative to the coordinate; see `Rules`.
+    """
+    settles = jnp.where(voters % 2 == 0, tie, 0)
+    return ((voters - coins + settles >= voters // 2 + 1) & (voters > 0)).astype(jnp.uint32)
 
 
 # A part is kept as u32[part / 128, 128], "u32[part]" for short, which TPUs lay out in rows.
@@ -230,49 +262,75 @@ def unseal(parts: jax.Array, widths: Sequence[int]) -> tuple[Planes, jax.Array]:
     return planes, parts[:, row, lane]
 
 
-def decide(parts: jax.Array, planes: int, share: int, compares: bool = False) -> Settled:
-    """Counts what M workers sealed: u32[M, part] to planes of u32[share] of the majority."""
-    ballots, found = unseal(parts, [share] * planes)
+class _Votes(NamedTuple):
+    """What headers say: u32[] each, `coin` with all bits set if ties are to be settled so."""
+
+    voters: jax.Array
+    coin: jax.Array
+    dead: jax.Array
+
+
+def _read_headers(found: jax.Array) -> _Votes:
+    """Reads the headers of M workers: u32[M]."""
     voters = jnp.sum(found > 0, dtype=jnp.uint32)
+    tie = jnp.max(found & 1)
+    dead = _dead_bit(jnp.sum((found >> 1) & 1, dtype=jnp.uint32), voters, tie)
     # Among an even number of voters the coin is one more vote, which decides ties and only ties.
-    coin = jnp.where(voters % 2 == 0, _bits.spread(jnp.max(found & 1)), 0)
+    coin = jnp.where(voters % 2 == 0, _bits.spread(tie), 0)
     voters, coin = lax.optimization_barrier((voters, coin))  # else they are computed in the loops
-    # Whole parts are counted, whose length suits vectors of any processor, headers and all.
+    return _Votes(voters, coin, dead)
+
+
+def decide(parts: jax.Array, planes: int, share: int) -> Settled:
+    """Counts what M workers sealed: u32[M, part] to planes of u32[share] of the majority."""
+    _, found = unseal(parts, [share] * planes)
+    votes = _read_headers(found)
     if planes == 2:
-        counted = lax.optimization_barrier(jnp.stack(_bits.count(parts)))  # u32[digits, part]
-        (plus, minus), _ = unseal(counted, [share] * planes)
-        plus, minus = list(plus), list(minus)
-        decided = [_bits.exceeds(plus, minus), _bits.exceeds(minus, plus)]
-        lead = partial(_lead_of_two, plus, minus)
+        decided, _ = _decide_two(parts, share)
     else:
-        counted = _bits.count(parts, jnp.broadcast_to(coin, parts.shape[1:]))
-        result = lax.optimization_barrier(_bits.at_least(counted, voters // 2 + 1))  # u32[part]
-        ((majority,), _) = unseal(result[None], [share])
-        decided = [majority[0]]
-        lead = partial(_lead, counted, voters, coin & 1, share)
-    if not compares:
-        return Settled(decided, voters)
-    return Settled(decided, voters, compare(ballots, lead))
+        decided = _decide_one(parts, [share], votes)
+    return Settled(decided, votes.voters, votes.dead)
 
 
-decide_and_compare = partial(decide, compares=True)
+def decide_and_compare(parts: jax.Array, planes: int, share: int) -> Settled:
+    """Decides two planes, for +1 and -1, and compares each worker with the others."""
+    ballots, found = unseal(parts, [share] * planes)
+    votes = _read_headers(found)
+    decided, (plus, minus) = _decide_two(parts, share)
+    return Settled(decided, votes.voters, votes.dead, compare(ballots, partial(_lead, plus, minus)))
 
 
-def _lead(
-    counted: Planes, voters: jax.Array, coin: jax.Array, share: int, least: int
-) -> tuple[jax.Array, jax.Array]:
-    """Where the sum of ballots is at least a number, and where at most its negative: u32[share].
-
-    With C votes for +1 among A voters it is 2 C - A.
-    """
-    up = _bits.at_least(counted, (voters + least + 1) // 2 + coin)
-    not_down = _bits.at_least(counted, (voters - least) // 2 + 1 + coin)
-    ((rows,), _) = unseal(lax.optimization_barrier(jnp.stack([up, ~not_down])), [share])
-    return rows[0], rows[1]
+def decide_and_compare_opinions(parts: jax.Array, planes: int, share: int) -> Settled:
+    """Decides a plane of ballots, and compares where a second plane says that they are no zeros."""
+    (ballots, opinions), found = unseal(parts, [share] * planes)
+    votes = _read_headers(found)
+    decided = _decide_one(parts, [share] * planes, votes)
+    own = ballots & opinions, opinions & ~ballots  # who is out has no opinions
+    plus, minus = (_bits.count(rows) for rows in own)
+    return Settled(decided, votes.voters, votes.dead, compare(own, partial(_lead, plus, minus)))
 
 
-def _lead_of_two(plus: Planes, minus: Planes, least: int) -> tuple[jax.Array, jax.Array]:
-    """The same from the counts of votes for +1 and for -1."""
+# Whole parts are counted, whose length suits vectors of any processor, headers and all.
+
+
+def _decide_one(parts: jax.Array, widths: Sequence[int], votes: _Votes) -> Planes:
+    """The majority of the first plane: u32[M, part] to one u32[width]."""
+    counted = _bits.count(parts, jnp.broadcast_to(votes.coin, parts.shape[1:]))
+    result = lax.optimization_barrier(_bits.at_least(counted, votes.voters // 2 + 1))  # u32[part]
+    (majority, *_), _ = unseal(result[None], widths)
+    return [majority[0]]
+
+
+def _decide_two(parts: jax.Array, share: int) -> tuple[Planes, tuple[Planes, Planes]]:
+    """Where more votes are for +1 than for -1, and the other way round; and the counts of each."""
+    counted = lax.optimization_barrier(jnp.stack(_bits.count(parts)))  # u32[digits, part]
+    (plus, minus), _ = unseal(counted, [share] * 2)
+    plus, minus = list(plus), list(minus)
+    return [_bits.exceeds(plus, minus), _bits.exceeds(minus, plus)], (plus, minus)
+
+
+def _lead(plus: Planes, minus: Planes, least: int) -> tuple[jax.Array, jax.Array]:
+    """Where votes for +1 lead by at least a number, and where votes for -1 do: u32[share]."""
 
     def leads(counted, others):
         return _bits.exceeds(_bits.add_number(counted, 0), _bits.add_number(others, least - 1))
@@ -286,7 +344,7 @@ def tally(parts: jax.Array, planes: int, share: int) -> Settled:
     counted = lax.optimization_barrier(jnp.stack(_bits.count(parts)))  # u32[digits, part]
     counts, _ = unseal(counted, [share] * planes)
     voters = jnp.sum(found > 0, dtype=jnp.uint32)
-    return Settled([digit for count in counts for digit in count], voters)
+    return Settled([digit for count in counts for digit in count], voters, jnp.zeros_like(voters))
 
 
 def swap(parts: jax.Array, axis_name: Hashable) -> jax.Array:

@@ -47,6 +47,8 @@ def pmean_signs(
         may be left out only where nothing is dithered.
       zeros: `"dither"` turns a zero ballot into +-1 so that it cancels over workers and steps;
         `"abstain"` lets it count as 0, at two bits up and two counts down; `"plus"` makes it +1.
+        Where other workers vote in the second step of a pair than in the first, dithered zeros
+        leave a random remainder: up to 1 / |S| per step for each worker that came or went.
       active: bool[], whether this worker takes part; by default it does.
       transport: as in :func:`signax.pvote`. `"packed"` sends (M-1)/M d/8 bytes up and the count's
         bits times that down, `"gather"` (M-1) d/8.

@@ -90,18 +90,6 @@ def num_words(leaves: Sequence[Any]) -> int:
     return sum(fold(shape).words for shape in [*shapes, *_batch_shapes(leaves, small)])
 
 
-def num_padding(leaves: Sequence[Any], zeros_alike: bool) -> int:
-    """How many bits of those words all workers set alike, since they are no coordinate's.
-
-    A zero behind a small leaf of odd length is voted on, alike only if all zeros are.
-    """
-    _, small = _by_size(leaves)
-    sizes = [math.prod(leaf.shape) for leaf in leaves]
-    if not zeros_alike:
-        sizes += [sizes[n] % 2 for n in small]
-    return WORD_BITS * num_words(leaves) - sum(sizes)
-
-
 def pack(
     leaves: Sequence[jax.Array], ballots: Ballots, coin: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:

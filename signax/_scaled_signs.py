@@ -164,7 +164,7 @@ def mean_scaled(
         _put(left, group.positions, errors)
         finite &= jnp.all(flags)
     takes_part = take_part(finite, active)
-    header = make_header(worker.index, worker.tie, takes_part)
+    header = make_header(worker.index, worker.coin, worker.tie, takes_part)
 
     means, voters = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like], jnp.uint32(0)
     server = None if memory.server is None else jax.tree.leaves(memory.server)

@@ -86,7 +86,7 @@ def pvote_scatter(
         lambda parts: _packing.pack(parts, rules, worker.coin),
         in_axes=([dimensions[n] for n in nonempty],),
     )([rows[n] for n in nonempty])  # planes of u32[M, words], bool[M]
-    header = make_header(worker.index, worker.tie, take_part(jnp.all(finite), active))
+    header = make_header(worker.index, worker.coin, worker.tie, take_part(jnp.all(finite), active))
     ballot_box = swap(seal(messages, header), axis_name)  # u32[M, part]
     settled = decide(ballot_box, rules.planes, messages[0].shape[1])
     bits = _packing.unpack(settled.planes, parts)

@@ -132,7 +132,7 @@ def _exchanged(leaves: Sequence[Any], num_workers: int, scheme: str) -> tuple[in
         return 2 * (num_workers - 1) * part_words(bits + scales), 2
     words = _PLANES[scheme] * _packing.num_words(leaves)
     digits = num_workers.bit_length() if scheme == "mean_signs" else 1
-    if choose_transport(words, num_workers, digits) == "gather":
+    if choose_transport(words, digits * words, num_workers) == "gather":
         return (num_workers - 1) * part_words(words), 1
     share = _PLANES[scheme] * share_words(words // _PLANES[scheme], num_workers)
     return (num_workers - 1) * (part_words(share) + part_words(digits * share)), 2
@@ -207,21 +207,25 @@ def opposes(state: Any, *, threshold: float = THRESHOLD) -> jax.Array:
     With :math:`a_t` the share of a step's coordinates on which the worker agrees with a clear
     majority of the others (:class:`signax.Agreement`), a vote with `agreement=True` keeps
 
-    .. math:: s_t = \max(0,\ s_{t-1} + \tfrac{1}{2} - a_t - 0.1)
+    .. math:: s_t = \max\left(0,\ s_{t-1} + w_t (\tfrac{1}{2} - a_t - 0.1)\right)
 
     (Page's test for a mean of a below 0.4) and a worker opposes the others once s is above the
-    threshold. The best that a worker with nothing but noise can do is to agree on half. Workers
-    whose shares are independent with mean 1/2 and standard deviation :math:`\sigma` get so far in a
-    step with a chance of about :math:`\exp(-0.2 \cdot 1.25 / \sigma^2)`, 3e-8 at
-    :math:`\sigma = 0.12`, which small batches have at the end of training; momentum makes shares of
-    successive steps alike and the chance larger.
+    threshold. The weight w is 1, or n / 16 where a is the share of n < 16 coordinates, which varies
+    more. Coordinates on which the worker's value is zero are not among them. The best that a worker
+    with nothing but noise can do is to agree on half. Workers whose shares are independent with
+    mean 1/2 and standard deviation :math:`\sigma` get so far in a step with a chance of about
+    :math:`\exp(-0.2 \cdot 1.25 / \sigma^2)`, 3e-8 at :math:`\sigma = 0.12`, which small batches
+    have at the end of training; momentum makes shares of successive steps alike and the chance
+    larger.
 
     On scikit-learn's digits, 8 workers with 16 images each, no worker came above 0.78 in six clean
     runs of 1,000 steps (48,000 shares, with and without momentum), and one that inverts its
     gradient was above 1.25 after 8 steps with momentum, and after 16 without. Where three of eight
-    invert theirs and go on voting, honest ones pass the threshold in the end too: leave flagged
-    workers out, by passing `active=~opposes(state)` to the next update. Who is out is not measured
-    any more and stays out.
+    invert theirs and go on voting, honest ones pass the threshold in the end too: exclude flagged
+    workers, by passing `active=~opposes(state)` to the next update. An excluded worker is not
+    measured, and stays excluded. With up to three of eight excluded this way and up to 90% of the
+    coordinates zero, on all workers or on each worker others, no honest worker was flagged in 1,000
+    steps of synthetic gradients.
 
     Args:
       state: the state of a transformation or optimiser with one or more votes with `agreement=True`

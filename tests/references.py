@@ -8,31 +8,45 @@ import numpy as np
 # The vote: Bernstein et al. 2019 (arXiv 1810.05291), with dithered zeros and ties.
 
 
-def hash_bits(number):
-    """Two bits of MurmurHash3's 32-bit finaliser of a number."""
+def hash_word(number):
+    """MurmurHash3's 32-bit finaliser of a number."""
     word = 0xFFFFFFFF
     number ^= number >> 16
     number = number * 0x85EBCA6B & word
     number ^= number >> 13
     number = number * 0xC2B2AE35 & word
     number ^= number >> 16
-    return number & 1, number >> 16 & 1
+    return number
 
 
-def cast(values, step, zeros, active):
-    """The ballots of those who take part, [voters, d], from [M, d] values of M workers.
+def hash_bits(number):
+    """Two bits of the hash of a number."""
+    return hash_word(number) & 1, hash_word(number) >> 16 & 1
 
-    Nobody takes part who is not active or has a value that is not finite.
-    """
+
+def places(step, num_workers, shuffled=False):
+    """The place of each worker at a step: it rotates every second step, or is drawn anew then."""
+    pair = step // 2
+    if not shuffled:
+        return (np.arange(num_workers) + pair) % num_workers
+    hashes = [hash_word(hash_word(pair) + i & 0xFFFFFFFF) for i in range(num_workers)]
+    return np.argsort(np.argsort(hashes))
+
+
+def participants(values, active):
+    """Which of M workers take part: those that are active and whose values are all finite."""
+    takes_part = np.isfinite(values).all(axis=1)
+    return takes_part if active is None else takes_part & np.asarray(active)
+
+
+def cast(values, step, zeros, active, shuffled=False):
+    """The ballots of those who take part, [voters, d], from [M, d] values of M workers."""
     values = np.asarray(values, np.float64)
     num_workers, size = values.shape
-    takes_part = np.isfinite(values).all(axis=1)
-    if active is not None:
-        takes_part &= np.asarray(active)
+    takes_part = participants(values, active)
     h1, _ = hash_bits(step // 2)
     ballots = np.sign(np.where(takes_part[:, None], values, 0))
-    for i in np.flatnonzero(takes_part):
-        place = (i + step // 2) % num_workers
+    for i, place in enumerate(places(step, num_workers, shuffled)):
         parity = (place + np.arange(size) + step + h1) % 2
         if zeros == "dither":
             ballots[i] = np.where(ballots[i] == 0, np.where(parity == 0, 1, -1), ballots[i])
@@ -41,34 +55,63 @@ def cast(values, step, zeros, active):
     return ballots[takes_part]
 
 
-def vote(values, step=0, zeros="dither", ties="dither", active=None):
+def vote(values, step=0, zeros="dither", ties="dither", active=None, drift=0, shuffled=False):
     """The decision on each of d coordinates, from [M, d] values of M workers.
 
-    An even parity is +1.
+    An even parity is +1. Where dead coordinates of even index have drifted, ties move them back.
     """
-    ballots = cast(values, step, zeros, active)
+    ballots = cast(values, step, zeros, active, shuffled)
     result = np.sign(ballots.sum(axis=0))
     if zeros == "abstain" or not len(ballots):
         return result
     _, h2 = hash_bits(step // 2)
-    coin = 1 if ties == "plus" else np.where((np.arange(result.size) + step + h2) % 2 == 0, 1, -1)
+    even = np.arange(result.size) % 2 == 0
+    first = (step + h2) % 2 == 0 if drift == 0 else drift < 0
+    coin = 1 if ties == "plus" else np.where(even == first, 1, -1)
     return np.where(result == 0, coin, result)
 
 
-def agreements(values, step=0, zeros="dither", active=None):
+class DitherMemory:
+    """What a vote remembers: where dead coordinates of even index are, and the first absence.
+
+    From the pair of steps after the first absence on places are shuffled.
+    """
+
+    def __init__(self):
+        self.drift, self.first_missed = 0, np.inf
+
+    def at(self, step):
+        """Further arguments of `vote` at a step."""
+        return {"drift": self.drift, "shuffled": step // 2 > self.first_missed}
+
+    def advance(self, step, takes_part):
+        """Remembers a step, from bool[M]."""
+        dead = np.zeros((len(takes_part), 1))
+        self.drift += vote(dead, step, active=takes_part, **self.at(step))[0]
+        if not np.all(takes_part):
+            self.first_missed = min(self.first_missed, step // 2)
+
+
+def votes(values, active=None):
+    """The decisions of a vote that remembers its dither: [T, d], from [T, M, d] values."""
+    memory, decisions = DitherMemory(), []
+    for step, rows in enumerate(values):
+        takes_part = participants(rows, None if active is None else active[step])
+        decisions.append(vote(rows, step, active=takes_part, **memory.at(step)))
+        memory.advance(step, takes_part)
+    return np.array(decisions)
+
+
+def agreements(values, active=None):
     """For each worker of [M, d] values, on how many coordinates it agrees with the others, [M, 2].
 
-    And on how many it does not: of those where the ballots of the others who take part add up to
-    three or more, or to minus three or less. Who is out has none.
+    And on how many it does not: of those where the signs of the others who take part add up to
+    three or more, or to minus three or less. Who is out has none, and so has a zero.
     """
     values = np.asarray(values, np.float64)
-    takes_part = np.isfinite(values).all(axis=1)
-    if active is not None:
-        takes_part &= np.asarray(active)
-    every = np.zeros_like(values)
-    every[takes_part] = cast(values, step, zeros, active)
-    others = every.sum(axis=0) - every
-    product = np.where(np.abs(others) >= 3, every * others, 0)
+    signs = np.sign(np.where(participants(values, active)[:, None], values, 0))
+    others = signs.sum(axis=0) - signs
+    product = np.where(np.abs(others) >= 3, signs * others, 0)
     return np.stack([(product > 0).sum(axis=1), (product < 0).sum(axis=1)], axis=1)
 
 
@@ -81,9 +124,7 @@ def mean_of_signs(values, step=0, zeros="dither", active=None):
 def mean(values, active=None):
     """The mean over the workers that take part, from [M, d] values; 0 if nobody does."""
     values = np.asarray(values, np.float64)
-    takes_part = np.isfinite(values).all(axis=1)
-    if active is not None:
-        takes_part &= np.asarray(active)
+    takes_part = participants(values, active)
     return values[takes_part].mean(axis=0) if takes_part.any() else np.zeros(values.shape[1])
 
 
@@ -282,7 +323,7 @@ def mean_of_scaled_signs(leaves, feedback="both", block=None, decay=1.0, active=
     history = []
     for t in range(len(leaves)):
         h1, _ = hash_bits(t // 2)
-        places = (np.arange(num_workers) + t // 2) % num_workers
+        at = places(t, num_workers)
         takes_part = np.all([np.isfinite(leaf).all(axis=1) for leaf in leaves[t]], axis=0)
         if active is not None:
             takes_part &= active[t]
@@ -294,12 +335,12 @@ def mean_of_scaled_signs(leaves, feedback="both", block=None, decay=1.0, active=
             mean = np.zeros(size)
             for i in np.flatnonzero(takes_part):
                 corrected = leaf[i] + (decay * memory[n][i] if feedback != "none" else 0)
-                sent = signed_blocks(corrected, up, places[i] + np.arange(size) + t + h1)
+                sent = signed_blocks(corrected, up, at[i] + np.arange(size) + t + h1)
                 memory[n][i] = corrected - sent
                 mean += sent / takes_part.sum()
             if feedback == "both" and takes_part.any():
                 corrected = mean + decay * server[n]
-                place = places[servers(shapes[n], num_workers)[0]]
+                place = at[servers(shapes[n], num_workers)[0]]
                 mean = signed_blocks(corrected, down, place + np.arange(size) + t + h1)
                 server[n] = corrected - mean
             step.append((mean, memory[n].copy(), server[n].copy()))

@@ -26,6 +26,21 @@ def test_coins_follow_the_stated_rule(step):
             assert int(coins.tie) == (step + h2) % 2
 
 
+@pytest.mark.parametrize("step", [4, 5, 1001, 2**31 - 1])
+def test_coins_remember_who_was_missing_and_where_dead_coordinates_are(step):
+    h1, h2 = references.hash_bits(step // 2)
+    for num_workers in (1, 2, 5, 8):
+        for first_missed in (0, step // 2 - 1, step // 2, _ballots.NEVER):
+            places = references.places(step, num_workers, first_missed < step // 2)
+            assert sorted(places) == list(range(num_workers))
+            for drift, tie in [(0, (step + h2) % 2), (1, 1), (3, 1), (-1, 0)]:
+                memory = _ballots.DitherMemory(jnp.int32(drift), jnp.int32(first_missed))
+                for worker, place in enumerate(places):
+                    coins = _ballots.toss(jnp.int32(step), jnp.int32(worker), num_workers, memory)
+                    assert int(coins.zero) == (place + step + h1) % 2
+                    assert int(coins.tie) == tie
+
+
 @pytest.mark.parametrize(
     ("zeros", "coin", "expected"),
     [
@@ -159,6 +174,86 @@ def test_the_dither_does_not_drift(num_workers):
     power = total["own"].mean(axis=1) / STEPS
     assert power.min() > 0
     assert np.ptp(power) <= 0.05
+
+
+def absences(name, num_workers):
+    """Which workers are active at each step: bool[STEPS, M]."""
+    active, step = np.ones((STEPS, num_workers), bool), np.arange(STEPS)
+    if name == "one at even steps":
+        active[:, 0] = step % 2 == 1
+    elif name == "one at odd steps":
+        active[:, 0] = step % 2 == 0
+    elif name == "one at every third step":
+        active[:, 0] = step % 3 > 0
+    elif name == "one for good":
+        active[:, 0] = False
+    elif name == "two for good":
+        active[:, [0, 2]] = False
+    elif name == "two in turn":
+        active[:, 0], active[:, 1] = step % 2 == 1, step % 2 == 0
+    else:
+        active = np.random.default_rng(num_workers).random(active.shape) > float(name)
+    return active
+
+
+@jax.jit
+def walk(active):
+    """How far dead coordinates go, and how far those on which one worker votes +1."""
+    num_workers = active.shape[1]
+    tx = signax.majority_vote(AXIS)
+    own = jnp.repeat(jnp.eye(num_workers)[:, :, None], 2, axis=2)  # of even and of odd index
+    rows = {"dead": jnp.zeros((num_workers, 2)), "own": own}
+
+    def body(carry, active):
+        states, place, farthest = carry
+        update = jax.vmap(lambda g, s, a: tx.update(g, s, active=a), axis_name=AXIS)
+        decided, states = update(rows, states, active)
+        place = jax.tree.map(lambda total, rows: total + rows[0], place, decided)
+        return (states, place, jnp.maximum(farthest, jnp.abs(place["dead"]).max())), None
+
+    states = jax.vmap(lambda _: tx.init(None))(jnp.arange(num_workers))
+    start = states, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:]), rows), 0.0
+    (_, place, farthest), _ = jax.lax.scan(body, start, active)
+    return farthest, place["own"].mean(axis=1)
+
+
+@pytest.mark.parametrize("num_workers", [2, 3, 4, 7, 8])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("one for good", 1),
+        ("two for good", 1),
+        ("one at even steps", 3),
+        ("one at odd steps", 3),
+        ("one at every third step", 3),
+        ("0.01", 4),
+        ("0.1", 12),
+        ("0.5", 20),
+    ],
+)
+def test_dead_coordinates_stay_near_while_workers_come_and_go(name, steps, num_workers):
+    if num_workers == 2 and name == "two for good":
+        num_workers = 5
+    active = absences(name, num_workers)
+    farthest, own = jax.device_get(walk(active))
+    assert farthest <= steps
+    # Workers who take part as often as each other have equal power over what they alone vote on,
+    # within five standard errors of means over 1,000 pairs of steps.
+    share = active[:, 1:].mean(axis=0)
+    alike = own[1:][np.abs(share - share[0]) < 0.03] / STEPS
+    assert alike.min() > 0
+    assert np.ptp(alike) <= 5 * 0.5 / np.sqrt(STEPS / 2)
+
+
+def test_a_worker_out_at_every_even_step_moves_dead_coordinates_by_one_step_at_most():
+    farthest, _ = walk(absences("one at even steps", 8))
+    assert farthest <= 1
+
+
+def test_without_ties_dead_coordinates_walk_at_random():
+    """Never as many voters of one parity as of the other: then nothing bounds the drift."""
+    farthest, _ = walk(absences("two in turn", 8))
+    assert 10 < farthest < 3 * np.sqrt(2 * STEPS)
 
 
 def test_the_compiled_check_of_a_tree_grows_with_its_leaves_not_with_their_square():

@@ -451,21 +451,22 @@ class Simulation:
         self.momenta = jax.tree.map(lambda p: np.zeros((workers, *p.shape)), self.params)
         self.weight_decay = options.pop("weight_decay", 0.0)
         self.options = options
+        self.memory = references.DitherMemory()
         self.step = 0
 
     def __call__(self, grads, active=None):
         flat = np.concatenate([np.reshape(g, (len(g), -1)) for g in grads.values()], axis=1)
         finite = np.isfinite(flat).all(axis=1)
         counted = finite if active is None else finite & active
+        options = {**self.options, **self.memory.at(self.step), "active": counted}
         for name, grad in grads.items():
             rows = np.where(finite)[0]  # a bad gradient leaves the momentum as it was
             momenta = self.momenta[name]
             momenta[rows] = 0.5 * momenta[rows] + 0.5 * np.asarray(grad, np.float64)[rows]
-            voted = references.vote(
-                momenta.reshape(len(momenta), -1), self.step, active=counted, **self.options
-            )
+            voted = references.vote(momenta.reshape(len(momenta), -1), self.step, **options)
             param = self.params[name]
             param -= 0.125 * (voted.reshape(param.shape) + self.weight_decay * param)
+        self.memory.advance(self.step, counted)
         self.step += 1
 
 

@@ -34,12 +34,12 @@ def test_a_part_holds_its_share_and_no_more_than_it_must(words, num_workers, pla
     assert 1 + planes * share <= part < 1 + planes * share + LANES
 
 
-@given(words=MANY, num_workers=st.integers(1, 64))
-def test_a_gather_is_chosen_unless_it_sends_many_more_words(words, num_workers):
-    gathered = (num_workers - 1) * words
-    packed = 2 * (num_workers - 1) * words / num_workers
-    chosen = _exchange.choose_transport(words, num_workers)
-    if num_workers <= 2 or gathered - packed <= _exchange.GATHER_WORDS:
+@given(up=MANY, down=MANY, num_workers=st.integers(1, 64))
+def test_a_gather_is_chosen_unless_it_sends_many_more_words(up, down, num_workers):
+    gathered = (num_workers - 1) * up
+    packed = (num_workers - 1) * (up + down) / num_workers
+    chosen = _exchange.choose_transport(up, down, num_workers)
+    if gathered - packed <= _exchange.GATHER_WORDS:
         assert chosen == "gather"
     elif gathered - packed >= _exchange.GATHER_WORDS + 1:
         assert chosen == "packed"
@@ -71,24 +71,26 @@ def test_who_is_out_sends_zeros(share):
     assert not np.any(sealed)
 
 
-def test_a_header_tells_the_worker_and_the_tie_or_that_it_is_out():
-    headers = {
-        int(_exchange.make_header(jnp.uint32(worker), jnp.uint32(tie), jnp.bool_(True)))
+def test_a_header_tells_the_worker_and_its_coins_or_that_it_is_out():
+    bit, yes = (jnp.uint32(0), jnp.uint32(1)), jnp.bool_(True)
+    headers = [
+        int(_exchange.make_header(jnp.uint32(worker), coin, tie, yes))
         for worker in range(5)
-        for tie in (0, 1)
-    }
-    assert headers == set(range(2, 12))
-    assert _exchange.make_header(jnp.uint32(4), jnp.uint32(1), jnp.bool_(False)) == 0
-    assert {header & 1 for header in headers} == {0, 1}
+        for coin in bit
+        for tie in bit
+    ]
+    assert headers == list(range(4, 24))
+    assert [int(_exchange.sender(header)) for header in headers] == [n // 4 for n in range(20)]
+    assert _exchange.make_header(jnp.uint32(4), bit[1], bit[1], jnp.bool_(False)) == 0
 
 
 def send_by(sender):
-    """One worker's exchange: its planes, its index, what settles ties, whether it takes part."""
+    """One worker's exchange: its planes and what its header says."""
 
-    def local(message, worker, tie, takes_part):
-        header = _exchange.make_header(worker, tie, takes_part)
+    def local(message, worker, coin, tie, takes_part):
+        header = _exchange.make_header(worker, coin, tie, takes_part)
         settled = sender(list(message), header, AXIS, _exchange.decide)
-        return settled.planes, settled.voters
+        return settled.planes, settled.voters, settled.dead
 
     return local
 
@@ -104,14 +106,18 @@ def test_the_majority_of_every_bit_is_decided(kind, planes, sender):
     exchange = on_workers(kind, send_by(sender), num_workers)
     for out in range(num_workers + 1):
         takes_part, tie = np.arange(num_workers) >= out, out % 2
-        decided, voters = exchange(
+        coins = rng.integers(0, 2, num_workers)
+        decided, voters, dead = exchange(
             message,
             jnp.arange(num_workers, dtype=jnp.uint32),
+            jnp.asarray(coins, jnp.uint32),
             jnp.full(num_workers, tie, jnp.uint32),
             jnp.asarray(takes_part),
         )
         counts = bits[takes_part].sum(axis=0)
         assert voters == num_workers - out
+        # A dithered zero's bit is 1 if its worker's coin is 0.
+        assert dead == (voters > 0 and 2 * np.sum(coins[takes_part] == 0) + tie > voters)
         if planes == 2:
             expected = [counts[0] > counts[1], counts[1] > counts[0]]
         elif voters:
@@ -125,8 +131,11 @@ def test_the_majority_of_every_bit_is_decided(kind, planes, sender):
 @pytest.mark.parametrize("words", [2 * LARGE_SHARE - 2, 2 * LARGE_SHARE, 2 * LARGE_SHARE + 1])
 def test_transports_agree_around_the_size_from_which_shares_are_rounded(words):
     message = np.random.default_rng(words).integers(0, 2**32, (2, 1, words), dtype=np.uint32)
-    others = jnp.arange(2, dtype=jnp.uint32), jnp.ones(2, jnp.uint32), jnp.ones(2, jnp.bool_)
+    ones = jnp.ones(2, jnp.uint32)
+    others = jnp.arange(2, dtype=jnp.uint32), ones, ones, jnp.ones(2, jnp.bool_)
     for sender in (_exchange.send_packed, _exchange.send_gathered):
-        (decided,), voters = on_workers("vmap", send_by(sender), 2)(jnp.asarray(message), *others)
+        (decided,), voters, _ = on_workers("vmap", send_by(sender), 2)(
+            jnp.asarray(message), *others
+        )
         assert voters == 2
         np.testing.assert_array_equal(decided, message[0, 0] | message[1, 0])  # ties are set

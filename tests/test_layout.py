@@ -167,15 +167,18 @@ def placed(tx, mesh, params=PARAMS, **options):
     for path, sharding in jax.tree.leaves_with_path(shardings):
         assert sharding.spec in (PartitionSpec("data"), PartitionSpec())
         (own if sharding.spec else shared).add(jax.tree_util.keystr(path))
-    told = [of_participation(paths) for paths in (own, shared)]
+    assert not memories(own, "dither")
+    shared -= memories(shared, "dither")
+    told = [memories(paths, "participation") for paths in (own, shared)]
     if any(leaf.size for leaf in jax.tree.leaves(params)):  # else nothing is exchanged
         missed, voters = ({path.rpartition(".")[0] for path in paths} for paths in told)
         assert missed == voters
     return own - told[0], shared - told[1]
 
 
-def of_participation(paths):
-    return {path for path in paths if ".participation." in path}
+def memories(paths, field):
+    """The paths of leaves that every vote has in a field of its state."""
+    return {path for path in paths if f".{field}." in path}
 
 
 def differing(tx):
@@ -200,7 +203,7 @@ def differing(tx):
         for path, leaf in jax.tree.leaves_with_path(rows)
         if np.any(np.asarray(leaf != leaf[:1]))
     }
-    return paths - of_participation(paths)
+    return paths - memories(paths, "participation")
 
 
 def raw(leaf):
@@ -299,6 +302,8 @@ def test_override_is_asked_with_each_leaf_and_its_shape_on_one_worker(mesh):
         "[1].count": ((), jnp.int32),
         "[1].participation.voters": ((), jnp.int32),
         "[1].participation.missed": ((), jnp.int32),
+        "[1].dither.drift": ((), jnp.int32),
+        "[1].dither.first_missed": ((), jnp.int32),
     }
 
 

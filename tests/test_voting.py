@@ -42,6 +42,23 @@ def test_a_vote_counts_its_own_steps(num_workers, zeros):
     np.testing.assert_array_equal(states.count, 20)
 
 
+@pytest.mark.parametrize("transport", ["packed", "gather", "int8"])
+@pytest.mark.parametrize("num_workers", [1, 4, 5])
+def test_a_vote_remembers_its_dither_while_workers_come_and_go(num_workers, transport):
+    num_steps, rng = 40, np.random.default_rng(num_workers)
+    tx = signax.majority_vote(AXIS, transport=transport)
+    rows = rng.choice([-1.0, 0.0, 1.0], size=(num_steps, num_workers, 41)).astype(np.float32)
+    rows[9, -1, 0] = np.nan
+    active = rng.random((num_steps, num_workers)) > 0.2
+    active[:3] = True
+    update = jax.jit(jax.vmap(lambda g, s, a: tx.update(g, s, active=a), axis_name=AXIS))
+    states = jax.vmap(lambda _: tx.init(None))(jnp.arange(num_workers))
+    expected = references.votes(rows, active)
+    for step in range(num_steps):
+        decided, states = update(jnp.asarray(rows[step]), states, jnp.asarray(active[step]))
+        np.testing.assert_array_equal(decided, np.broadcast_to(expected[step], rows[step].shape))
+
+
 def test_the_active_argument_reaches_a_vote_inside_a_chain():
     tx = optax.chain(optax.clip(1.0), signax.majority_vote(AXIS), optax.scale(2.0))
     rows = jnp.array([[1.0], [-1.0], [-1.0]])
