@@ -90,7 +90,10 @@ def mean_scaled_signs(
       feedback: `"both"`, memories of workers and servers, one bit each way; `"worker"`, of the
         workers, with means sent down in full precision; `"none"`, no memory, means in full.
       block: what shares one scale: `"leaf"` or so many coordinates at most, see
-        :func:`signax.pmean_scaled_signs`.
+        :func:`signax.pmean_scaled_signs`. A leaf that is sharded within a worker, by the
+        `param_specs` of :class:`signax.DataParallel`, has one scale too, for one small sum over
+        those axes. Numbers of coordinates are counted in each device's block of it, so that with
+        them results depend on the mesh.
       decay: the share :math:`\lambda` of the memories that is added, in [0, 1].
       learning_rate: where updates are already multiplied by a learning rate, that rate: see
         :func:`signax.error_feedback`.

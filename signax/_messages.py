@@ -17,7 +17,7 @@ from jax import lax
 from signax import _packing
 from signax._ballots import Rules
 from signax._numerics import from_words, narrow, to_words, wide_dtype
-from signax._parts import cut, cut_columns, join, join_columns, matrix
+from signax._parts import cut, cut_columns, join, join_columns, matrix, part_columns
 from signax._scales import Blocks
 
 RULES = Rules("dither", "plus")  # what a zero's bit is
@@ -64,6 +64,8 @@ def find_batches(
     batches = []
     # Small leaves last: TPUs move whole rows of words where large ones start at a multiple of 128.
     for (dtype, rounds_to, _), positions in sorted(groups.items(), key=lambda g: g[0][2] is None):
+        # Programs are shorter where leaves with equally many columns are neighbours.
+        positions.sort(key=lambda n: part_columns(leaves[n].shape, num_workers))
         shapes = tuple(leaves[n].shape for n in positions)
         blocks = Blocks(shapes, num_workers, length)
         batches.append(Batch(tuple(positions), blocks, dtype, rounds_to))
@@ -81,17 +83,21 @@ def take_apart(parts: jax.Array, blocks: Blocks) -> list[jax.Array]:
     return [join(part, shape) for part, shape in zip(each, blocks.shapes, strict=True)]
 
 
-@partial(jax.jit, static_argnames=("dtype", "num_workers"))  # one trace for leaves of one shape
+@jax.jit  # one trace for leaves of one shape
+def mean_magnitude(leaf: jax.Array) -> jax.Array:
+    """The mean magnitude of a leaf: f[...] to f[]."""
+    return jnp.sum(jnp.abs(leaf.astype(wide_dtype(leaf.dtype))) * (1 / leaf.size))
+
+
+@partial(jax.jit, static_argnames="num_workers")
 def compress_leaf(
-    leaf: jax.Array, coin: jax.Array, dtype: Any, num_workers: int
+    leaf: jax.Array, scale: jax.Array, coin: jax.Array, num_workers: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compresses a leaf with one scale, which is rounded to a dtype.
+    """Compresses a leaf with one scale, f[].
 
     Returns:
       The words of its parts, u32[M, S], its scale for each, f[M, 1], and what is left out, [...].
     """
-    values = leaf.astype(wide_dtype(leaf.dtype))
-    scale = _rounded(jnp.sum(jnp.abs(values) * (1 / leaf.size)), dtype)
     (bits,) = RULES(leaf, _packing.odd(leaf.shape), coin)
     left = leaf - jnp.where(bits, scale, -scale).astype(leaf.dtype)
     fold = matrix(leaf.shape)
@@ -111,33 +117,42 @@ def expand_leaf(words: jax.Array, scales: jax.Array, shape: tuple[int, ...]) -> 
     return jnp.where(bits, scale, -scale).reshape(shape)
 
 
-def compress_parts(
-    parts: jax.Array, sizes: jax.Array, coin: jax.Array, dtype: Any, blocks: Blocks, shared: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compresses parts that lie side by side, with scales that are rounded to a dtype.
+def mean_magnitudes(parts: jax.Array, sizes: jax.Array, blocks: Blocks) -> jax.Array:
+    """The mean magnitude of each block of parts that lie side by side.
 
     Args:
       parts: f[n, 32, S], whose padding is 0.
       sizes: i[n, blocks], how many coordinates are in a block.
-      coin: what settles the bits of zeros.
-      dtype: to which scales are rounded.
       blocks: what shares a scale.
-      shared: whether all n parts of a leaf share it.
 
     Returns:
-      Words, u32[n, S], scales, f[n, blocks], and what is left out, f[n, 32, S].
+      f[n, blocks], in the dtype in which scales are computed.
     """
-    wide = wide_dtype(parts.dtype)
-    scales = blocks.means(jnp.abs(parts).astype(wide), sizes)
-    if shared:
-        shares = sizes.astype(wide) / jnp.sum(sizes, axis=0).astype(wide)
-        scales = jnp.broadcast_to(jnp.sum(scales * shares, axis=0), scales.shape)
-    scales = _rounded(scales, dtype)
+    return blocks.means(jnp.abs(parts).astype(wide_dtype(parts.dtype)), sizes)
+
+
+def mean_over_parts(magnitudes: jax.Array, sizes: jax.Array) -> jax.Array:
+    """The mean magnitudes of blocks that all n parts share: f[n, blocks] to f[blocks]."""
+    dtype = magnitudes.dtype
+    shares = sizes.astype(dtype) / jnp.sum(sizes, axis=0).astype(dtype)
+    return jnp.sum(magnitudes * shares, axis=0)
+
+
+def compress_parts(
+    parts: jax.Array, scales: jax.Array, coin: jax.Array, blocks: Blocks
+) -> tuple[jax.Array, jax.Array]:
+    """Compresses parts that lie side by side, f[n, 32, S], with scales f[n, blocks].
+
+    `coin` settles the bits of zeros.
+
+    Returns:
+      Words, u32[n, S], and what is left out, f[n, 32, S].
+    """
     odd = lax.broadcasted_iota(jnp.int32, parts.shape, 2) % 2 == 1
     (bits,) = RULES(parts, odd, coin)
     left = parts - _signed(bits, scales, blocks).astype(parts.dtype)
     (words,) = _packing.join([bits], axis=1, flags=0)
-    return words, scales, left
+    return words, left
 
 
 def expand_parts(words: jax.Array, scales: jax.Array, blocks: Blocks) -> jax.Array:
@@ -152,7 +167,7 @@ def _signed(bits: jax.Array, scales: jax.Array, blocks: Blocks) -> jax.Array:
     return jnp.where(bits, magnitude, -magnitude)
 
 
-def _rounded(scales: jax.Array, dtype: Any) -> jax.Array:
+def rounded(scales: jax.Array, dtype: Any) -> jax.Array:
     """Scales as they are sent; else whatever uses one might compute it for every coordinate."""
     return lax.optimization_barrier(narrow(scales, dtype).astype(scales.dtype))
 

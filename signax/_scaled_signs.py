@@ -10,6 +10,7 @@ Both times what compression leaves out is kept, by the worker of its own p and b
 part's mean, and added to what is compressed at the next step.
 """
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -34,7 +35,11 @@ from signax._messages import (
     expand_leaf,
     expand_parts,
     find_batches,
+    mean_magnitude,
+    mean_magnitudes,
+    mean_over_parts,
     read,
+    rounded,
     side_by_side,
     take_apart,
     write,
@@ -75,7 +80,8 @@ def pmean_scaled_signs(
         :func:`signax.scaled_signs_memory`.
       step: int32[], counts steps from 0 and is the same on every worker. It drives the dither.
       block: what shares one scale. `"leaf"`: on its way up a whole leaf, on its way down the part
-        of it that one worker serves. Or so many coordinates at most of such a part, both ways.
+        of it that one worker serves. Or so many coordinates at most of such a part, both ways. In a
+        `jax.shard_map` of your own over further axes, a leaf is this device's block of it.
       decay: the share :math:`\lambda` of the memories that is added, in [0, 1].
       active: bool[], whether this worker takes part; by default it does. One whose values are not
         finite does not. Who does not keeps its own memory as it is.
@@ -157,7 +163,7 @@ def mean_scaled(
         flat, rows = PartitionSpec(group.axes or None), PartitionSpec(None, group.axes or None)
         dtypes = [like[n].dtype for n in group.positions]
         finders.append(partial(find_batches, dtypes=dtypes, num_workers=num_workers, length=length))
-        cast = partial(_cast, find=finders[-1])
+        cast = partial(_cast, find=finders[-1], axes=group.axes)
         cast = locally(cast, group.axes, (group.specs, whole), (rows, group.specs, flat))
         message, errors, flags = cast([leaves[n] for n in group.positions], worker.coin)
         messages.append(message)
@@ -200,23 +206,32 @@ def _put(array: list, positions: Sequence[int], values: Sequence) -> None:
 
 
 def _cast(
-    leaves: Sequence[jax.Array], coin: jax.Array, find: FindBatches
+    leaves: Sequence[jax.Array], coin: jax.Array, find: FindBatches, axes: tuple[Hashable, ...]
 ) -> tuple[jax.Array, list[jax.Array], jax.Array]:
     """A worker's message to every server, what it leaves out of each leaf, and a flag.
 
-    u32[M, words], and bool[1], whether all values are finite.
+    u32[M, words], and bool[1], whether all values are finite. The leaves are blocks of leaves that
+    are sharded over `axes`.
     """
     coin = lax.optimization_barrier(coin)  # else it is computed anew for every coordinate
+    batches = find(leaves)
+    values = [_values(batch, leaves) for batch in batches]
+    magnitudes = [_magnitudes(batch, own) for batch, own in zip(batches, values, strict=True)]
+    whole = [n for n, batch in enumerate(batches) if batch.blocks.length is None]
+    if axes and whole:  # the scale is that of the leaf, of which this is one of equal blocks
+        share = 1 / math.prod(lax.axis_size(axis) for axis in axes)
+        sums = lax.psum([magnitudes[n] * share for n in whole], axes)
+        _put(magnitudes, whole, sums)
+
     words, scales, left = [], [], list(leaves)
-    for batch in find(leaves):
-        own, blocks = batch.of(leaves), batch.blocks
+    for batch, own, magnitude in zip(batches, values, magnitudes, strict=True):
+        blocks, scale = batch.blocks, rounded(magnitude, batch.dtype)
         if batch.in_parts:
-            parts, sizes = side_by_side(own, blocks.num_workers), jnp.asarray(blocks.sizes())
-            shared = blocks.length is None
-            word, scale, error = compress_parts(parts, sizes, coin, batch.dtype, blocks, shared)
+            scale = jnp.broadcast_to(scale, (blocks.num_workers, blocks.number))
+            word, error = compress_parts(own, scale, coin, blocks)
             errors = take_apart(error, blocks)
         else:
-            word, scale, error = compress_leaf(own[0], coin, batch.dtype, blocks.num_workers)
+            word, scale, error = compress_leaf(own, scale, coin, blocks.num_workers)
             errors = [error]
         words.append(word)
         scales.append(scale)
@@ -225,6 +240,24 @@ def _cast(
     # copied into whatever uses the result.
     flags = jnp.stack([jnp.all(jnp.isfinite(scale)) for scale in scales])
     return write(words, scales), left, jnp.all(lax.optimization_barrier(flags))[None]
+
+
+def _values(batch: Batch, leaves: Sequence[jax.Array]) -> jax.Array:
+    """What is compressed at once: one leaf, f[...], or parts side by side, f[M, 32, S]."""
+    own = batch.of(leaves)
+    return side_by_side(own, batch.blocks.num_workers) if batch.in_parts else own[0]
+
+
+def _magnitudes(batch: Batch, values: jax.Array) -> jax.Array:
+    """The mean magnitudes of what shares a scale on its way up.
+
+    f[] of one leaf, f[blocks] of several, f[M, blocks] of blocks of so many coordinates.
+    """
+    if not batch.in_parts:
+        return mean_magnitude(values)
+    sizes = jnp.asarray(batch.blocks.sizes())
+    magnitudes = mean_magnitudes(values, sizes, batch.blocks)
+    return magnitudes if batch.blocks.length else mean_over_parts(magnitudes, sizes)
 
 
 def _settle_in_full(
@@ -269,9 +302,8 @@ def _settle(
         )
         part = jnp.where(real, add_memory(mean, error, decay), 0)[None]
         sizes = jnp.asarray(blocks.sizes())[worker.index][None]
-        word, scale, left = compress_parts(
-            part, sizes, worker.coin, batch.rounds_to, blocks, shared=False
-        )
+        scale = rounded(mean_magnitudes(part, sizes, blocks), batch.rounds_to)
+        word, left = compress_parts(part, scale, worker.coin, blocks)
         words.append(word)
         scales.append(scale)
         error = jnp.where(real & (voters > 0), left[0], error)

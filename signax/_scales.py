@@ -4,7 +4,9 @@ Leaves whose parts lie side by side, as the columns of one array, have a block e
 one leaf is cut into blocks of so many coordinates, in row-major order.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -40,6 +42,18 @@ class Blocks(NamedTuple):
             return len(self.shapes)
         return -(-WORD_BITS * self.columns[0] // self.length)
 
+    def _runs(self) -> Iterator[tuple[slice, slice, int]]:
+        """Runs of leaves of equally many columns: their blocks, all their columns, those of each.
+
+        Programs grow with the number of runs, which is small where leaves are sorted.
+        """
+        block = column = 0
+        for columns, leaves in itertools.groupby(self.columns):
+            number = len(list(leaves))
+            stop = column + number * columns
+            yield slice(block, block + number), slice(column, stop), columns
+            block, column = block + number, stop
+
     def sizes(self) -> np.ndarray:
         """How many coordinates of leaves lie in each block of each worker: i[M, blocks]."""
         each = zip(self.shapes, self.columns, strict=True)
@@ -63,10 +77,12 @@ class Blocks(NamedTuple):
         """
         shares = 1 / jnp.maximum(sizes, 1).astype(parts.dtype)  # a sum might overflow
         if self.length is None:
-            columns = jnp.sum(parts * self.spread(shares), axis=1)
-            edges = np.cumsum(self.columns)[:-1]
-            sums = [jnp.sum(leaf, axis=1) for leaf in jnp.split(columns, edges, axis=1)]
-            return jnp.stack(sums, axis=1)
+            sums = jnp.sum(parts * self.spread(shares), axis=1)
+            runs = [
+                jnp.sum(sums[:, run].reshape(len(sums), -1, columns), axis=2)
+                for _, run, columns in self._runs()
+            ]
+            return jnp.concatenate(runs, axis=1)
         rows = parts.reshape(len(parts), -1)
         rows = jnp.pad(rows, ((0, 0), (0, self.number * self.length - rows.shape[1])))
         return jnp.sum(rows.reshape(*sizes.shape, self.length) * shares[..., None], axis=2)
@@ -74,12 +90,14 @@ class Blocks(NamedTuple):
     def spread(self, scales: jax.Array) -> jax.Array:
         """The scale of each coordinate: f[n, blocks] to what broadcasts to f[n, 32, S]."""
         if self.length is None:
-            if len(self.shapes) > 1:
-                # No gather: TPUs would lay out anew what scales are taken from, which is a message.
-                leaf = np.repeat(np.arange(self.number), self.columns)
-                own = leaf == np.arange(self.number)[:, None]
-                scales = jnp.sum(jnp.where(own, scales[:, :, None], 0), axis=1)
-            return scales[:, None]
+            if len(self.shapes) == 1:
+                return scales[:, None]
+            # No gather: TPUs would lay out anew what scales are taken from, which is a message.
+            runs = [
+                jnp.repeat(scales[:, blocks], columns, axis=1)
+                for blocks, _, columns in self._runs()
+            ]
+            return jnp.concatenate(runs, axis=1)[:, None]
         size = WORD_BITS * self.columns[0]
         scales = jnp.repeat(scales, self.length, axis=1)[:, :size]
         return scales.reshape(len(scales), WORD_BITS, -1)

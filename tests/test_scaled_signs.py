@@ -227,17 +227,79 @@ def test_leaves_that_are_sharded_within_a_worker_are_compressed_where_they_lie()
         signax.mean_scaled_signs("data", feedback="worker"), mesh, param_specs=specs
     )
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
-    blocks = [grads["kernel"][..., :3], grads["kernel"][..., 3:], grads["bias"]]
-    expected = references.mean_of_scaled_signs([blocks], feedback="worker")[0]
-    found = [updates["kernel"][:, :3], updates["kernel"][:, 3:], updates["bias"]]
-    for block, (mean, _, _) in zip(found, expected, strict=True):
-        np.testing.assert_allclose(np.ravel(block), mean, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(
-        flat_rows(np.asarray(state.memory.worker["kernel"])[..., :3]), expected[0][1], atol=1e-6
-    )
+    expected = references.mean_of_scaled_signs([[*grads.values()]], feedback="worker")[0]
+    for name, (mean, errors, _) in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(np.ravel(updates[name]), mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(flat_rows(state.memory.worker[name]), errors, atol=1e-6)
     both = signax.DataParallel(signax.mean_scaled_signs("data"), mesh, param_specs=specs)
     with pytest.raises(ValueError, match="use feedback='worker'"):
         both.update(grads, both.init(params), params)
+
+
+@pytest.mark.parametrize("feedback", ["worker", "none"])
+def test_a_checkpoint_goes_on_alike_on_every_mesh(feedback):
+    """A leaf's scale is that of the whole leaf, large or small, however the leaf is sharded."""
+    shapes = {"large": (64, 512), "small": (4, 12), "odd": (5,)}
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    rng = np.random.default_rng(11)
+    steps = [
+        {
+            # The halves of a leaf have magnitudes of their own.
+            name: (rng.standard_normal((2, *shape)) * np.linspace(1, 9, shape[-1])).astype("f4")
+            for name, shape in shapes.items()
+        }
+        for _ in range(4)
+    ]
+    whole = PartitionSpec()
+    meshes = [
+        ({"data": 2}, whole, whole),
+        ({"data": 2, "model": 2}, PartitionSpec(None, "model"), PartitionSpec("model")),
+        ({"data": 2, "fsdp": 2, "model": 2}, PartitionSpec("fsdp", "model"), whole),
+        ({"data": 2, "fsdp": 2, "model": 2}, PartitionSpec(None, ("model", "fsdp")), whole),
+    ]
+    found = []
+    for number, (sizes, large, small) in enumerate(meshes):
+        specs = {"large": large, "small": small, "odd": whole}
+        tx = signax.DataParallel(
+            signax.mean_scaled_signs("data", feedback=feedback),
+            auto_mesh(sizes),
+            param_specs=specs,
+        )
+        update = jax.jit(tx.update)
+        if not number:
+            state = tx.init(params)
+            for grads in steps[:-1]:
+                _, state = update(grads, state, params)
+            checkpoint = jax.device_get(state)
+        restored = jax.device_put(checkpoint, tx.state_shardings(params))
+        found.append(jax.device_get(update(steps[-1], restored, params)))
+    for other in found[1:]:
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), other, found[0])
+
+
+@pytest.mark.parametrize("feedback", ["both", "worker"])
+def test_programs_grow_with_the_number_of_small_leaves_and_not_with_its_square(feedback):
+    def text(leaves):
+        shapes = [(2 + n % 7, 300 + n % 5 * 100) for n in range(leaves)]
+        tree = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        tx = signax.DataParallel(
+            signax.mean_scaled_signs(AXIS, feedback=feedback), auto_mesh({AXIS: 8}), AXIS
+        )
+        rows = [jax.ShapeDtypeStruct((8, *leaf.shape), leaf.dtype) for leaf in tree]
+        return jax.jit(tx.update).lower(rows, jax.eval_shape(tx.init, tree), tree)
+
+    few, many = text(40), text(160)
+    assert len(many.as_text()) < 4.5 * len(few.as_text())
+
+
+@pytest.mark.slow
+def test_temporary_memory_of_small_leaves_is_a_share_of_their_own():
+    tree = [jax.ShapeDtypeStruct((2, 1500), jnp.float32)] * 100
+    tx = signax.DataParallel(signax.mean_scaled_signs(AXIS), auto_mesh({AXIS: 8}), AXIS)
+    rows = [jax.ShapeDtypeStruct((8, *leaf.shape), leaf.dtype) for leaf in tree]
+    program = jax.jit(tx.update).lower(rows, jax.eval_shape(tx.init, tree), tree).compile()
+    size = sum(leaf.size for leaf in tree) * 4
+    assert program.memory_analysis().temp_size_in_bytes < 3 * size
 
 
 def test_large_values_do_not_overflow_on_the_way():
