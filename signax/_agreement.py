@@ -81,8 +81,8 @@ def compare(opinions: Sequence[jax.Array], lead: Lead) -> jax.Array:
       u32[2, M].
     """
     plus, minus = opinions
-    up, down = lead(MARGIN - 1)
-    far_up, far_down = lead(MARGIN + 1)
+    up, down = (words[None] for words in lead(MARGIN - 1))
+    far_up, far_down = (words[None] for words in lead(MARGIN + 1))
     agree = (plus & far_up) | (minus & far_down)
     disagree = (minus & up) | (plus & down)
     counts = [lax.population_count(x) for x in (agree, disagree)]

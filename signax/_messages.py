@@ -64,8 +64,9 @@ def find_batches(
     batches = []
     # Small leaves last: TPUs move whole rows of words where large ones start at a multiple of 128.
     for (dtype, rounds_to, _), positions in sorted(groups.items(), key=lambda g: g[0][2] is None):
-        # Programs are shorter where leaves with equally many columns are neighbours.
-        positions.sort(key=lambda n: part_columns(leaves[n].shape, num_workers))
+        # Programs are shorter where leaves with equally many columns are neighbours. The widest come
+        # first, which moves less on TPUs.
+        positions.sort(key=lambda n: -part_columns(leaves[n].shape, num_workers))
         shapes = tuple(leaves[n].shape for n in positions)
         blocks = Blocks(shapes, num_workers, length)
         batches.append(Batch(tuple(positions), blocks, dtype, rounds_to))
@@ -134,7 +135,7 @@ def mean_magnitudes(parts: jax.Array, sizes: jax.Array, blocks: Blocks) -> jax.A
 def mean_over_parts(magnitudes: jax.Array, sizes: jax.Array) -> jax.Array:
     """The mean magnitudes of blocks that all n parts share: f[n, blocks] to f[blocks]."""
     dtype = magnitudes.dtype
-    shares = sizes.astype(dtype) / jnp.sum(sizes, axis=0).astype(dtype)
+    shares = sizes.astype(dtype) / jnp.sum(sizes, axis=0, keepdims=True).astype(dtype)
     return jnp.sum(magnitudes * shares, axis=0)
 
 
@@ -157,7 +158,7 @@ def compress_parts(
 
 def expand_parts(words: jax.Array, scales: jax.Array, blocks: Blocks) -> jax.Array:
     """What parts that lie side by side say: u32[n, S] and f[n, blocks] to f[n, 32, S]."""
-    places = jnp.arange(_packing.WORD_BITS, dtype=jnp.uint32)[:, None]
+    places = jnp.arange(_packing.WORD_BITS, dtype=jnp.uint32)[None, :, None]
     bits = (words[:, None] >> places) & 1 == 1
     return _signed(bits, scales, blocks)
 

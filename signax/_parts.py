@@ -79,4 +79,4 @@ def is_real(shape: tuple[int, ...], num_workers: int, place: jax.Array) -> jax.A
         return jnp.ones((rows, share), jnp.bool_)
     column = place.astype(jnp.int32) * share + jnp.arange(share)
     left = math.prod(shape) - columns * jnp.arange(rows)  # of the leaf, from a row's start
-    return column < jnp.minimum(left, columns)[:, None]
+    return column[None] < jnp.minimum(left, columns)[:, None]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from signax._packing import WORD_BITS
 from signax._parts import matrix, part_columns
@@ -97,7 +98,8 @@ class Blocks(NamedTuple):
                 jnp.repeat(scales[:, blocks], columns, axis=1)
                 for blocks, _, columns in self._runs()
             ]
-            return jnp.concatenate(runs, axis=1)[:, None]
+            # Without the barrier XLA broadcasts each run before it joins them.
+            return lax.optimization_barrier(jnp.concatenate(runs, axis=1))[:, None]
         size = WORD_BITS * self.columns[0]
         scales = jnp.repeat(scales, self.length, axis=1)[:, :size]
         return scales.reshape(len(scales), WORD_BITS, -1)

@@ -276,6 +276,35 @@ def test_steps_compile_once(name):
     assert len(traces) == 1
 
 
+SETTINGS = {
+    "strict": {
+        "jax_numpy_rank_promotion": "raise",
+        "jax_numpy_dtype_promotion": "strict",
+        "jax_debug_nans": True,
+        "jax_enable_checks": True,
+    },
+    "without jit": {"jax_disable_jit": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+@every
+def test_settings_of_jax_change_nothing(name, setting):
+    tx, params, gradients = REGISTRY[name].make(), small_tree(), small_tree(seed=1)
+    update, _ = compiled(name)
+    expected, _ = update(gradients, tx.init(params), params)
+    before = {option: getattr(jax.config, option) for option in SETTINGS[setting]}
+    try:
+        for option, value in SETTINGS[setting].items():
+            jax.config.update(option, value)
+        found, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
+    finally:
+        for option, value in before.items():
+            jax.config.update(option, value)
+    assert_trees_equal(found, expected, rtol=1e-6, atol=1e-6)
+
+
 # --- dtypes ----------------------------------------------------------------------------------
 
 
