@@ -7,18 +7,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from signax._checks import check_axis_name, check_count, check_key, check_transformation
+from signax._checks import (
+    check_axis_name,
+    check_count,
+    check_key,
+    check_transformation,
+    is_traced,
+)
 from signax._gradients import check_batch, local_value_and_grad
 from signax._layout import Layout, PerWorker, check_state, find_layout, rows_in
 from signax._local_steps import own_local_state, with_local_state
 from signax._participation import leave_out_nonfinite
 from signax._resize import resize_state
 from signax._specs import auto_axes, axis_names, explicit_axes, varying_axes
-from signax._workers import Workers, add_axis, check_param_specs
+from signax._workers import Workers, add_axis, check_param_specs, conditional_vote
 
 
 class DataParallel(optax.GradientTransformationExtraArgs):
@@ -111,8 +118,18 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         def init_fn(params):
             return self._init(params)
 
-        def update_fn(updates, state, params=None, **extra_args):
+        def update(updates, state, params, extra_args):
             return self._update(updates, state, params, **extra_args)
+
+        compiled = jax.jit(update)
+
+        def update_fn(updates, state, params=None, **extra_args):
+            self._workers.check_rows(updates, params)
+            self._workers.check_active(extra_args.get("active"))
+            arguments = updates, state, params, extra_args
+            # Outside jax.jit a shard_map would compile each of its operations in every call.
+            is_eager = all(map(_is_concrete, jax.tree.leaves(arguments)))
+            return (compiled if is_eager else update)(*arguments)
 
         self = super().__new__(cls, init_fn, update_fn)
         self.tx = _with_extra_args(tx)
@@ -138,6 +155,13 @@ class DataParallel(optax.GradientTransformationExtraArgs):
     def __deepcopy__(self, memo):
         del memo
         return self
+
+    def __reduce_ex__(self, protocol):
+        del protocol
+        raise TypeError(
+            "DataParallel cannot be pickled, since its mesh holds devices of this process: pickle "
+            "what it is made from, and make another one where it is loaded"
+        )
 
     def state_shardings(self, params: optax.Params) -> Any:
         """The shardings of the state of `params`, for `out_shardings` and for checkpoints.
@@ -388,8 +412,6 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         return layout.structure.unflatten(jax.jit(init, out_shardings=shardings)(params))
 
     def _update(self, updates, state, params=None, *, active=None, **extra_args):
-        self._workers.check_rows(updates, params)
-        self._workers.check_active(active)
         one_worker = self._workers.one_worker(updates) if params is None else params
         specs = self._workers.specs(one_worker)
         layout = self._layout(one_worker, specs)
@@ -418,12 +440,18 @@ class DataParallel(optax.GradientTransformationExtraArgs):
             self._workers.place(leaf, per_worker=place.per_worker)
             for leaf, place in zip(jax.tree.leaves(state), layout.leaves, strict=True)
         ]
-        updates, leaves = mapped(
+        arguments = (
             self._workers.place(updates, per_worker=True),
             leaves,
             self._workers.place_params(params),
             self._workers.place(active, per_worker=True),
         )
+        try:
+            updates, leaves = mapped(*arguments)
+        except TypeError as error:
+            if "cond branches" in str(error) and "manual ax" in str(error):
+                raise conditional_vote(self.axis_name) from error
+            raise
         leaves = [
             self._workers.keep(leaf, place.sharding.spec)
             for leaf, place in zip(leaves, layout.leaves, strict=True)
@@ -483,6 +511,11 @@ class DataParallel(optax.GradientTransformationExtraArgs):
                 self._workers.row(lax.optimization_barrier(leaf)) if place.per_worker else leaf
             )
         return rows
+
+
+def _is_concrete(leaf: Any) -> bool:
+    """Whether a leaf is an array whose values are known, as outside `jax.jit`."""
+    return isinstance(leaf, (jax.Array, np.ndarray)) and not is_traced(leaf)
 
 
 def _put(leaves: list[Any], shardings: list[NamedSharding]) -> list[jax.Array]:

@@ -64,8 +64,8 @@ def find_batches(
     batches = []
     # Small leaves last: TPUs move whole rows of words where large ones start at a multiple of 128.
     for (dtype, rounds_to, _), positions in sorted(groups.items(), key=lambda g: g[0][2] is None):
-        # Programs are shorter where leaves with equally many columns are neighbours. The widest come
-        # first, which moves less on TPUs.
+        # Programs are shorter where leaves with equally many columns are neighbours. The widest
+        # come first, which moves less on TPUs.
         positions.sort(key=lambda n: -part_columns(leaves[n].shape, num_workers))
         shapes = tuple(leaves[n].shape for n in positions)
         blocks = Blocks(shapes, num_workers, length)

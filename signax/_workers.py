@@ -157,6 +157,16 @@ class Workers(NamedTuple):
                 )
 
 
+def conditional_vote(axis_name: Hashable) -> ValueError:
+    """The error for updates that are settled on one side of a condition only."""
+    return ValueError(
+        f"tx votes or averages over {axis_name!r} on one side of a condition only, as in "
+        "optax.conditionally_mask(vote, ...): on the other side each worker's own updates would "
+        "come out. Put the condition after the vote, as in optax.chain("
+        f"signax.majority_vote({axis_name!r}), optax.conditionally_mask(inner, ...))"
+    )
+
+
 def add_axis(array: Any) -> jax.Array:
     """A row of one worker: [...] to [1, ...]."""
     return jnp.asarray(array)[None]

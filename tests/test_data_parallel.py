@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -1121,6 +1122,35 @@ def test_copies_are_the_same_transformation(mesh):
     tx = signax.DataParallel(VOTE, mesh)
     assert copy.copy(tx) is tx
     assert copy.deepcopy({"tx": tx})["tx"] is tx
+
+
+def test_a_mesh_of_this_process_is_not_pickled(mesh):
+    with pytest.raises(TypeError, match=r"DataParallel cannot be pickled.*make another one"):
+        pickle.dumps(signax.DataParallel(VOTE, mesh))
+
+
+def test_an_update_outside_of_jit_compiles_once(mesh, caplog):
+    tx = signax.DataParallel(SIGNUM, mesh)
+    grads, state = rows_of(), tx.init(PARAMS)
+    expected = jax.jit(tx.update)(grads, state, PARAMS)
+    assert_trees_equal(tx.update(grads, state, PARAMS), expected)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        tx.update(grads, state, PARAMS)
+    assert not [record for record in caplog.records if "Compiling" in record.message]
+
+
+@pytest.mark.parametrize("conditional", [optax.conditionally_mask, optax.conditionally_transform])
+def test_a_vote_under_a_shared_condition_is_refused_with_its_remedy(conditional, mesh):
+    def even(step):
+        return step % 2 == 0
+
+    tx = signax.DataParallel(conditional(SIGNUM, even), mesh)
+    with pytest.raises(ValueError, match=r"one side of a condition.*condition after the vote"):
+        tx.update(rows_of(), tx.init(PARAMS), PARAMS)
+    remedy = optax.chain(VOTE, conditional(optax.scale(-0.5), even))
+    tx = signax.DataParallel(remedy, mesh)
+    state = tx.init(PARAMS)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(tx.update(rows_of(), state, PARAMS)[0]))
 
 
 @pytest.mark.parametrize("active", [[True] * 8, np.ones(7, bool), np.ones(8), "yes"])

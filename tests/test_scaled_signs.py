@@ -257,8 +257,8 @@ def test_a_checkpoint_goes_on_alike_on_every_mesh(feedback):
         ({"data": 2, "fsdp": 2, "model": 2}, PartitionSpec("fsdp", "model"), whole),
         ({"data": 2, "fsdp": 2, "model": 2}, PartitionSpec(None, ("model", "fsdp")), whole),
     ]
-    found = []
-    for number, (sizes, large, small) in enumerate(meshes):
+    found, checkpoint = [], None
+    for sizes, large, small in meshes:
         specs = {"large": large, "small": small, "odd": whole}
         tx = signax.DataParallel(
             signax.mean_scaled_signs("data", feedback=feedback),
@@ -266,7 +266,7 @@ def test_a_checkpoint_goes_on_alike_on_every_mesh(feedback):
             param_specs=specs,
         )
         update = jax.jit(tx.update)
-        if not number:
+        if checkpoint is None:
             state = tx.init(params)
             for grads in steps[:-1]:
                 _, state = update(grads, state, params)
