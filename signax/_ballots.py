@@ -125,8 +125,8 @@ class DitherMemory(NamedTuple):
     Attributes:
       drift: int32[], how many steps a dead coordinate of even index has moved in total. One of odd
         index has moved as far in the other direction.
-      first_missed: int32[], the pair of steps (count // 2) in which a worker first did not take
-        part; 2^31 - 1 before that.
+      first_missed: int32[], the first pair of steps, count // 2, in which a worker did not take
+        part; 2^31 - 1 before such a pair.
     """
 
     drift: jax.typing.ArrayLike
@@ -145,7 +145,7 @@ def next_dither_memory(
 
     Args:
       before: the memory before it.
-      dead: u32[] in {0, 1}, whether dead coordinates of even index moved up; down otherwise.
+      dead: u32[] in {0, 1}, whether dead coordinates of even index moved up or down.
       voters: u32[], how many workers took part. Nothing moves without any.
       step: int32[], the number of the step.
       num_workers: M.
@@ -178,8 +178,8 @@ def toss(
     t // 2: a zero ballot on coordinate j has the parity of r + j + t + h1, a tie that of
     j + t + h2.
 
-    With a memory, r is the rank of a hash of i and t // 2 after the first pair of steps that a
-    worker missed, and ties move dead coordinates back where they have drifted.
+    With a memory, r becomes the rank of a hash of i and t // 2 after the first pair in which a
+    worker missed a step, and a tie moves dead coordinates back if they have drifted.
     """
     step, worker = step.astype(jnp.uint32), worker.astype(jnp.uint32)
     pair = step // 2

@@ -36,9 +36,9 @@ from signax._exchange import (
     send,
     send_in_parts,
     send_summed,
-    sender,
     sum_dtype,
     tally,
+    worker_of,
 )
 from signax._numerics import power_below, wide_dtype
 from signax._specs import axis_names, explicit_axes, varies
@@ -131,7 +131,7 @@ class VoteOptions(NamedTuple):
 
     @property
     def sends_opinions(self) -> bool:
-        """Whether ballots do not tell a zero, and a second bit must."""
+        """Whether a second bit has to tell opinions from dithered zeros."""
         return self.agreement and self.rules.planes == 1
 
 
@@ -254,7 +254,7 @@ class Outcome(NamedTuple):
       voters: u32[], how many workers took part, the same on every worker.
       takes_part: bool[], whether this worker did.
       finite: bool[], whether its own updates are.
-      memory: what the dither remembers now, if it remembered anything before.
+      memory: the dither's memory after the step; `None` if the vote has none.
       agreed: f32[2], on how many coordinates it agrees and disagrees with a clear majority of the
         others, with `agreement`.
     """
@@ -385,7 +385,7 @@ def _settle_sums(
 ) -> tuple[list[Any], jax.Array, jax.Array, jax.Array]:
     """For each leaf the sum of the ballots, or the bits of what is decided; and the rest.
 
-    Of the numbers the first are the ballots on so many leaves, the last the opinions.
+    The first `count` numbers are the ballots on the leaves, and the last ones the opinions.
     """
     sums = send_summed(numbers, header, options.axis_name)
     totals, agreed = sums.totals[:count], jnp.zeros(2, jnp.uint32)
@@ -414,7 +414,8 @@ def _settle_words(
     settled = exchange(message, header, options.axis_name, options.transport, settle, planes_down)
     agreed = jnp.zeros(2, jnp.uint32)
     if settled.agreed is not None:
-        agreed = settled.agreed[:, sender(header)]  # who is out has none, whatever this takes
+        # An excluded worker reads the counts of another one, and nobody uses them.
+        agreed = settled.agreed[:, worker_of(header)]
     bits = _packing.unpack(settled.planes, leaves)
     if options.mean:
         bits = [rules.total(digits, settled.voters) for digits in bits]
@@ -422,7 +423,7 @@ def _settle_words(
 
 
 def _counting(options: VoteOptions) -> tuple[Settle, int]:
-    """How whoever counts makes planes of those that come up, and how many."""
+    """The function that counts what comes up, and the number of planes that it sends down."""
     planes = options.rules.planes
     if options.mean:
         return tally, planes * lax.axis_size(options.axis_name).bit_length()

@@ -109,7 +109,7 @@ def _share(part: Settled, axis_name: Hashable, words: int) -> Settled:
     rows = [plane[None] for plane in part.planes]
     if part.agreed is not None:
         rows.append(part.agreed.reshape(1, -1))
-    sealed = seal(rows, 2 * part.voters + part.dead)  # 0 without voters, of whom none is dead
+    sealed = seal(rows, 2 * part.voters + part.dead)  # the header is 0 without voters
     parts = gather(sealed[0], axis_name)  # u32[M, part]
     planes, headers = unseal(parts, [row.shape[1] for row in rows])
     agreed = None
@@ -178,9 +178,13 @@ def send(
 
 
 class Sums(NamedTuple):
-    """What an all-reduce of integers gives: totals of any shape, and as in `Settled` the others.
+    """The result of an all-reduce of integers.
 
-    `tie` is the bit that settles ties, u32[].
+    Attributes:
+      totals: the sums, of any shapes.
+      voters: as in `Settled`.
+      dead: as in `Settled`.
+      tie: u32[] in {0, 1}, the bit that settles ties.
     """
 
     totals: list[jax.Array]
@@ -211,24 +215,24 @@ def sum_dtype(num_workers: int) -> np.dtype:
 def make_header(
     worker: jax.Array, coin: jax.Array, tie: jax.Array, takes_part: jax.Array
 ) -> jax.Array:
-    """What goes with a worker's message: u32[], 0 if it is out.
+    """What goes with a worker's message: u32[], 0 if the worker does not take part.
 
-    Else the lowest bit is what settles a tie, the same on every worker, the next one the worker's
-    coin for zero ballots, and the others are the worker's index + 1.
+    Otherwise the lowest bit settles ties and is the same on every worker, the next one is the
+    worker's coin for its zero ballots, and the other bits are its index + 1.
     """
     header = jnp.where(takes_part, 4 * (worker + 1) + 2 * coin + tie, 0)
     return lax.optimization_barrier(header)  # else it is computed anew for every word
 
 
-def sender(header: jax.Array) -> jax.Array:
-    """The index of the worker that a header comes from, if it takes part."""
+def worker_of(header: jax.Array) -> jax.Array:
+    """The index of the worker that a header comes from. Meaningless for a header of 0."""
     return (header >> 2) - 1
 
 
 def _dead_bit(coins: jax.Array, voters: jax.Array, tie: jax.Array) -> jax.Array:
     """The bit that is decided where every ballot is a dithered zero: u32[], 0 without voters.
 
-    There a worker's bit is 1 if its coin is 0, relative to the coordinate; see `Rules`.
+    The dithered bit of a worker is 1 if its coin is 0, relative to the coordinate; see `Rules`.
     """
     settles = jnp.where(voters % 2 == 0, tie, 0)
     return ((voters - coins + settles >= voters // 2 + 1) & (voters > 0)).astype(jnp.uint32)
@@ -263,7 +267,7 @@ def unseal(parts: jax.Array, widths: Sequence[int]) -> tuple[Planes, jax.Array]:
 
 
 class _Votes(NamedTuple):
-    """What headers say: u32[] each, `coin` with all bits set if ties are to be settled so."""
+    """The contents of all headers: u32[] each. All bits of `coin` are set if ties become 1."""
 
     voters: jax.Array
     coin: jax.Array
@@ -293,7 +297,7 @@ def decide(parts: jax.Array, planes: int, share: int) -> Settled:
 
 
 def decide_and_compare(parts: jax.Array, planes: int, share: int) -> Settled:
-    """Decides two planes, for +1 and -1, and compares each worker with the others."""
+    """Decides from planes for +1 and for -1, and compares each worker with the others."""
     ballots, found = unseal(parts, [share] * planes)
     votes = _read_headers(found)
     decided, (plus, minus) = _decide_two(parts, share)
@@ -301,11 +305,11 @@ def decide_and_compare(parts: jax.Array, planes: int, share: int) -> Settled:
 
 
 def decide_and_compare_opinions(parts: jax.Array, planes: int, share: int) -> Settled:
-    """Decides a plane of ballots, and compares where a second plane says that they are no zeros."""
+    """Decides from a plane of ballots, and compares those that a second plane calls opinions."""
     (ballots, opinions), found = unseal(parts, [share] * planes)
     votes = _read_headers(found)
     decided = _decide_one(parts, [share] * planes, votes)
-    own = ballots & opinions, opinions & ~ballots  # who is out has no opinions
+    own = ballots & opinions, opinions & ~ballots  # both 0 for an excluded worker
     plus, minus = (_bits.count(rows) for rows in own)
     return Settled(decided, votes.voters, votes.dead, compare(own, partial(_lead, plus, minus)))
 

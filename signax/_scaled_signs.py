@@ -67,8 +67,8 @@ def pmean_scaled_signs(
     over the workers S that take part, and gives :math:`C(P)`. Worker k is the server of the k-th
     part of every leaf, and keeps that part of E. Without E (`memory.server` is `None`) it gives P
     in full precision, and without e it compresses the values as they are. A zero is sent as + or -
-    the scale, such that it cancels over workers and steps, and memories subtract just what was
-    sent.
+    the scale, such that it cancels over workers and steps (without memories only if the same
+    workers take part in both steps of each pair), and memories subtract just what was sent.
 
     It runs where :func:`signax.pvote` does, in one `all_to_all` and one `all_gather`, and the
     result is the same on every worker.

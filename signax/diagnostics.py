@@ -82,7 +82,8 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
     all_gather, 2 (M-1) 4 P bytes. P is an M-th of the packed bits and a header word, rounded up to
     128 words (from 16,384 words on the bits are, too). A small vote, or of two workers, sends whole
     messages in one all_gather instead, (M-1) 4 P bytes with all the bits in P. A mean of signs has
-    ceil(log2(M + 1)) times as many words in the parts of its all_gather. A mean of scaled signs
+    ceil(log2(M + 1)) times as many words in the parts of its all_gather, and a vote with
+    `agreement=True` twice as many in those of its all_to_all. A mean of scaled signs
     sends like a vote, each leaf cut into M parts, and one scale with each. A ring all-reduce of
     B bytes sends 2 (M-1)/M B. A program may do otherwise: :func:`signax.average_updates` sends f32
     for bf16 and f16, as XLA does for any mean of bf16 on CPUs, and large pods forward packed words

@@ -71,7 +71,7 @@ def test_who_is_out_sends_zeros(share):
     assert not np.any(sealed)
 
 
-def test_a_header_tells_the_worker_and_its_coins_or_that_it_is_out():
+def test_a_header_holds_the_worker_and_its_coins_or_zero():
     bit, yes = (jnp.uint32(0), jnp.uint32(1)), jnp.bool_(True)
     headers = [
         int(_exchange.make_header(jnp.uint32(worker), coin, tie, yes))
@@ -80,7 +80,7 @@ def test_a_header_tells_the_worker_and_its_coins_or_that_it_is_out():
         for tie in bit
     ]
     assert headers == list(range(4, 24))
-    assert [int(_exchange.sender(header)) for header in headers] == [n // 4 for n in range(20)]
+    assert [int(_exchange.worker_of(header)) for header in headers] == [n // 4 for n in range(20)]
     assert _exchange.make_header(jnp.uint32(4), bit[1], bit[1], jnp.bool_(False)) == 0
 
 
