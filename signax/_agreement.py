@@ -35,8 +35,8 @@ class Agreement(NamedTuple):
     Attributes:
       share: float32[], the share of coordinates on which this worker had the sign of the majority,
         of those on which its value was not zero and the signs of the other voters added up to 3 or
-        more, or -3 or less. It is of the last step that the worker took part in and that had such
-        coordinates, and a half before that.
+        more, or -3 or less. It comes from the last step with such coordinates in which the worker
+        took part, and is a half before that.
       opposition: float32[], how far this share has been below a half, summed up: see
         :func:`signax.diagnostics.opposes`.
     """

@@ -92,8 +92,8 @@ def mean_scaled_signs(
       block: what shares one scale: `"leaf"` or so many coordinates at most, see
         :func:`signax.pmean_scaled_signs`. A leaf that is sharded within a worker, by the
         `param_specs` of :class:`signax.DataParallel`, has one scale too, for one small sum over
-        those axes. Numbers of coordinates are counted in each device's block of it, so that with
-        them results depend on the mesh.
+        those axes. A number of coordinates is counted in each device's block of the leaf, and so
+        are the coordinates whose parity dithers zeros: then results depend on the mesh.
       decay: the share :math:`\lambda` of the memories that is added, in [0, 1].
       learning_rate: where updates are already multiplied by a learning rate, that rate: see
         :func:`signax.error_feedback`.

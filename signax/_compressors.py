@@ -224,8 +224,8 @@ def scale_by_top_k(fraction: float) -> optax.GradientTransformationExtraArgs:
     makes up for it.
 
     Args:
-      fraction: the share of each leaf's coordinates to keep, above 0 and at most 1; exact to six
-        digits if it is a JAX array, as under `optax.inject_hyperparams`.
+      fraction: the share of each leaf's coordinates to keep, above 0 and at most 1. A JAX array, as
+        under `optax.inject_hyperparams`, is as exact as its dtype: six digits in f32.
 
     Returns:
       A stateless transformation that keeps shapes and dtypes.
@@ -280,8 +280,8 @@ def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransfor
     for it; it is not scaled by d/k, which would make it unbiased and that bound false.
 
     Args:
-      fraction: the share of each leaf's coordinates to keep, above 0 and at most 1; exact to six
-        digits if it is a JAX array, as under `optax.inject_hyperparams`.
+      fraction: the share of each leaf's coordinates to keep, above 0 and at most 1. A JAX array, as
+        under `optax.inject_hyperparams`, is as exact as its dtype: six digits in f32.
       key: a random key. Workers that are given the same one keep the same coordinates.
 
     Returns:
@@ -327,15 +327,21 @@ def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransfor
 def _num_kept(fraction: Any, size: int) -> Any:
     """ceil(fraction * size), of the decimal number that `fraction` was written as.
 
-    JAX arrays, traced or not, are exact to six digits: f32 keeps up to 3 coordinates in ten million
-    fewer. A number of Python or NumPy is exact.
+    A JAX array, traced or not, is as exact as its dtype: f32 keeps up to 3 coordinates in ten
+    million fewer. A number of Python or NumPy is exact.
     """
-    if isinstance(fraction, jax.Array):  # rounding must not lift a whole number to the next
-        exact = 1 - 2 * float(jnp.finfo(fraction.dtype).eps)
+    if isinstance(fraction, jax.Array):
+        if not jnp.issubdtype(fraction.dtype, jnp.floating):
+            fraction = fraction.astype(jnp.float32)
+        exact = 1 - 2 * float(jnp.finfo(fraction.dtype).eps)  # keeps whole numbers from rounding up
         wide = fraction.astype(wide_dtype(fraction.dtype))  # f16 ends below the size of many leaves
-        return jnp.ceil(wide * size * exact).astype(jnp.int32)
-    # NumPy writes the shortest decimal that rounds to the number in its own dtype.
-    return math.ceil(Fraction(str(np.asarray(fraction)[()])) * size)
+        kept = jnp.ceil(wide * size * exact).astype(jnp.int32)
+        return jnp.where(wide >= 1, size, kept)
+    number = np.asarray(fraction)[()]
+    if not np.issubdtype(number.dtype, np.floating):
+        number = float(number)
+    # NumPy prints the shortest decimal that rounds to the number in its own dtype.
+    return math.ceil(Fraction(str(number)) * size)
 
 
 def _keep_first(leaf: jax.Array, order: jax.Array, fraction: Any) -> jax.Array:

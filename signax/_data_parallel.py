@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import jax
@@ -118,18 +119,22 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         def init_fn(params):
             return self._init(params)
 
-        def update(updates, state, params, extra_args):
-            return self._update(updates, state, params, **extra_args)
-
-        compiled = jax.jit(update)
+        @partial(jax.jit, static_argnums=4)
+        def compiled(updates, state, params, numbers, others):
+            return self._update(updates, state, params, **numbers, **dict(others))
 
         def update_fn(updates, state, params=None, **extra_args):
             self._workers.check_rows(updates, params)
             self._workers.check_active(extra_args.get("active"))
-            arguments = updates, state, params, extra_args
+            if any(map(is_traced, jax.tree.leaves((updates, state, params, extra_args)))):
+                return self._update(updates, state, params, **extra_args)
             # Outside jax.jit a shard_map would compile each of its operations in every call.
-            is_eager = all(map(_is_concrete, jax.tree.leaves(arguments)))
-            return (compiled if is_eager else update)(*arguments)
+            numbers, others = _split_numbers(extra_args)
+            try:
+                hash(others)
+            except TypeError:
+                return self._update(updates, state, params, **extra_args)
+            return compiled(updates, state, params, numbers, others)
 
         self = super().__new__(cls, init_fn, update_fn)
         self.tx = _with_extra_args(tx)
@@ -449,7 +454,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         try:
             updates, leaves = mapped(*arguments)
         except TypeError as error:
-            if "cond branches" in str(error) and "manual ax" in str(error):
+            if layout.is_conditional and "cond branches" in str(error):
                 raise conditional_vote(self.axis_name) from error
             raise
         leaves = [
@@ -513,9 +518,17 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         return rows
 
 
-def _is_concrete(leaf: Any) -> bool:
-    """Whether a leaf is an array whose values are known, as outside `jax.jit`."""
-    return isinstance(leaf, (jax.Array, np.ndarray)) and not is_traced(leaf)
+def _split_numbers(
+    extra_args: dict[str, Any],
+) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
+    """Splits arguments into trees of arrays and floats, which `jax.jit` traces, and others."""
+    kinds = jax.Array, np.ndarray, np.generic, float
+    numbers = {
+        name: value
+        for name, value in extra_args.items()
+        if all(isinstance(leaf, kinds) for leaf in jax.tree.leaves(value))
+    }
+    return numbers, tuple(item for item in extra_args.items() if item[0] not in numbers)
 
 
 def _put(leaves: list[Any], shardings: list[NamedSharding]) -> list[jax.Array]:

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from signax._specs import axis_names, is_masked, spec_unless_masked
-from signax._variance import varying_outputs
+from signax._variance import has_conditional_collective, varying_outputs
 
 PerWorker = Callable[[str, jax.ShapeDtypeStruct], bool | None]
 
@@ -34,10 +34,17 @@ class Leaf(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The structure of a state and its leaves."""
+    """How a state lies on a mesh.
+
+    Attributes:
+      structure: the structure of the state.
+      leaves: its leaves.
+      is_conditional: whether an update votes or averages under a condition.
+    """
 
     structure: Any
     leaves: list[Leaf]
+    is_conditional: bool
 
 
 def find_layout(
@@ -57,7 +64,7 @@ def find_layout(
     sizes = dict(mesh.shape)
     first, *others = axis_names(axis_name)
     on_mesh = math.prod(sizes[axis] for axis in axis_names(axis_name))
-    state, found = _find_per_worker(tx, params, axis_name, sizes)
+    state, found, is_conditional = _find_per_worker(tx, params, axis_name, sizes)
     if num_workers != on_mesh:
         sizes |= {first: num_workers, **dict.fromkeys(others, 1)}
         _, state = _trace_init(tx, params, sizes)
@@ -75,7 +82,7 @@ def find_layout(
         else:
             sharding = NamedSharding(mesh, spec)
             leaves.append(Leaf(name, leaf.shape, leaf.dtype, False, sharding))
-    return Layout(structure, leaves)
+    return Layout(structure, leaves, is_conditional)
 
 
 def _trace_init(tx: Any, params: Any, sizes: dict[Hashable, int]) -> tuple[Any, Any]:
@@ -88,8 +95,11 @@ def _find_per_worker(
     params: Any,
     axis_name: Hashable,
     sizes: dict[Hashable, int],
-) -> tuple[Any, list[bool]]:
-    """The shapes of one worker's state, and which of its leaves differ between the workers."""
+) -> tuple[Any, list[bool], bool]:
+    """The shapes of one worker's state, and which of its leaves differ between the workers.
+
+    And whether an update has a collective under a condition.
+    """
     init, state = _trace_init(tx, params, sizes)
     try:
         update = jax.make_jaxpr(tx.update, axis_env=list(sizes.items()))(params, state, params)
@@ -117,7 +127,10 @@ def _find_per_worker(
                 break
             varying = grown
         per_worker = [known or found for known, found in zip(per_worker, varying, strict=True)]
-    return state, per_worker
+    is_conditional = any(
+        has_conditional_collective(update.jaxpr, axis) for axis in axis_names(axis_name)
+    )
+    return state, per_worker, is_conditional
 
 
 def _state_specs(tx: Any, state: Any, params: Any, param_specs: Any) -> list[PartitionSpec]:

@@ -68,8 +68,8 @@ def leave_out_nonfinite(
       inner: a transformation with votes or means in it, for one worker's updates.
 
     Returns:
-      A transformation with the inner one's state; extra arguments are passed on, and with them
-      `raw`, all the updates, which masks leave whole.
+      A transformation with the inner one's state. Extra arguments are passed on, and with them
+      `raw`, a node that holds all the updates and that masks leave whole.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, signax

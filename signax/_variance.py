@@ -134,6 +134,15 @@ def _runs_over(eqn: Any, axis_name: Hashable) -> bool:
     return False
 
 
+def has_conditional_collective(jaxpr: core.Jaxpr, axis_name: Hashable) -> bool:
+    """Whether a collective over the axis stands in a branch of a condition."""
+    return any(
+        (eqn.primitive.name == "cond" and _has_collective(eqn, axis_name))
+        or any(has_conditional_collective(inner, axis_name) for inner in _inner_jaxprs(eqn))
+        for eqn in jaxpr.eqns
+    )
+
+
 def _has_collective(eqn: Any, axis_name: Hashable) -> bool:
     """Whether a collective over the axis stands anywhere inside an equation."""
     return any(

@@ -72,9 +72,9 @@ def majority_vote(
     Coordinates that are zero on all workers stay within one step as long as the same workers vote
     in both steps of each pair (0 and 1, 2 and 3, ...). Where workers come and go, the state
     remembers how far such coordinates have drifted, :class:`signax.DitherMemory`, and ties move
-    them back: they get at most 20 steps away in 2,000 where each worker is absent at random from
-    half of the steps. Without ties, as where one of eight workers misses the even steps and another
-    one the odd steps, they walk at random. Use `zeros="abstain"` or
+    them back: with up to eight workers, each absent at random from half of the steps, they get
+    about 20 steps away in 2,000. If no step is a tie, as where one of eight workers misses the even
+    steps and another one the odd steps, they walk at random. Use `zeros="abstain"` or
     :func:`signax.average_updates` for leaves where that matters.
 
     Updates that enter must be the worker's own; those that leave are the same on every worker, so

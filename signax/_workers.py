@@ -158,11 +158,11 @@ class Workers(NamedTuple):
 
 
 def conditional_vote(axis_name: Hashable) -> ValueError:
-    """The error for updates that are settled on one side of a condition only."""
+    """The error for a vote or mean on one side of a condition that all workers share."""
     return ValueError(
         f"tx votes or averages over {axis_name!r} on one side of a condition only, as in "
-        "optax.conditionally_mask(vote, ...): on the other side each worker's own updates would "
-        "come out. Put the condition after the vote, as in optax.chain("
+        "optax.conditionally_mask(vote, ...). On the other side nothing is exchanged, so updates "
+        "may differ between workers. Put the condition after the vote, as in optax.chain("
         f"signax.majority_vote({axis_name!r}), optax.conditionally_mask(inner, ...))"
     )
 

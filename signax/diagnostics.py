@@ -82,12 +82,12 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
     all_gather, 2 (M-1) 4 P bytes. P is an M-th of the packed bits and a header word, rounded up to
     128 words (from 16,384 words on the bits are, too). A small vote, or of two workers, sends whole
     messages in one all_gather instead, (M-1) 4 P bytes with all the bits in P. A mean of signs has
-    ceil(log2(M + 1)) times as many words in the parts of its all_gather, and a vote with
-    `agreement=True` twice as many in those of its all_to_all. A mean of scaled signs
-    sends like a vote, each leaf cut into M parts, and one scale with each. A ring all-reduce of
-    B bytes sends 2 (M-1)/M B. A program may do otherwise: :func:`signax.average_updates` sends f32
-    for bf16 and f16, as XLA does for any mean of bf16 on CPUs, and large pods forward packed words
-    in an all-reduce. :func:`collective_bytes` reads it.
+    ceil(log2(M + 1)) times as many words in the parts of its all_gather. A one-bit vote with
+    `agreement=True` sends twice as many words up. A mean of scaled signs sends like a vote, each
+    leaf cut into M parts, and one scale with each. A ring all-reduce of B bytes sends 2 (M-1)/M B.
+    A program may do otherwise: :func:`signax.average_updates` sends f32 for bf16 and f16, as XLA
+    does for any mean of bf16 on CPUs, and large pods forward packed words in an all-reduce.
+    :func:`collective_bytes` reads it.
 
     Args:
       tree: pytree of floating-point arrays or `jax.ShapeDtypeStruct`, one worker's updates.
@@ -224,9 +224,9 @@ def opposes(state: Any, *, threshold: float = THRESHOLD) -> jax.Array:
     gradient was above 1.25 after 8 steps with momentum, and after 16 without. Where three of eight
     invert theirs and go on voting, honest ones pass the threshold in the end too: exclude flagged
     workers, by passing `active=~opposes(state)` to the next update. An excluded worker is not
-    measured, and stays excluded. With up to three of eight excluded this way and up to 90% of the
-    coordinates zero, on all workers or on each worker others, no honest worker was flagged in 1,000
-    steps of synthetic gradients.
+    measured, and stays excluded. No honest worker was flagged in 1,000 steps of synthetic gradients
+    with up to three of eight workers excluded and up to 90% of the coordinates zero, whether the
+    same ones on all workers or different ones on each.
 
     Args:
       state: the state of a transformation or optimiser with one or more votes with `agreement=True`

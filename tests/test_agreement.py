@@ -122,9 +122,30 @@ def test_votes_are_the_same_and_take_no_more_collectives():
     (without, kinds, sent), (measured, kinds_measured, sent_measured) = found
     jax.tree.map(np.testing.assert_array_equal, measured, without)
     assert kinds_measured == kinds == ["all-gather", "all-to-all"]
-    # A second bit goes up, and none comes down. Parts are multiples of 512 bytes.
-    words = sum(-(-leaf[0].size // 32) for leaf in rows.values())
-    assert abs(sent_measured - sent - 7 * 4 * words / 8) <= 2 * 7 * 512
+    # A second plane goes up, of 75 words for each of 8 servers, which takes 128 words more.
+    assert sent_measured - sent == 7 * 512
+
+
+def test_a_second_bit_goes_up_and_none_comes_down():
+    rows, sent = jax.ShapeDtypeStruct((8, 1 << 20), jnp.float32), []
+    for agreement in (False, True):
+        vote = signax.majority_vote("data", agreement=agreement)
+        tx = signax.DataParallel(vote, auto_mesh({"data": 8}))
+        params = jax.ShapeDtypeStruct((1 << 20,), jnp.float32)
+        step = jax.jit(tx.update).lower(rows, tx.abstract_state(params)).compile()
+        sent.append({one.operation: one.bytes_sent for one in diagnostics.collectives(step)})
+    without, measured = sent
+    assert measured["all-to-all"] == pytest.approx(2 * without["all-to-all"], rel=0.02)
+    assert measured["all-gather"] == pytest.approx(without["all-gather"], rel=0.02)
+
+
+@pytest.mark.parametrize("size", [1, 4, 16, 100])
+def test_shares_of_few_coordinates_weigh_less(size):
+    tx = signax.majority_vote(AXIS, agreement=True)
+    rows = jnp.ones((5, size)).at[0].multiply(-1).at[1].set(0)
+    state = rows_of_workers("vmap", lambda g: tx.update(g, tx.init(g))[1], 5)(rows)
+    against, none = min(size, 16) / 16 * (0.5 - 0 - 0.1), 0
+    np.testing.assert_allclose(state.agreement.opposition, [against, none, none, none, none])
 
 
 def oppositions(shares):

@@ -192,7 +192,9 @@ def absences(name, num_workers):
     elif name == "two in turn":
         active[:, 0], active[:, 1] = step % 2 == 1, step % 2 == 0
     else:
-        active = np.random.default_rng(num_workers).random(active.shape) > float(name)
+        share, seed = name.split(" by seed ")
+        rng = np.random.default_rng([num_workers, int(seed)])
+        active = rng.random(active.shape) > float(share)
     return active
 
 
@@ -217,7 +219,7 @@ def walk(active):
     return farthest, place["own"].mean(axis=1)
 
 
-@pytest.mark.parametrize("num_workers", [2, 3, 4, 7, 8])
+@pytest.mark.parametrize("num_workers", range(2, 9))
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
@@ -226,9 +228,9 @@ def walk(active):
         ("one at even steps", 3),
         ("one at odd steps", 3),
         ("one at every third step", 3),
-        ("0.01", 4),
-        ("0.1", 12),
-        ("0.5", 20),
+        *((f"0.01 by seed {seed}", 6) for seed in range(3)),
+        *((f"0.1 by seed {seed}", 12) for seed in range(3)),
+        *((f"0.5 by seed {seed}", 20) for seed in range(3)),
     ],
 )
 def test_dead_coordinates_stay_near_while_workers_come_and_go(name, steps, num_workers):

@@ -1133,10 +1133,36 @@ def test_an_update_outside_of_jit_compiles_once(mesh, caplog):
     tx = signax.DataParallel(SIGNUM, mesh)
     grads, state = rows_of(), tx.init(PARAMS)
     expected = jax.jit(tx.update)(grads, state, PARAMS)
-    assert_trees_equal(tx.update(grads, state, PARAMS), expected)
-    with jax.log_compiles(), caplog.at_level("WARNING"):
-        tx.update(grads, state, PARAMS)
-    assert not [record for record in caplog.records if "Compiling" in record.message]
+
+    def count(*args, **extra_args):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            result = tx.update(*args, **extra_args)
+        return result, sum("Compiling" in record.message for record in caplog.records)
+
+    found, programs = count(grads, state, PARAMS)
+    assert_trees_equal(found, expected)
+    assert programs == 1
+    (_, state), programs = count(grads, found[1], PARAMS)
+    assert programs == 0
+    extra_args = {"active": np.ones(WORKERS, bool), "value": 0.5, "name": "a", "sizes": [1]}
+    for names, most in [(["active", "value"], 1), (["name"], 1), (["name"], 0), (["value"], 1)]:
+        _, programs = count(grads, state, PARAMS, **{name: extra_args[name] for name in names})
+        assert programs <= most
+    tx.update(grads, state, PARAMS, sizes=[1])  # cannot be hashed, and is passed on all the same
+
+
+def test_an_error_under_another_condition_stays_jaxs_own(mesh):
+    def wrong(updates, state, params=None):
+        del params
+        mean = jax.lax.cond(jnp.bool_(True), lambda: jnp.mean(updates["w"]), lambda: jnp.float32(0))
+        return jax.tree.map(lambda u: u - mean, updates), state
+
+    tx = signax.DataParallel(
+        optax.chain(optax.GradientTransformation(optax.init_empty_state, wrong), VOTE), mesh
+    )
+    with pytest.raises(TypeError, match="cond branches"):
+        tx.update(rows_of(), tx.init(PARAMS), PARAMS)
 
 
 @pytest.mark.parametrize("conditional", [optax.conditionally_mask, optax.conditionally_transform])

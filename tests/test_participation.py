@@ -126,7 +126,9 @@ def test_masks_of_extra_arguments_hide_no_updates():
     rows = random_rows(3)
     rows["bias"][1, 0] = np.nan
     state = rows_of_workers("vmap", lambda g: tx.update(g, tx.init(g))[1], 3)(rows)
-    for _, voters in optax.tree.get_all_with_path(state, "voters"):
+    found = optax.tree.get_all_with_path(state, "voters")
+    assert len(found) == 2
+    for _, voters in found:
         np.testing.assert_array_equal(voters, 2)
 
 
