@@ -229,8 +229,8 @@ def walk(active):
         ("one at odd steps", 3),
         ("one at every third step", 3),
         *((f"0.01 by seed {seed}", 6) for seed in range(3)),
-        *((f"0.1 by seed {seed}", 12) for seed in range(3)),
-        *((f"0.5 by seed {seed}", 20) for seed in range(3)),
+        *((f"0.1 by seed {seed}", 15) for seed in range(3)),
+        *((f"0.5 by seed {seed}", 25) for seed in range(3)),
     ],
 )
 def test_dead_coordinates_stay_near_while_workers_come_and_go(name, steps, num_workers):
