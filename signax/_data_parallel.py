@@ -454,7 +454,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         try:
             updates, leaves = mapped(*arguments)
         except TypeError as error:
-            if layout.is_conditional and "cond branches" in str(error):
+            differs = all(words in str(error) for words in ("cond branches", "manual ax"))
+            if differs and layout.is_conditional:
                 raise conditional_vote(self.axis_name) from error
             raise
         leaves = [
