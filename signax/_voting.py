@@ -72,8 +72,8 @@ def majority_vote(
     Coordinates that are zero on all workers stay within one step as long as the same workers vote
     in both steps of each pair (0 and 1, 2 and 3, ...). Where workers come and go, the state
     remembers how far such coordinates have drifted, :class:`signax.DitherMemory`, and ties move
-    them back: with up to eight workers, each absent at random from half of the steps, they get
-    at most 25 steps away in 2,000. If no step is a tie, as where one of eight workers misses the even
+    them back: with up to eight workers, each absent at random from half of the steps, they get at
+    most 25 steps away in 2,000. If no step is a tie, as where one of eight workers misses the even
     steps and another one the odd steps, they walk at random. Use `zeros="abstain"` or
     :func:`signax.average_updates` for leaves where that matters.
 
