@@ -92,7 +92,12 @@ def compare(opinions: Sequence[jax.Array], lead: Lead) -> jax.Array:
 
 
 def compare_sums(opinions: Sequence[jax.Array], totals: Sequence[jax.Array]) -> jax.Array:
-    """The same of one worker, from its opinions, -1, 0 and +1, and from their sums: u32[2]."""
+    """Counts the coordinates on which this worker is with the others, and against them: u32[2].
+
+    Args:
+      opinions: this worker's, integers of -1, 0 and +1.
+      totals: the sums of all workers' opinions, in the same shapes.
+    """
     agreed = jnp.zeros(2, jnp.uint32)
     for opinion, total in zip(opinions, totals, strict=True):
         others = total - opinion

@@ -79,9 +79,10 @@ def pmean_scaled_signs(
       memory: what this call returned at the step before, at first
         :func:`signax.scaled_signs_memory`.
       step: int32[], counts steps from 0 and is the same on every worker. It drives the dither.
-      block: what shares one scale. `"leaf"`: on its way up a whole leaf, on its way down the part
-        of it that one worker serves. Or so many coordinates at most of such a part, both ways. In a
-        `jax.shard_map` of your own over further axes, a leaf is this device's block of it.
+      block: what shares one scale. With `"leaf"` a whole leaf does on the way up, and each server's
+        part of it on the way down. With a number, that many coordinates of a part share a scale
+        both ways; the last ones of a part may be fewer. In your own `jax.shard_map` over further
+        axes, a leaf is this device's block of it.
       decay: the share :math:`\lambda` of the memories that is added, in [0, 1].
       active: bool[], whether this worker takes part; by default it does. One whose values are not
         finite does not. Who does not keeps its own memory as it is.
@@ -218,7 +219,7 @@ def _cast(
     values = [_values(batch, leaves) for batch in batches]
     magnitudes = [_magnitudes(batch, own) for batch, own in zip(batches, values, strict=True)]
     whole = [n for n, batch in enumerate(batches) if batch.blocks.length is None]
-    if axes and whole:  # the scale is that of the leaf, of which this is one of equal blocks
+    if axes and whole:  # the blocks of a leaf are of one size, and the leaf has one scale
         share = 1 / math.prod(lax.axis_size(axis) for axis in axes)
         sums = lax.psum([magnitudes[n] * share for n in whole], axes)
         _put(magnitudes, whole, sums)

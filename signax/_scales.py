@@ -44,9 +44,10 @@ class Blocks(NamedTuple):
         return -(-WORD_BITS * self.columns[0] // self.length)
 
     def _runs(self) -> Iterator[tuple[slice, slice, int]]:
-        """Runs of leaves of equally many columns: their blocks, all their columns, those of each.
+        """Yields each run of leaves that have equally many columns.
 
-        Programs grow with the number of runs, which is small where leaves are sorted.
+        A run is given by its blocks, its columns, and the number of columns of one leaf. Programs
+        grow with the number of runs, so leaves should come sorted.
         """
         block = column = 0
         for columns, leaves in itertools.groupby(self.columns):
@@ -93,7 +94,7 @@ class Blocks(NamedTuple):
         if self.length is None:
             if len(self.shapes) == 1:
                 return scales[:, None]
-            # No gather: TPUs would lay out anew what scales are taken from, which is a message.
+            # A gather would make TPUs change the layout of the whole message that holds the scales.
             runs = [
                 jnp.repeat(scales[:, blocks], columns, axis=1)
                 for blocks, _, columns in self._runs()

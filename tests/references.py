@@ -103,10 +103,10 @@ def votes(values, active=None):
 
 
 def agreements(values, active=None):
-    """For each worker of [M, d] values, on how many coordinates it agrees with the others, [M, 2].
+    """Counts, for each of M workers, the coordinates on which it agrees and disagrees: [M, 2].
 
-    And on how many it does not: of those where the signs of the others who take part add up to
-    three or more, or to minus three or less. Who is out has none, and so has a zero.
+    A worker is compared with the others where their signs add up to 3 or more, or to -3 or less.
+    Zeros and excluded workers count for nothing.
     """
     values = np.asarray(values, np.float64)
     signs = np.sign(np.where(participants(values, active)[:, None], values, 0))

@@ -1,4 +1,4 @@
-"""Processes of one run build the same programs, whatever their string hashes are."""
+"""Processes build the same programs under different string hashes."""
 
 import os
 import subprocess

@@ -238,7 +238,7 @@ def test_leaves_that_are_sharded_within_a_worker_are_compressed_where_they_lie()
 
 @pytest.mark.parametrize("feedback", ["worker", "none"])
 def test_a_checkpoint_goes_on_alike_on_every_mesh(feedback):
-    """A leaf's scale is that of the whole leaf, large or small, however the leaf is sharded."""
+    """A leaf has one scale, large or small, and sharded or not."""
     shapes = {"large": (64, 512), "small": (4, 12), "odd": (5,)}
     params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
     rng = np.random.default_rng(11)
