@@ -13,8 +13,8 @@ once a worker has missed a step, places are shuffled in every pair: places that 
 leave out the same parity in every step, and the workers of that parity could never move a
 coordinate on which they vote alone.
 
-No rule of one bit bounds the drift for all sequences of voters. A voter alone must be followed, so
-voters that come and go can make a dead coordinate follow any of the dithered ballots.
+No one-bit rule bounds the drift for every sequence of voters. A single voter decides alone, and its
+dithered zero looks like an opinion. So absences alone can choose the direction of every step.
 """
 
 from collections.abc import Sequence
@@ -103,9 +103,6 @@ class Rules(NamedTuple):
         return 2 * plus - voters.astype(jnp.int32)
 
 
-NEVER = np.int32(2**31 - 1)
-
-
 class WithOpinions(NamedTuple):
     """Rules of one bit, with a second bit for each ballot: whether the value was not zero."""
 
@@ -119,12 +116,16 @@ class WithOpinions(NamedTuple):
         return *self.rules(values, odd, coin), (values > 0) | (values < 0)
 
 
+NEVER = np.int32(2**31 - 1)
+
+
 class DitherMemory(NamedTuple):
     """What a vote remembers of its dither; the same on every worker.
 
     Attributes:
       drift: int32[], how many steps a dead coordinate of even index has moved in total. One of odd
-        index has moved as far in the other direction.
+        index has moved as far in the other direction. Indices count a leaf's coordinates in
+        row-major order, or those of a device's block of it.
       first_missed: int32[], the first pair of steps, count // 2, in which a worker did not take
         part; 2^31 - 1 before such a pair.
     """
@@ -195,8 +196,9 @@ def toss(
 
 
 def _shuffled_place(seed: jax.Array, worker: jax.Array, num_workers: int) -> jax.Array:
-    """A worker's rank among hashes of all workers: u32[], a random permutation of 0 to M - 1."""
-    hashes = _mix(seed + jnp.arange(num_workers, dtype=jnp.uint32))  # distinct: _mix is one-to-one
+    """A worker's rank among hashes of all workers: u32[]; all ranks permute 0 to M - 1."""
+    # The hashes are distinct, since _mix is one-to-one.
+    hashes = _mix(seed + jnp.arange(num_workers, dtype=jnp.uint32))
     return jnp.sum(hashes < _mix(seed + worker), dtype=jnp.uint32)
 
 

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable, Hashable
-from functools import partial
 from typing import Any
 
 import jax
@@ -91,6 +90,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
     _workers: Workers
     _per_worker: PerWorker | None
     _layouts: dict[Any, Layout]
+    _compiled_update: jax.stages.Wrapped
 
     def __new__(
         cls,
@@ -119,22 +119,8 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         def init_fn(params):
             return self._init(params)
 
-        @partial(jax.jit, static_argnums=4)
-        def compiled(updates, state, params, numbers, others):
-            return self._update(updates, state, params, **numbers, **dict(others))
-
         def update_fn(updates, state, params=None, **extra_args):
-            self._workers.check_rows(updates, params)
-            self._workers.check_active(extra_args.get("active"))
-            if any(map(is_traced, jax.tree.leaves((updates, state, params, extra_args)))):
-                return self._update(updates, state, params, **extra_args)
-            # Outside jax.jit a shard_map would compile each of its operations in every call.
-            numbers, others = _split_numbers(extra_args)
-            try:
-                hash(others)
-            except TypeError:
-                return self._update(updates, state, params, **extra_args)
-            return compiled(updates, state, params, numbers, others)
+            return self._update(updates, state, params, **extra_args)
 
         self = super().__new__(cls, init_fn, update_fn)
         self.tx = _with_extra_args(tx)
@@ -150,6 +136,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         self._workers = Workers(mesh, axis_name, self.num_workers, inside, param_specs)
         self._per_worker = per_worker
         self._layouts = {}
+        self._compiled_update = jax.jit(self._trace_update, static_argnums=4)
         return self
 
     def __copy__(self):
@@ -416,7 +403,23 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         shardings = [leaf.sharding for leaf in layout.leaves]
         return layout.structure.unflatten(jax.jit(init, out_shardings=shardings)(params))
 
-    def _update(self, updates, state, params=None, *, active=None, **extra_args):
+    def _update(self, updates, state, params, **extra_args):
+        self._workers.check_rows(updates, params)
+        self._workers.check_active(extra_args.get("active"))
+        is_traced_call = any(map(is_traced, jax.tree.leaves((updates, state, params, extra_args))))
+        numbers, others = _split_numbers(extra_args)
+        if is_traced_call or not _is_hashable(others):
+            return self._trace_update(updates, state, params, extra_args)
+        # Outside jax.jit a shard_map would compile each of its operations in every call.
+        return self._compiled_update(updates, state, params, numbers, others)
+
+    def _trace_update(self, updates, state, params, numbers, others=()):
+        """The update, with extra arguments in a dict, and further ones as pairs of name and value.
+
+        Pairs can be hashed, as `jax.jit` asks of arguments that it does not trace.
+        """
+        extra_args = {**numbers, **dict(others)}
+        active = extra_args.pop("active", None)
         one_worker = self._workers.one_worker(updates) if params is None else params
         specs = self._workers.specs(one_worker)
         layout = self._layout(one_worker, specs)
@@ -454,6 +457,7 @@ class DataParallel(optax.GradientTransformationExtraArgs):
         try:
             updates, leaves = mapped(*arguments)
         except TypeError as error:
+            # Of the types of two branches JAX names the manual axes only if they differ in those.
             differs = all(words in str(error) for words in ("cond branches", "manual ax"))
             if differs and layout.is_conditional:
                 raise conditional_vote(self.axis_name) from error
@@ -523,13 +527,21 @@ def _split_numbers(
     extra_args: dict[str, Any],
 ) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
     """Splits arguments into trees of arrays and floats, which `jax.jit` traces, and others."""
-    kinds = jax.Array, np.ndarray, np.generic, float
+    kinds = jax.Array, np.ndarray, np.number, np.bool_, float
     numbers = {
         name: value
         for name, value in extra_args.items()
         if all(isinstance(leaf, kinds) for leaf in jax.tree.leaves(value))
     }
     return numbers, tuple(item for item in extra_args.items() if item[0] not in numbers)
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _put(leaves: list[Any], shardings: list[NamedSharding]) -> list[jax.Array]:

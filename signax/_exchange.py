@@ -195,10 +195,8 @@ class Sums(NamedTuple):
 
 def send_summed(ballots: Sequence[jax.Array], header: jax.Array, axis_name: Hashable) -> Sums:
     """Sums integer ballots of -1, 0 and +1 of any shape."""
-    votes = header > 0
-    counted = [jnp.where(votes, ballot, 0) for ballot in ballots]
-    flags = votes.astype(jnp.uint32), (header >> 1) & 1, header & 1
-    totals, (voters, coins, ties) = lax.psum((counted, flags), axis_name)
+    counted = [jnp.where(header > 0, ballot, 0) for ballot in ballots]
+    totals, (voters, coins, ties) = lax.psum((counted, _flags(header)), axis_name)
     tie = (ties > 0).astype(jnp.uint32)
     return Sums(totals, voters, _dead_bit(coins, voters, tie), tie)
 
@@ -227,6 +225,11 @@ def make_header(
 def worker_of(header: jax.Array) -> jax.Array:
     """The index of the worker that a header comes from. Meaningless for a header of 0."""
     return (header >> 2) - 1
+
+
+def _flags(headers: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Whether a worker votes, its coin, and the bit that settles ties: u32[...] in {0, 1} each."""
+    return (headers > 0).astype(jnp.uint32), (headers >> 1) & 1, headers & 1
 
 
 def _dead_bit(coins: jax.Array, voters: jax.Array, tie: jax.Array) -> jax.Array:
@@ -267,7 +270,13 @@ def unseal(parts: jax.Array, widths: Sequence[int]) -> tuple[Planes, jax.Array]:
 
 
 class _Votes(NamedTuple):
-    """The contents of all headers: u32[] each. All bits of `coin` are set if ties become 1."""
+    """The headers of all workers together, u32[] each.
+
+    Attributes:
+      voters: how many workers take part.
+      coin: one more ballot on every coordinate, which decides ties.
+      dead: as in `Settled`.
+    """
 
     voters: jax.Array
     coin: jax.Array
@@ -276,9 +285,9 @@ class _Votes(NamedTuple):
 
 def _read_headers(found: jax.Array) -> _Votes:
     """Reads the headers of M workers: u32[M]."""
-    voters = jnp.sum(found > 0, dtype=jnp.uint32)
-    tie = jnp.max(found & 1)
-    dead = _dead_bit(jnp.sum((found >> 1) & 1, dtype=jnp.uint32), voters, tie)
+    votes, coins, ties = _flags(found)
+    voters, tie = jnp.sum(votes, dtype=jnp.uint32), jnp.max(ties)
+    dead = _dead_bit(jnp.sum(coins, dtype=jnp.uint32), voters, tie)
     # Among an even number of voters the coin is one more vote, which decides ties and only ties.
     coin = jnp.where(voters % 2 == 0, _bits.spread(tie), 0)
     voters, coin = lax.optimization_barrier((voters, coin))  # else they are computed in the loops
@@ -326,7 +335,7 @@ def _decide_one(parts: jax.Array, widths: Sequence[int], votes: _Votes) -> Plane
 
 
 def _decide_two(parts: jax.Array, share: int) -> tuple[Planes, tuple[Planes, Planes]]:
-    """Where more votes are for +1 than for -1, and the other way round; and the counts of each."""
+    """The planes for a majority of +1 and for one of -1, and the counts of both kinds of votes."""
     counted = lax.optimization_barrier(jnp.stack(_bits.count(parts)))  # u32[digits, part]
     (plus, minus), _ = unseal(counted, [share] * 2)
     plus, minus = list(plus), list(minus)

@@ -59,7 +59,7 @@ def find_layout(
     """The layout of the state of `tx` for parameters of the given shapes and specs.
 
     Rows of another number of workers than the mesh has are sharded where they can be shared out.
-    Which leaves are per worker does not depend on that number, for which `tx` need not even run.
+    Which leaves are per worker does not depend on that number, so `tx` need not support it.
     """
     sizes = dict(mesh.shape)
     first, *others = axis_names(axis_name)

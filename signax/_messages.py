@@ -169,7 +169,10 @@ def _signed(bits: jax.Array, scales: jax.Array, blocks: Blocks) -> jax.Array:
 
 
 def rounded(scales: jax.Array, dtype: Any) -> jax.Array:
-    """Scales as they are sent; else whatever uses one might compute it for every coordinate."""
+    """Rounds scales to the dtype in which they are sent.
+
+    Without the barrier XLA might compute a scale for every coordinate that uses it.
+    """
     return lax.optimization_barrier(narrow(scales, dtype).astype(scales.dtype))
 
 

@@ -40,7 +40,7 @@ class RawUpdates(NamedTuple):
     """A worker's updates before any transformation, on their way to votes as an extra argument.
 
     Optax masks an extra argument that has the structure of the updates
-    (`mask_compatible_extra_args=True`). This node of its own keeps the raw updates whole.
+    (`mask_compatible_extra_args=True`). A node of another type keeps the raw updates whole.
     """
 
     tree: Any

@@ -244,15 +244,16 @@ def _cast(
 
 
 def _values(batch: Batch, leaves: Sequence[jax.Array]) -> jax.Array:
-    """What is compressed at once: one leaf, f[...], or parts side by side, f[M, 32, S]."""
+    """The values of a batch: one leaf, f[...], or parts side by side, f[M, 32, S]."""
     own = batch.of(leaves)
     return side_by_side(own, batch.blocks.num_workers) if batch.in_parts else own[0]
 
 
 def _magnitudes(batch: Batch, values: jax.Array) -> jax.Array:
-    """The mean magnitudes of what shares a scale on its way up.
+    """The mean magnitude of each block that shares a scale on the way up.
 
-    f[] of one leaf, f[blocks] of several, f[M, blocks] of blocks of so many coordinates.
+    It is f[] for one leaf, f[blocks] for several leaves, and f[M, blocks] if a block is a number of
+    coordinates.
     """
     if not batch.in_parts:
         return mean_magnitude(values)

@@ -25,7 +25,7 @@ def hash_bits(number):
 
 
 def places(step, num_workers, shuffled=False):
-    """The place of each worker at a step: it rotates every second step, or is shuffled then."""
+    """The place of each worker at a step. Every second step places rotate, or are shuffled."""
     pair = step // 2
     if not shuffled:
         return (np.arange(num_workers) + pair) % num_workers
