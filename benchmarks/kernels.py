@@ -36,14 +36,14 @@ from jax import lax
 from matplotlib.figure import Figure
 from report import interleave, print_table, save, summary
 
-from signax import _packing
-from signax._ballots import Rules
-from signax._exchange import decide, seal, share_words, sum_dtype, unseal
+from signax._wire import packing as wire
+from signax._wire.signs import Majority, Rules
+from signax._wire.types import Context, Leaves, Worker
+from signax._wire.words import WORD_BITS, part_words, seal, sum_dtype, unseal
 
 here = Path(__file__).parent
 rules = Rules("dither", "dither")
 learning_rate = 1e-3
-WORD_BITS = _packing.WORD_BITS
 
 
 class Case(NamedTuple):
@@ -127,7 +127,7 @@ def packing(shape: tuple[int, ...]) -> Case:
     coin = jnp.uint32(1)
 
     def pack(array, coin):
-        return _packing.pack([array], rules, coin)
+        return wire.pack([array], rules, coin)
 
     words_and_flag = jax.jit(pack)
     words = jax.jit(lambda array, coin: pack(array, coin)[0])
@@ -145,7 +145,7 @@ def packing(shape: tuple[int, ...]) -> Case:
 
 def counting(parameters: int, workers: int) -> Case:
     """The words of every worker into those of the majority."""
-    share = share_words(-(-parameters // WORD_BITS), workers)
+    share = part_words(-(-parameters // WORD_BITS), workers)
     boxes = {
         "all in": ballot_box(workers, share),
         "some out": ballot_box(workers, share, out=np.arange(workers) % 8 == 7),
@@ -173,8 +173,9 @@ def ballot_box(workers: int, share: int, *, out: np.ndarray | bool = False) -> j
 
 def majority(parts: jax.Array, share: int) -> jax.Array:
     """The decided words, as the vote counts them: u32[M, part] to u32[share]."""
-    (decided,) = decide(parts, 1, share).planes
-    return decided
+    worker = Worker(*[jnp.uint32(0)] * 3)
+    reply = Majority(rules).combine(parts, [share], Context(Leaves([], []), worker, []))
+    return reply.planes[0]
 
 
 def majority_by_sums(
@@ -221,7 +222,7 @@ def applying(shape: tuple[int, ...]) -> Case:
     """Decided words to a step of the parameters."""
     rng = np.random.default_rng(0)
     start, gradient = (rng.standard_normal(shape, np.float32) for _ in range(2))
-    words = rng.integers(0, 2**32, _packing.num_words([start]), np.uint32)
+    words = rng.integers(0, 2**32, wire.num_words([start]), np.uint32)
     voted = Descent(apply_words, start, jnp.asarray(words), jnp.uint32(64))
     full = Descent(apply_gradient, start, jnp.asarray(gradient))
     candidates = {"p - a g": full, "p - a signs": voted}
@@ -246,8 +247,8 @@ class Descent:
 
 def apply_words(parameters: jax.Array, words: jax.Array, voters: jax.Array) -> jax.Array:
     """A step along the decided signs."""
-    [bits] = _packing.unpack([words], [parameters])
-    signs = rules.signs(bits, _packing.odd(parameters.shape), voters, parameters.dtype)
+    [bits] = wire.unpack([words], [parameters])
+    signs = rules.signs(bits, wire.odd(parameters.shape), voters, parameters.dtype)
     return parameters - learning_rate * signs
 
 

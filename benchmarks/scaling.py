@@ -39,8 +39,7 @@ from report import interleave, print_table, save, summary
 
 import signax
 from signax import diagnostics
-from signax._exchange import share_words
-from signax._packing import WORD_BITS
+from signax._wire.words import WORD_BITS, part_words
 
 here = Path(__file__).parent
 schemes = ("vote", "mean")
@@ -134,7 +133,7 @@ def counting(
     parameters: int, workers: Sequence[int], rounds: int, compilations: int
 ) -> list[dict[str, Any]]:
     """Compiles and runs the count of one worker, for each number of workers."""
-    shares = {number: share_words(-(-parameters // WORD_BITS), number) for number in workers}
+    shares = {number: part_words(-(-parameters // WORD_BITS), number) for number in workers}
     boxes = {number: ballot_box(number, share) for number, share in shares.items()}
 
     def compile_count(number: int) -> Callable:

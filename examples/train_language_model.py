@@ -187,7 +187,7 @@ def make_optimizer(args, axis):
     }
     adamw = optax.adamw(schedule, b1=args.momentum, b2=0.95, **options)
     averaged = optax.chain(signax.average_updates(axis), adamw)
-    voted = signax.signum(schedule, b1=args.momentum, axis_name=axis, **options)
+    voted = signax.signum(schedule, beta=args.momentum, axis_name=axis, **options)
     if args.method == "adamw":
         return averaged
     if args.method == "signum":

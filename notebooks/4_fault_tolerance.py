@@ -40,7 +40,7 @@ from jax import lax
 from scipy import stats
 
 import signax
-from signax import adversaries
+from signax import testing
 
 plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
 axis = "workers"
@@ -73,7 +73,7 @@ def multiply(multiplier, attackers, num_workers):
             lambda leaf: jnp.where(attacks, multiplier(key, leaf.shape) * leaf, leaf), gradient
         )
 
-    return adversaries.adversary(axis, range(num_workers), attack, jax.random.key(1))
+    return testing.adversary(axis, range(num_workers), attack, jax.random.key(1))
 
 
 # %% [markdown]
@@ -214,7 +214,7 @@ blind = {
     name: np.array([[attacked_quadratic(kind, k, seed)[0] for seed in seeds] for k in shares])
     for kind, name in enumerate(multipliers)
 }  # [attackers, seed, step]
-collusion = adversaries.adversary(axis, range(13), "collude")
+collusion = testing.adversary(axis, range(13), "collude")
 collude = jax.jit(lambda seed: quadratic(collusion, jax.random.key(seed))[0])
 colluding = np.array([collude(seed) for seed in seeds])
 
@@ -324,7 +324,7 @@ for k, factor in zip(minorities, factors, strict=True):
 #
 # The digits of `digits.py`: 26,122 parameters, eight workers with 16 images each, 400 steps. Signum
 # with the vote, as in the paper, against SGD with momentum on the mean of the gradients. Workers 1,
-# 4 and 6 do what each attack of `signax.adversaries` says. Those who invert, send noise of the
+# 4 and 6 do what each attack of `signax.testing` says. Those who invert, send noise of the
 # gradient's size, zeros or a multiple of the gradient are blind; those who collude are not.
 
 # %%
@@ -379,15 +379,15 @@ def one_of(transformations, which):
     return optax.GradientTransformation(transformations[0].init, update)
 
 
-attacks = get_args(adversaries.Attack)
+attacks = get_args(testing.Attack)
 usual_peak = {"vote": 1e-3, "mean": 0.1, "mean of finite": 0.1}
 
 
 @functools.partial(jax.jit, static_argnames="method")
 def attacked_curve(method, attack, seed):
     key = jax.random.key(1)
-    honest = adversaries.adversary(axis, [], "zero", key)
-    three = [adversaries.adversary(axis, [1, 4, 6], name, key) for name in attacks]
+    honest = testing.adversary(axis, [], "zero", key)
+    three = [testing.adversary(axis, [1, 4, 6], name, key) for name in attacks]
     tx = methods[method](usual_peak[method])
     return learn(optax.chain(one_of([honest, *three], attack), tx), seed)
 

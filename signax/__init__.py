@@ -1,14 +1,17 @@
 """One-bit distributed training: sign-based gradient transformations and a majority vote."""
 
+import warnings
+from typing import Any
+
 from optax import scale_by_sign
 
-from signax import adversaries, diagnostics
-from signax._agreement import Agreement
-from signax._averaging import AverageUpdatesState, MeanSignsState, average_updates, mean_signs
-from signax._averaging_scaled import MeanScaledSignsState, mean_scaled_signs
-from signax._ballots import DitherMemory
-from signax._collectives import pvote
-from signax._compressors import (
+from signax import diagnostics, testing
+from signax._data_parallel.data_parallel import DataParallel
+from signax._data_parallel.layout import state_specs
+from signax._data_parallel.mapped import LocalStepsState
+from signax._optimizers.means import ef_sign_sgd, ssdm
+from signax._optimizers.votes import lion, sign_sgd, signum
+from signax._transforms.compressors import (
     ScaleByRandomKState,
     ScaleByStochasticSignState,
     scale_by_random_k,
@@ -16,24 +19,32 @@ from signax._compressors import (
     scale_by_stochastic_sign,
     scale_by_top_k,
 )
-from signax._data_parallel import DataParallel
-from signax._error_memory import ScaledSignsMemory, scaled_signs_memory
-from signax._local_steps import LocalStepsState
-from signax._means import pmean_signs
-from signax._optimizers import ef_sign_sgd, lion, sign_sgd, signum, ssdm
-from signax._participation import Participation, leave_out_nonfinite
-from signax._scaled_signs import pmean_scaled_signs
-from signax._scatter import pvote_scatter
-from signax._transforms import (
+from signax._transforms.memory import (
     ErrorFeedbackState,
     ScaleBySignumState,
     error_feedback,
-    hold_if_nonfinite,
     scale_by_signum,
 )
-from signax._voting import MajorityVoteState, majority_vote
+from signax._transforms.participation import (
+    Participation,
+    hold_if_nonfinite,
+    leave_out_nonfinite,
+    participation,
+)
+from signax._wire.feedback import ScaledSignsMemory, scaled_signs_memory
+from signax._wire.quantized import pmean_quantized
+from signax._wire.signs import DitherMemory
+from signax._workers.collectives import pmean_scaled_signs, pmean_signs, pvote, pvote_scatter
+from signax._workers.compressed import MeanScaledSignsState, mean_quantized, mean_scaled_signs
+from signax._workers.means import (
+    AverageUpdatesState,
+    MeanSignsState,
+    average_updates,
+    mean_signs,
+)
+from signax._workers.votes import Agreement, MajorityVoteState, majority_vote
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Agreement",
@@ -50,7 +61,6 @@ __all__ = [
     "ScaleBySignumState",
     "ScaleByStochasticSignState",
     "ScaledSignsMemory",
-    "adversaries",
     "average_updates",
     "diagnostics",
     "ef_sign_sgd",
@@ -59,8 +69,11 @@ __all__ = [
     "leave_out_nonfinite",
     "lion",
     "majority_vote",
+    "mean_quantized",
     "mean_scaled_signs",
     "mean_signs",
+    "participation",
+    "pmean_quantized",
     "pmean_scaled_signs",
     "pmean_signs",
     "pvote",
@@ -75,4 +88,15 @@ __all__ = [
     "sign_sgd",
     "signum",
     "ssdm",
+    "state_specs",
+    "testing",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "adversaries":
+        warnings.warn(
+            "signax.adversaries is deprecated: use signax.testing", DeprecationWarning, stacklevel=2
+        )
+        return testing
+    raise AttributeError(f"module 'signax' has no attribute {name!r}")

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from signax import _packing
-from signax._agreement import THRESHOLD
-from signax._checks import check_count, check_floating, check_mode, check_number
-from signax._exchange import choose_transport, part_words, share_words
+from signax._core.checks import check_count, check_mode, check_number
+from signax._core.leaves import check_floating, common_dtype, relative_to_peak, wide_dtype
 from signax._hlo import Collective, collective_bytes, collectives
-from signax._numerics import common_dtype, relative_to_peak, wide_dtype, words_of
-from signax._parts import part_columns
+from signax._wire.packing import num_words
+from signax._wire.parts import part_columns
+from signax._wire.words import choose_transport, part_words, sealed_words, words_of
+from signax._workers.votes import THRESHOLD
 
 __all__ = [
     "Collective",
@@ -130,13 +130,13 @@ def _exchanged(leaves: Sequence[Any], num_workers: int, scheme: str) -> tuple[in
         bits = sum(part_columns(leaf.shape, num_workers) for leaf in leaves)
         widest = reduce(common_dtype, (wide_dtype(leaf.dtype) for leaf in leaves))
         scales = words_of(len(leaves), widest)  # all scales are sent in one dtype
-        return 2 * (num_workers - 1) * part_words(bits + scales), 2
-    words = _PLANES[scheme] * _packing.num_words(leaves)
+        return 2 * (num_workers - 1) * sealed_words(bits + scales), 2
+    words = _PLANES[scheme] * num_words(leaves)
     digits = num_workers.bit_length() if scheme == "mean_signs" else 1
     if choose_transport(words, digits * words, num_workers) == "gather":
-        return (num_workers - 1) * part_words(words), 1
-    share = _PLANES[scheme] * share_words(words // _PLANES[scheme], num_workers)
-    return (num_workers - 1) * (part_words(share) + part_words(digits * share)), 2
+        return (num_workers - 1) * sealed_words(words), 1
+    part = _PLANES[scheme] * part_words(words // _PLANES[scheme], num_workers)
+    return (num_workers - 1) * (sealed_words(part) + sealed_words(digits * part)), 2
 
 
 def exchange_seconds(

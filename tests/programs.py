@@ -51,7 +51,7 @@ CONFIGURATIONS = {
     "vote": ({"data": 8}, AUTO, voted("data"), {}),
     "vote on blocks": (INSIDE, AUTO, voted("data"), SHARDED),
     "vote on blocks, Explicit axes": (INSIDE, EXPLICIT, voted("data"), SHARDED),
-    "sums of blocks": (INSIDE, AUTO, voted("data", transport="int8"), SHARDED),
+    "sums of blocks": (INSIDE, AUTO, voted("data", transport="sum"), SHARDED),
     "agreement on blocks": (INSIDE | {"data": 4}, AUTO, voted("data", agreement=True), SHARDED),
     "mean of signs of blocks": (INSIDE, AUTO, signax.mean_signs("data"), SHARDED),
     "scaled signs": ({"data": 8}, AUTO, scaled("data"), {}),

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, PartitionSpec
 from workers import AXIS, auto_mesh, rows_of_workers
 
 import signax
-from signax import adversaries, diagnostics
-from signax._agreement import add_up
+from signax import diagnostics, testing
+from signax._wire.exchange import add_up
 
 THRESHOLD = 1.25  # of diagnostics.opposes, by default
 SHAPES = {"odd": (5,), "matrix": (33, 31), "large": (141, 128), "number": (), "none": (0, 2)}
@@ -41,7 +41,7 @@ def expected_share(rows, active):
     return np.where(measured, counts[:, 0] / np.maximum(total, 1), 0.5)
 
 
-@pytest.mark.parametrize("transport", ["packed", "gather", "int8"])
+@pytest.mark.parametrize("transport", ["packed", "gather", "sum"])
 @pytest.mark.parametrize("zeros", ["dither", "abstain", "plus"])
 @pytest.mark.parametrize("num_workers", [4, 5, 8])
 def test_shares_are_those_of_clear_majorities_of_the_others(num_workers, zeros, transport):
@@ -233,7 +233,7 @@ def opposition_on_digits(b1, attackers, steps, num_workers=8, images_each=16):
     images, _, labels, _ = map(jnp.asarray, load_data())
     graph, params = nnx.split(Network(nnx.Rngs(0)))
     signum = signax.signum(warmup_cosine(1e-3, 1000), b1, axis_name=AXIS, agreement=True)
-    tx = optax.chain(adversaries.adversary(AXIS, attackers, "invert"), signum)
+    tx = optax.chain(testing.adversary(AXIS, attackers, "invert"), signum)
 
     def loss_fn(params, chosen):
         logits = nnx.merge(graph, params)(images[chosen])

@@ -8,7 +8,10 @@ import references
 from workers import AXIS
 
 import signax
-from signax import _ballots
+from signax._core.leaves import all_finite
+from signax._wire import signs as wire
+from signax._wire.exchange import take_part
+from signax._workers.votes import NEVER
 
 STEPS = 2000
 PERIODS = range(2, 19)
@@ -20,25 +23,27 @@ def test_coins_follow_the_stated_rule(step):
     h1, h2 = references.hash_bits(step // 2)
     for num_workers in (1, 2, 5):
         for worker in range(num_workers):
-            coins = _ballots.toss(jnp.int32(step), jnp.int32(worker), num_workers)
+            coin, found_tie = wire.toss(jnp.int32(step), jnp.int32(worker), num_workers)
             place = (worker + step // 2) % num_workers
-            assert int(coins.zero) == (place + step + h1) % 2
-            assert int(coins.tie) == (step + h2) % 2
+            assert int(coin) == (place + step + h1) % 2
+            assert int(found_tie) == (step + h2) % 2
 
 
 @pytest.mark.parametrize("step", [4, 5, 1001, 2**31 - 1])
 def test_coins_remember_who_was_missing_and_where_dead_coordinates_are(step):
     h1, h2 = references.hash_bits(step // 2)
     for num_workers in (1, 2, 5, 8):
-        for first_missed in (0, step // 2 - 1, step // 2, _ballots.NEVER):
+        for first_missed in (0, step // 2 - 1, step // 2, NEVER):
             places = references.places(step, num_workers, first_missed < step // 2)
             assert sorted(places) == list(range(num_workers))
             for drift, tie in [(0, (step + h2) % 2), (1, 1), (3, 1), (-1, 0)]:
-                memory = _ballots.DitherMemory(jnp.int32(drift), jnp.int32(first_missed))
+                memory = wire.DitherMemory(jnp.int32(drift), jnp.int32(first_missed))
                 for worker, place in enumerate(places):
-                    coins = _ballots.toss(jnp.int32(step), jnp.int32(worker), num_workers, memory)
-                    assert int(coins.zero) == (place + step + h1) % 2
-                    assert int(coins.tie) == tie
+                    coin, found_tie = wire.toss(
+                        jnp.int32(step), jnp.int32(worker), num_workers, memory
+                    )
+                    assert int(coin) == (place + step + h1) % 2
+                    assert int(found_tie) == tie
 
 
 @pytest.mark.parametrize(
@@ -52,7 +57,7 @@ def test_coins_remember_who_was_missing_and_where_dead_coordinates_are(step):
 )
 def test_ballots_are_signs_with_zeros_and_nan_as_asked(zeros, coin, expected):
     values, odd = jnp.array([2.0, -2.0, 0.0, -0.0, jnp.nan, 0.0]), jnp.arange(6) % 2 == 1
-    found = _ballots.Rules(zeros, "plus")(values, odd, jnp.uint32(coin))
+    found = wire.Rules(zeros, "plus")(values, odd, jnp.uint32(coin))
     np.testing.assert_array_equal(np.asarray(found, int), expected)
     np.testing.assert_array_equal(references.ballots(values, zeros, "plus", coin), expected)
 
@@ -61,14 +66,14 @@ def test_ballots_are_signs_with_zeros_and_nan_as_asked(zeros, coin, expected):
 @pytest.mark.parametrize("zeros", ["dither", "plus"])
 def test_with_dithered_ties_a_ballot_is_turned_round_where_it_is_odd(zeros, coin):
     values, odd = jnp.array([2.0, 2.0, -2.0, -2.0, 0.0, 0.0]), jnp.arange(6) % 2 == 1
-    (straight,) = _ballots.Rules(zeros, "plus")(values, odd, jnp.uint32(coin))
-    (turned,) = _ballots.Rules(zeros, "dither")(values, odd, jnp.uint32(coin))
+    (straight,) = wire.Rules(zeros, "plus")(values, odd, jnp.uint32(coin))
+    (turned,) = wire.Rules(zeros, "dither")(values, odd, jnp.uint32(coin))
     np.testing.assert_array_equal(turned, straight != odd)
     np.testing.assert_array_equal(turned, *references.ballots(values, zeros, "dither", coin))
 
 
 RULES = [
-    _ballots.Rules(zeros, ties)
+    wire.Rules(zeros, ties)
     for zeros in ("dither", "plus", "abstain")
     for ties in ("dither", "plus")
 ]
@@ -98,29 +103,29 @@ def test_a_tie_is_settled_by_its_coin_or_is_plus(coin):
     odd = jnp.arange(6) % 2 == 1
     for zeros in ("dither", "plus"):
         for ties, expected in [("dither", (odd + coin) % 2 == 0), ("plus", True)]:
-            rules = _ballots.Rules(zeros, ties)
+            rules = wire.Rules(zeros, ties)
             bit = jnp.broadcast_to(rules.tie(jnp.uint32(coin)) == 1, odd.shape)
-            signs = rules.signs([bit], odd, jnp.uint32(2), jnp.float32)
-            np.testing.assert_array_equal(signs > 0, np.broadcast_to(expected, odd.shape))
+            found = rules.signs([bit], odd, jnp.uint32(2), jnp.float32)
+            np.testing.assert_array_equal(found > 0, np.broadcast_to(expected, odd.shape))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_a_tree_is_finite_if_every_floating_leaf_is(dtype):
     good = {"a": jnp.ones(3, dtype), "n": jnp.arange(3), "e": jnp.ones((0, 2), dtype), "x": None}
-    assert _ballots.all_finite(good)
-    assert _ballots.all_finite({"n": jnp.arange(3)})
+    assert all_finite(good)
+    assert all_finite({"n": jnp.arange(3)})
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
-        assert not _ballots.all_finite({**good, "s": jnp.asarray(bad, dtype)})
+        assert not all_finite({**good, "s": jnp.asarray(bad, dtype)})
 
 
 @pytest.mark.parametrize("finite", [False, True])
 def test_what_takes_part_is_finite_and_active(finite):
     finite = jnp.bool_(finite)
-    assert _ballots.take_part(finite, None) == finite
-    assert _ballots.take_part(finite, True) == finite
-    assert not _ballots.take_part(finite, jnp.bool_(False))
+    assert take_part(finite, None) == finite
+    assert take_part(finite, True) == finite
+    assert not take_part(finite, jnp.bool_(False))
     with pytest.raises(TypeError, match=r"active=1\.0 must be one boolean"):
-        _ballots.take_part(finite, 1.0)
+        take_part(finite, 1.0)
 
 
 def drift(num_workers):
@@ -260,7 +265,7 @@ def test_without_ties_dead_coordinates_walk_at_random():
 
 def test_the_compiled_check_of_a_tree_grows_with_its_leaves_not_with_their_square():
     def held(tree):
-        finite = _ballots.all_finite(tree)
+        finite = all_finite(tree)
         return jax.tree.map(lambda leaf: jnp.where(finite, leaf + 1, leaf), tree)
 
     def length(leaves):

@@ -18,7 +18,7 @@ from signax import diagnostics
 
 OPTIONS = [("dither", "dither"), ("dither", "plus"), ("plus", "dither"), ("plus", "plus"),
            ("abstain", "dither")]  # fmt: skip
-TRANSPORTS = ("packed", "gather", "int8")
+TRANSPORTS = ("packed", "gather", "sum")
 DTYPES = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
 SHAPES = ((), (31,), (4, 8), (3, 11), (2, 0, 3), (127,))
 # Leaves of 2**14 coordinates or more are packed alone: these are cut flat, and along axis 1.
@@ -111,7 +111,7 @@ def test_sums_of_small_integers_do_not_wrap(num_workers, zeros):
     rows = rows.at[:, :2].set(jnp.array([3.0, -3.0]))  # sums of +-M, which int8 holds up to 127
 
     def vote(row):
-        return signax.pvote(row, AXIS, step=3, zeros=zeros, transport="int8")
+        return signax.pvote(row, AXIS, step=3, zeros=zeros, transport="sum")
 
     decided = on_workers("vmap", vote, num_workers)(rows)
     np.testing.assert_array_equal(decided[:2], [1.0, -1.0])
@@ -195,19 +195,18 @@ def test_a_vote_on_a_constant_is_right_under_vmap():
     np.testing.assert_array_equal(vote(jnp.arange(3.0)), np.ones((3, 4)))
 
 
-def test_a_step_that_nothing_uses_may_be_left_out():
+def test_without_a_dither_the_step_does_not_matter():
     rows = jnp.array([[1.0, -1.0, 0.0], [1.0, 1.0, 0.0]])
     for zeros, ties, expected in [("abstain", "dither", [1, 0, 0]), ("plus", "plus", [1, 1, 1])]:
-        vote = on_workers(
-            "vmap", lambda row, z=zeros, t=ties: signax.pvote(row, AXIS, zeros=z, ties=t), 2
-        )
-        np.testing.assert_array_equal(vote(rows), expected)
+        for step in range(4):
+            options = {"zeros": zeros, "ties": ties, "step": step}
+            vote = on_workers("vmap", lambda row, o=options: signax.pvote(row, AXIS, **o), 2)
+            np.testing.assert_array_equal(vote(rows), expected)
 
 
-@pytest.mark.parametrize(("zeros", "ties"), [("dither", "plus"), ("plus", "dither")])
-def test_a_step_that_is_used_must_be_given(zeros, ties):
-    vote = on_workers("vmap", lambda row: signax.pvote(row, AXIS, zeros=zeros, ties=ties), 2)
-    with pytest.raises(ValueError, match=r"step=None, but .*='dither' needs it"):
+def test_rejects_a_missing_step():
+    vote = on_workers("vmap", lambda row: signax.pvote(row, AXIS, step=None), 2)
+    with pytest.raises(TypeError, match=r"step=None must be one integer, the number of the step"):
         vote(jnp.ones((2, 3)))
 
 
@@ -420,7 +419,7 @@ def test_a_shared_exchange_sends_a_quarter_of_the_words_between_workers():
     [
         ({"split_over": "slice"}, ValueError, "split_over='slice' is an axis of the workers"),
         ({"split_over": ("chip",)}, TypeError, r"split_over=\('chip',\) must name one axis"),
-        ({"split_over": "chip", "transport": "int8"}, ValueError, "cannot be split over 'chip'"),
+        ({"split_over": "chip", "transport": "sum"}, ValueError, "cannot be split over 'chip'"),
         ({"split_over": "nowhere"}, NameError, "split_over='nowhere' is neither a mapped axis"),
     ],
 )
@@ -544,7 +543,7 @@ def test_parts_where_nothing_is_dithered_are_slices_of_the_whole_vote():
     rows = {"w": random_rows(np.random.default_rng(2), (4, 6, 8), jnp.float32)}
 
     def vote(tree):
-        options = {"zeros": "abstain"}
+        options = {"zeros": "abstain", "step": 0}
         part = signax.pvote_scatter(tree, AXIS, scatter_dimension=1, **options)
         return part, signax.pvote(tree, AXIS, **options)
 

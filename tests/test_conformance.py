@@ -71,13 +71,13 @@ REGISTRY = {
     ),
     "scale_by_top_k": Case(signax.scale_by_top_k, {"fraction": 0.4}),
     "scale_by_random_k": Case(signax.scale_by_random_k, {"fraction": 0.4}, {"key": KEY}),
-    "scale_by_signum": Case(signax.scale_by_signum, {"b1": 0.8}),
+    "scale_by_signum": Case(signax.scale_by_signum, {"beta": 0.8}),
     "scale_by_signum wide": Case(
         signax.scale_by_signum,
-        {"b1": 0.8},
+        {"beta": 0.8},
         {"nesterov": True, "accumulator_dtype": jnp.float32},
     ),
-    "scale_by_signum warmup": Case(signax.scale_by_signum, others={"b1": 0.8, "warmup": True}),
+    "scale_by_signum warmup": Case(signax.scale_by_signum, others={"beta": 0.8, "warmup": True}),
     "error_feedback": Case(
         signax.error_feedback, {"decay": 0.9}, {"compressor": signax.scale_by_scaled_sign()}
     ),
@@ -114,9 +114,16 @@ REGISTRY = {
         {**VOTE, "feedback": "worker", "block": 4, "accumulator_dtype": jnp.float32},
         voted=True,
     ),
+    "mean_quantized": Case(signax.mean_quantized, others={**VOTE, "num_workers": 2}, voted=True),
+    "mean_quantized worker": Case(
+        signax.mean_quantized,
+        {"decay": 0.9},
+        {**VOTE, "bits": 4, "feedback": "worker", "block": 4},
+        voted=True,
+    ),
     "average_updates": Case(signax.average_updates, others=VOTE, voted=True),
     "adversary": Case(
-        signax.adversaries.adversary,
+        signax.testing.adversary,
         others={**VOTE, "workers": [0], "attack": "invert", "key": KEY},
         voted=True,
     ),
@@ -125,17 +132,17 @@ REGISTRY = {
     "signum": Case(signax.signum, RATE),
     "signum voted": Case(
         signax.signum,
-        {**RATE, "b1": 0.8, "weight_decay": 0.1},
+        {**RATE, "beta": 0.8, "weight_decay": 0.1},
         VOTE,
         voted=True,
         needs_params=True,
     ),
     "lion": Case(signax.lion, {**RATE, "b1": 0.8, "weight_decay": 0.1}, needs_params=True),
-    "lion wide": Case(signax.lion, RATE, {"accumulator_dtype": jnp.float32, "weight_decay": 0.0}),
+    "lion wide": Case(signax.lion, RATE, {"mu_dtype": jnp.float32, "weight_decay": 0.0}),
     "lion voted": Case(signax.lion, RATE, {**VOTE, "weight_decay": 0.0}, voted=True),
     "ssdm": Case(
         signax.ssdm,
-        {**RATE, "b1": 0.8, "weight_decay": 0.1},
+        {**RATE, "beta": 0.8, "weight_decay": 0.1},
         {"key": KEY},
         needs_params=True,
     ),
@@ -151,8 +158,8 @@ REGISTRY = {
 # What is exported and is no transformation of one worker's updates. DataParallel is one of global
 # arrays, which its own tests cover.
 OTHERS = {
-    "DataParallel", "adversaries", "diagnostics", "pmean_scaled_signs", "pmean_signs", "pvote",
-    "pvote_scatter", "scaled_signs_memory",
+    "DataParallel", "diagnostics", "participation", "pmean_quantized", "pmean_scaled_signs",
+    "pmean_signs", "pvote", "pvote_scatter", "scaled_signs_memory", "state_specs", "testing",
 }  # fmt: skip
 
 # Optax's own, re-exported: it takes any dtype, and Optax documents it.
@@ -531,7 +538,7 @@ EXPORTS = [name for name in signax.__all__ if not inspect.ismodule(getattr(signa
 STATES = [name for name in EXPORTS if is_state(getattr(signax, name)) and name not in OTHERS]
 FACTORIES = [name for name in EXPORTS if name not in (*STATES, *OPTAXS)]
 # Hyperparameters that come second and third in Optax's signatures too.
-POSITIONAL = {"b1", "b2", "momentum"}
+POSITIONAL = {"beta", "b1", "b2", "momentum"}
 
 
 @pytest.mark.parametrize("name", EXPORTS)

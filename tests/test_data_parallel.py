@@ -1114,7 +1114,7 @@ def test_an_extra_argument_that_is_insisted_on_is_named(mesh):
         return updates, state
 
     inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
-    with pytest.raises(TypeError, match=r"'value'.*give the argument a default"):
+    with pytest.raises(TypeError, match=r"'value'.*give every extra argument a default"):
         signax.DataParallel(optax.chain(VOTE, inner), mesh).init(jnp.ones(2))
 
 

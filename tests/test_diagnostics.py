@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import signax
 from signax import diagnostics
-from signax._exchange import part_words, share_words
+from signax._wire.words import part_words, sealed_words
 
 with contextlib.suppress(RuntimeError):  # the backend is up already, with conftest's devices
     jax.config.update("jax_num_cpu_devices", 8)
@@ -157,12 +157,12 @@ def test_vote_bytes_longhand(sizes, num_workers, scheme, planes):
 
 @pytest.mark.parametrize(("payload", "expected"), [(1, 128), (127, 128), (128, 256), (255, 256)])
 def test_part_words_at_their_boundaries(payload, expected):
-    assert part_words(payload) == expected
+    assert sealed_words(payload) == expected
 
 
 def test_large_shares_are_whole_rows_of_words():
-    assert share_words(8 * (2**14 - 1), 8) == 2**14 - 1
-    assert share_words(8 * 2**14 + 1, 8) == 2**14 + 128
+    assert part_words(8 * (2**14 - 1), 8) == 2**14 - 1
+    assert part_words(8 * 2**14 + 1, 8) == 2**14 + 128
 
 
 def test_mean_bytes_follow_each_leaf_dtype():
@@ -189,8 +189,8 @@ def test_one_bit_is_a_31st_of_the_mean():
 
 
 def test_wire_bytes_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="scheme='int8'"):
-        diagnostics.wire_bytes(_shapes(3), 8, scheme="int8")
+    with pytest.raises(ValueError, match="scheme='sum'"):
+        diagnostics.wire_bytes(_shapes(3), 8, scheme="sum")
     for num_workers in (0, -2):
         with pytest.raises(ValueError, match=f"num_workers={num_workers} must be"):
             diagnostics.wire_bytes(_shapes(3), num_workers)

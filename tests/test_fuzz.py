@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import references
 
-from signax import _bits, _exchange, _packing
-from signax._ballots import Rules, toss
+from signax._wire import packing
+from signax._wire import words as wire
+from signax._wire.signs import Rules, toss
 
 # NumPy warns of NaNs that signal.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -24,8 +25,8 @@ RULES = [
     Rules(zeros, ties) for zeros in ("dither", "plus", "abstain") for ties in ("dither", "plus")
 ]
 LAYOUTS = {
-    "neighbours": (_packing.pack_neighbours, _packing.unpack_neighbours),
-    "blocks": (_packing.pack_blocks, _packing.unpack_blocks),
+    "neighbours": (packing.pack_consecutive, packing.unpack_consecutive),
+    "blocks": (packing.pack_slabs, packing.unpack_slabs),
 }
 DTYPES = ["float32", "bfloat16", "float16"]
 
@@ -104,13 +105,13 @@ def test_ten_thousand_arrays_are_packed_and_unpacked():
         ]
         bits = np.stack(ballots, axis=1)  # bool[planes, sets, ...]
         finite = np.isfinite(seen_values).reshape(sets, -1).all(axis=1)
-        cut = _packing.fold(shape)
+        cut = packing.fold(shape)
 
         for layout, (packer, unpacker) in LAYOUTS.items():
 
             @jax.jit
             def there_and_back(values, coins, packer=packer, unpacker=unpacker, rules=rules):
-                planes, finite = jax.vmap(partial(packer, ballots=rules))(values, coins)
+                planes, finite = jax.vmap(partial(packer, rule=rules))(values, coins)
                 unpack = jax.vmap(partial(unpacker, shape=values.shape[1:]))
                 return planes, finite, [unpack(plane) for plane in planes]
 
@@ -154,8 +155,8 @@ def test_ten_thousand_trees_come_back_from_one_message():
         @jax.jit
         def there_and_back(leaves, coins, rules=rules):
             def one(leaves, coin):
-                planes, finite = _packing.pack(leaves, rules, coin)
-                return finite, _packing.unpack(planes, leaves)
+                planes, finite = packing.pack(leaves, rules, coin)
+                return finite, packing.unpack(planes, leaves)
 
             return jax.vmap(one)(leaves, coins)
 
@@ -191,9 +192,9 @@ def test_ten_thousand_sums_are_counted_and_compared():
         @jax.jit
         def compare(words, thresholds):
             def one(mine, others, threshold):
-                planes, other_planes = _bits.count(mine), _bits.count(others)
-                reached = _bits.at_least(planes, threshold)
-                return jnp.stack(planes), reached, _bits.exceeds(planes, other_planes)
+                planes, other_planes = wire.count(mine), wire.count(others)
+                reached = wire.at_least(planes, threshold)
+                return jnp.stack(planes), reached, wire.exceeds(planes, other_planes)
 
             return jax.vmap(one)(*words, thresholds)
 
@@ -218,8 +219,8 @@ def test_ten_thousand_messages_are_sealed_and_unsealed():
 
         @partial(jax.jit, static_argnames=("planes", "share"))
         def there_and_back(words, headers, planes, share):
-            sealed = jax.vmap(_exchange.seal)(list(words), headers)
-            return sealed, jax.vmap(lambda part: _exchange.unseal(part, [share] * planes))(sealed)
+            sealed = jax.vmap(wire.seal)(list(words), headers)
+            return sealed, jax.vmap(lambda part: wire.unseal(part, [share] * planes))(sealed)
 
         sealed, (found, marks) = there_and_back(words, headers, planes, share)
         length = -(-(planes * share + 1) // 128) * 128  # whole rows of lanes, with the header
@@ -248,15 +249,15 @@ def test_ten_thousand_votes_follow_the_rules():
         @jax.jit
         def decide(values, steps, votes, rules=rules, num_workers=num_workers):
             def one(values, step, votes):
-                odd = _packing.odd(values.shape[1:])
+                odd = packing.odd(values.shape[1:])
                 coins = [toss(step, jnp.uint32(i), num_workers) for i in range(num_workers)]
                 voters = jnp.sum(votes, dtype=jnp.uint32)
-                cast = [rules(v, odd, c.zero) for v, c in zip(values, coins, strict=True)]
+                cast = [rules(v, odd, coin) for v, (coin, _) in zip(values, coins, strict=True)]
                 counts = [
                     jnp.sum(jnp.stack(plane) & votes[:, None], axis=0, dtype=jnp.uint32)
                     for plane in zip(*cast, strict=True)
                 ]
-                tie = (voters % 2 == 0) * rules.tie(coins[0].tie)
+                tie = (voters % 2 == 0) * rules.tie(coins[0][1])
                 if rules.planes == 2:
                     decided = [counts[0] > counts[1], counts[1] > counts[0]]
                 else:

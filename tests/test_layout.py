@@ -73,15 +73,15 @@ CASES = {
         | under(".inner_states['vote'].inner_state", {"[0][0].count", "[0][1].count"}),
     ),
     "injected numbers": (
-        injected(learning_rate=0.1, b1=0.5, weight_decay=0.01),
+        injected(learning_rate=0.1, beta=0.5, weight_decay=0.01),
         under(".inner_state[0][0]"),
-        {".count", ".hyperparams['b1']", ".hyperparams['learning_rate']",
+        {".count", ".hyperparams['beta']", ".hyperparams['learning_rate']",
          ".hyperparams['weight_decay']", ".inner_state[0][0].count", ".inner_state[0][1].count"},
     ),
     "injected schedule": (
         injected(learning_rate=optax.linear_schedule(0.1, 0.01, 10)),
         under(".inner_state[0][0]"),
-        {".count", ".hyperparams['b1']", ".hyperparams['learning_rate']",
+        {".count", ".hyperparams['beta']", ".hyperparams['learning_rate']",
          ".hyperparams['weight_decay']", ".hyperparams_states['learning_rate'].count",
          ".inner_state[0][0].count", ".inner_state[0][1].count"},
     ),

@@ -13,7 +13,7 @@ from workers import AXIS, MAPS, auto_mesh, on_workers
 import signax
 from signax import diagnostics
 
-TRANSPORTS = ("packed", "gather", "int8")
+TRANSPORTS = ("packed", "gather", "sum")
 ZEROS = ("dither", "plus", "abstain")
 DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)
 SHAPES = ((33,), (), (3, 11), (0, 2), (128, 255))
@@ -87,10 +87,12 @@ def test_a_worker_that_is_not_finite_is_out_of_the_mean(kind):
     np.testing.assert_array_equal(mean(rows), [1.0, 0.0])
 
 
-def test_nothing_undecided_needs_no_step():
+def test_counts_zeros_as_told_without_a_dither():
     rows = jnp.array([[1.0, 0.0], [1.0, -1.0]])
     for zeros, expected in [("abstain", [1.0, -0.5]), ("plus", [1.0, 0.0])]:
-        mean = on_workers("vmap", lambda row, z=zeros: signax.pmean_signs(row, AXIS, zeros=z), 2)
+        mean = on_workers(
+            "vmap", lambda row, z=zeros: signax.pmean_signs(row, AXIS, step=1, zeros=z), 2
+        )
         np.testing.assert_array_equal(mean(rows), expected)
     with pytest.raises(ValueError, match="step=None, but zeros='dither' needs it"):
         on_workers("vmap", lambda row: signax.pmean_signs(row, AXIS), 2)(rows)
@@ -164,7 +166,7 @@ def test_the_options_of_the_transformation_reach_the_mean(zeros, transport):
     expected = references.mean_of_signs(rows, 0, zeros)
     np.testing.assert_allclose(updates, expected, rtol=1e-6)
     sent = {record.operation for record in diagnostics.collectives(update)}
-    ways = {"packed": "all-to-all", "gather": "all-gather", "int8": "all-reduce"}
+    ways = {"packed": "all-to-all", "gather": "all-gather", "sum": "all-reduce"}
     assert ways[transport] in sent
     assert ("all-to-all" in sent) == (transport == "packed")
 

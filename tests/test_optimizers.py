@@ -18,6 +18,9 @@ from signax import diagnostics
 STEPS = 100
 CURVATURE = np.linspace(0.1, 3.0, 12).astype(np.float32)
 
+# The argument for the dtype of a momentum is Optax's.
+DTYPE_OPTIONS = [("signum", "accumulator_dtype"), ("lion", "mu_dtype")]
+
 
 def normal(shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
@@ -95,7 +98,7 @@ def test_without_an_axis_an_optimiser_is_optaxs_bit_for_bit(name):
             lambda dtype: optax.signum(0.01, accumulator_dtype=dtype),
         ),
         (
-            lambda dtype: signax.lion(0.01, accumulator_dtype=dtype),
+            lambda dtype: signax.lion(0.01, mu_dtype=dtype),
             lambda dtype: optax.lion(0.01, mu_dtype=dtype),
         ),
     ],
@@ -109,9 +112,11 @@ def test_momentum_in_another_dtype_is_optaxs_bit_for_bit(ours, theirs, accumulat
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("name", ["signum", "lion"])
-def test_updates_keep_the_gradients_dtype_when_the_momentum_is_wider(name, dtype):
-    tx = getattr(signax, name)(0.5, accumulator_dtype=jnp.float32, weight_decay=0.0)
+@pytest.mark.parametrize(
+    ("name", "option"), [("signum", "accumulator_dtype"), ("lion", "mu_dtype")]
+)
+def test_updates_keep_the_gradients_dtype_when_the_momentum_is_wider(name, option, dtype):
+    tx = getattr(signax, name)(0.5, weight_decay=0.0, **{option: jnp.float32})
     gradient = jnp.asarray(NOISE[0], dtype)
     updates, _ = tx.update(gradient, tx.init(gradient))
     assert updates.dtype == dtype
@@ -352,16 +357,16 @@ def test_an_unknown_mode_of_the_vote_is_refused(factory, name):
 
 
 @pytest.mark.parametrize("b1", [1, 1.0, -0.1, math.nan])
-@pytest.mark.parametrize("factory", [signax.signum, signax.lion])
-def test_a_b1_that_is_no_decay_is_refused(factory, b1):
-    with pytest.raises(ValueError, match=rf"b1={b1!r} is outside \[0, 1\)"):
+@pytest.mark.parametrize(("factory", "name"), [(signax.signum, "beta"), (signax.lion, "b1")])
+def test_rejects_a_decay_outside_the_interval(factory, name, b1):
+    with pytest.raises(ValueError, match=rf"{name}={b1!r} is outside \[0, 1\)"):
         factory(0.1, b1)
 
 
 @pytest.mark.parametrize(
     ("option", "kind"),
     [
-        ({"b1": 1}, ValueError),
+        ({"beta": 1}, ValueError),
         ({"weight_decay": -0.1}, ValueError),
         ({"norm": "l1"}, ValueError),
         ({"learning_rate": "0.1"}, TypeError),
@@ -409,13 +414,13 @@ def test_an_unbound_axis_is_named_with_the_ways_to_bind_it(factory):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
 
 
-@pytest.mark.parametrize("name", ["signum", "lion"])
+@pytest.mark.parametrize(
+    ("name", "option"), [("signum", "accumulator_dtype"), ("lion", "mu_dtype")]
+)
 @pytest.mark.parametrize("dtype", [jnp.int8, "nonsense"])
-def test_a_momentum_that_cannot_move_is_refused(name, dtype):
-    with pytest.raises(
-        ValueError, match=f"accumulator_dtype=.*{getattr(dtype, '__name__', dtype)}"
-    ):
-        getattr(signax, name)(0.1, accumulator_dtype=dtype)
+def test_rejects_a_momentum_that_cannot_move(name, option, dtype):
+    with pytest.raises(ValueError, match=f"{option}=.*{getattr(dtype, '__name__', dtype)}"):
+        getattr(signax, name)(0.1, **{option: dtype})
 
 
 def test_a_mask_that_is_taken_for_a_schedule_is_refused():

@@ -11,12 +11,12 @@ import references
 from hypothesis import given
 from hypothesis import strategies as st
 
-from signax import _packing
-from signax._ballots import Rules
+from signax._wire import packing
+from signax._wire.signs import Rules
 
 RULES = [Rules("dither", "dither"), Rules("dither", "plus"), Rules("plus", "dither"),
          Rules("abstain", "dither")]  # fmt: skip
-PACKERS = [_packing.pack_neighbours, _packing.pack_blocks]
+PACKERS = [packing.pack_consecutive, packing.pack_slabs]
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 COIN = 1
 
@@ -54,8 +54,8 @@ def expected_words(values, rules, packer):
     bits = references.ballots(values, *rules, COIN)
     shape, axis, rows = CUTS[values.shape]
     word_shape = (*shape[:axis], rows, *shape[axis + 1 :])
-    if packer is _packing.pack_neighbours:  # the cut may leave words to spare
-        words = [references.packed_neighbours(plane.ravel()) for plane in bits]
+    if packer is packing.pack_consecutive:  # the cut may leave words to spare
+        words = [references.packed_consecutive(plane.ravel()) for plane in bits]
         return [np.pad(plane, (0, math.prod(word_shape) - plane.size)) for plane in words]
     words = [references.packed(plane.reshape(shape), axis, rows) for plane in bits]
     tiled = len(shape) > 1 and word_shape[-2] % 8 == 0 and word_shape[-1] % 128 == 0
@@ -66,21 +66,21 @@ def expected_words(values, rules, packer):
 
 @functools.partial(jax.jit, static_argnames=("packer", "rules"))
 def packed_by(array, packer, rules):
-    return packer(array, jnp.uint32(COIN), ballots=rules)
+    return packer(array, jnp.uint32(COIN), rule=rules)
 
 
 @every_cut
 def test_an_array_is_cut_where_a_tpu_need_not_lay_it_out_anew(shape):
-    assert _packing.fold(shape) == CUTS[shape]
+    assert packing.fold(shape) == CUTS[shape]
 
 
 @given(st.lists(st.integers(1, 3000) | st.sampled_from([32, 128, 256, 8192]), max_size=4))
 def test_blocks_cover_an_array_and_waste_little(shape):
-    cut, size = _packing.fold(tuple(shape)), math.prod(shape)
+    cut, size = packing.fold(tuple(shape)), math.prod(shape)
     flat = -(-size // 32)
     assert flat <= cut.words <= flat * 33 / 32
     assert math.prod(cut.shape) == size
-    assert 32 * cut.rows >= cut.shape[cut.axis]
+    assert 32 * cut.length >= cut.shape[cut.axis]
     merged = len(shape) - len(cut.shape) + 1  # leading axes that have become one
     assert len(shape) < 2 or cut.shape == (math.prod(shape[:merged]), *shape[merged:])
 
@@ -94,7 +94,7 @@ def test_blocks_cover_an_array_and_waste_little(shape):
     ],
     ids=str,
 )
-def test_words_are_made_of_neighbours_or_of_blocks(shape, rules, packer):
+def test_words_are_made_of_consecutive_or_of_blocks(shape, rules, packer):
     values = random_values(shape)
     planes, finite = packed_by(jnp.asarray(values, jnp.float32), packer, rules)
     assert finite
@@ -130,8 +130,8 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(shape, packer):
 @pytest.mark.parametrize(
     ("packer", "unpacker"),
     [
-        (_packing.pack_neighbours, _packing.unpack_neighbours),
-        (_packing.pack_blocks, _packing.unpack_blocks),
+        (packing.pack_consecutive, packing.unpack_consecutive),
+        (packing.pack_slabs, packing.unpack_slabs),
     ],
 )
 @every_cut
@@ -145,9 +145,9 @@ def test_unpacking_returns_what_was_packed(shape, packer, unpacker):
 
 @pytest.mark.parametrize("packer", PACKERS)
 @pytest.mark.parametrize("shape", [(256, 128), (512, 40), (64, 16, 17), (4, 128, 384)], ids=str)
-def test_an_array_in_blocks_is_packed_as_if_it_were_whole(shape, packer):
+def test_an_array_in_slabs_is_packed_as_if_it_were_whole(shape, packer):
     values = jnp.asarray(random_values(shape), jnp.float32)
-    blocks = _packing.in_blocks(values)
+    blocks = packing.in_slabs(values)
     assert blocks.shape[0] == 32
     np.testing.assert_array_equal(np.ravel(blocks), np.ravel(values))
     for rules in (RULES[0], RULES[3]):
@@ -160,19 +160,19 @@ def test_an_array_in_blocks_is_packed_as_if_it_were_whole(shape, packer):
 def test_blocks_and_whole_arrays_make_one_message():
     shapes = [(512, 40), (3,), (64, 16, 17), (128, 255)]
     leaves = [jnp.asarray(random_values(shape), jnp.float32) for shape in shapes]
-    pack = jax.jit(lambda leaves: _packing.pack(leaves, RULES[0], jnp.uint32(COIN)))
-    (found,), finite = pack([_packing.in_blocks(leaf) for leaf in leaves])
+    pack = jax.jit(lambda leaves: packing.pack(leaves, RULES[0], jnp.uint32(COIN)))
+    (found,), finite = pack([packing.in_slabs(leaf) for leaf in leaves])
     (expected,), _ = pack(leaves)
     assert finite
     np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("shape", [(), (1 << 14,), (128, 127), (5003, 4), (128, 255), (45, 367)])
-def test_what_is_small_or_padded_or_cut_elsewhere_is_not_put_in_blocks(shape):
-    assert _packing.in_blocks(jnp.zeros(shape)).shape == shape
+def test_what_is_small_or_padded_or_cut_elsewhere_is_not_put_in_slabs(shape):
+    assert packing.in_slabs(jnp.zeros(shape)).shape == shape
 
 
-SMALL = _packing.SMALL
+SMALL = packing.SMALL
 TREES = {
     "scalar": [()],
     "odd": [(1,), (31,), (3, 11), (), (7,), (2, 3, 5)],
@@ -201,14 +201,14 @@ def test_trees_come_back_from_one_message(name, rules):
 
     @jax.jit
     def there_and_back(leaves):
-        planes, finite = _packing.pack(leaves, rules, jnp.uint32(COIN))
-        return planes, finite, _packing.unpack(planes, leaves)
+        planes, finite = packing.pack(leaves, rules, jnp.uint32(COIN))
+        return planes, finite, packing.unpack(planes, leaves)
 
     with jax.enable_x64(True):
         leaves = as_arrays(values)
         planes, finite, bits = there_and_back(leaves)
     assert finite
-    assert [plane.shape for plane in planes] == [(_packing.num_words(leaves),)] * rules.planes
+    assert [plane.shape for plane in planes] == [(packing.num_words(leaves),)] * rules.planes
     for found, leaf in zip(bits, values, strict=True):
         expected = references.ballots(leaf, *rules, COIN)
         assert len(found) == rules.planes
@@ -219,7 +219,7 @@ def test_trees_come_back_from_one_message(name, rules):
 
 def test_a_value_that_is_not_finite_is_found_in_every_leaf_of_a_tree():
     values = [random_values(shape) for shape in TREES["mixed"]]
-    pack = jax.jit(lambda leaves: _packing.pack(leaves, RULES[0], jnp.uint32(0))[1])
+    pack = jax.jit(lambda leaves: packing.pack(leaves, RULES[0], jnp.uint32(0))[1])
     for n, leaf in enumerate(values):
         for place, bad in [(0, np.nan), (-1, np.inf), (0, -np.inf)] if leaf.size else ():
             spoilt = leaf.copy()
@@ -230,7 +230,7 @@ def test_a_value_that_is_not_finite_is_found_in_every_leaf_of_a_tree():
 
 def test_the_largest_and_the_smallest_numbers_vote():
     values = np.array([np.finfo(np.float32).max, -np.finfo(np.float32).tiny], np.float32)
-    (plane,), finite = _packing.pack([jnp.asarray(values)], Rules("plus", "plus"), jnp.uint32(0))
+    (plane,), finite = packing.pack([jnp.asarray(values)], Rules("plus", "plus"), jnp.uint32(0))
     assert finite
     np.testing.assert_array_equal(plane, [1])
 
@@ -240,11 +240,11 @@ def test_a_message_wastes_at_most_one_coordinate_a_small_leaf(sizes):
     leaves = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes]
     small = [size for size in sizes if size < SMALL]
     large = sum(-(-size // 32) for size in sizes if size >= SMALL)
-    words = _packing.num_words(leaves)
+    words = packing.num_words(leaves)
     assert large + -(-sum(small) // 32) <= words <= large + -(-(sum(small) + len(small)) // 32)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5), (4, 6), (5, 4, 3), (3, 5, 7, 9)])
 def test_odd_coordinates_are_those_of_odd_row_major_index(shape):
     expected = np.arange(math.prod(shape)).reshape(shape) % 2 == 1
-    np.testing.assert_array_equal(_packing.odd(shape), expected)
+    np.testing.assert_array_equal(packing.odd(shape), expected)

@@ -16,7 +16,7 @@ MEANS = {
     "vote": lambda: signax.majority_vote("data"),
     "gather": lambda: signax.majority_vote("data", transport="gather"),
     "packed": lambda: signax.majority_vote("data", transport="packed"),
-    "int8": lambda: signax.majority_vote("data", transport="int8"),
+    "sum": lambda: signax.majority_vote("data", transport="sum"),
     "abstain": lambda: signax.majority_vote("data", zeros="abstain"),
     "mean of signs": lambda: signax.mean_signs("data"),
     "both memories": lambda: signax.mean_scaled_signs("data"),
@@ -79,7 +79,7 @@ def test_voters_and_missed_steps_are_in_the_state(name):
 
 
 @pytest.mark.parametrize("leaf", PARAMS)
-@pytest.mark.parametrize("kernel", ["vote", "int8", "both memories", "mean of signs"])
+@pytest.mark.parametrize("kernel", ["vote", "sum", "both memories", "mean of signs"])
 def test_a_worker_is_out_of_all_groups_if_it_is_of_one(leaf, kernel):
     num_workers = 3
     tx = partitioned(MEANS[kernel](), MEANS["mean"]())

@@ -154,7 +154,7 @@ def test_scaled_signs_are_those_of_the_paper_to_the_end_of_the_range(tree):
 VOTES = {
     "packed": {"zeros": "dither", "ties": "dither", "transport": "packed"},
     "gather": {"zeros": "abstain", "ties": "dither", "transport": "gather"},
-    "int8": {"zeros": "plus", "ties": "dither", "transport": "int8"},
+    "sum": {"zeros": "plus", "ties": "dither", "transport": "sum"},
 }
 
 
@@ -298,7 +298,7 @@ def test_collectives_take_trees_with_nothing_in_them(tree):
         mean = signax.average_updates(AXIS)
         return (
             signax.pvote(tree, AXIS, step=index),
-            signax.pvote(tree, AXIS, step=index, transport="int8"),
+            signax.pvote(tree, AXIS, step=index, transport="sum"),
             signax.pmean_signs(tree, AXIS, step=index),
             signax.pvote_scatter(tree, AXIS, step=index),
             signax.pmean_scaled_signs(tree, AXIS, memory, step=index)[0],

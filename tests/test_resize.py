@@ -15,7 +15,7 @@ from jax.sharding import AxisType, PartitionSpec
 from workers import auto_mesh
 
 import signax
-from signax._resize import resize_rows
+from signax._data_parallel.placement import resize_rows
 
 PARAMS = {"matrix": jnp.zeros((5, 7)), "number": jnp.zeros(()), "none": jnp.zeros((0, 2))}
 
@@ -244,7 +244,7 @@ def test_state_that_lies_in_several_processes_is_resized():
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 16])
 def test_a_state_is_resized_to_numbers_for_which_its_transformation_cannot_run(num_workers):
-    attack = signax.adversaries.adversary("data", [7], "invert")
+    attack = signax.testing.adversary("data", [7], "invert")
     tx = data_parallel(8, optax.chain(attack, signax.signum(0.1, axis_name="data", agreement=True)))
     state = state_after_steps(tx)
     found = tx.resize(state, PARAMS, num_workers)

@@ -456,8 +456,8 @@ def test_a_state_that_overflows_is_held_though_the_output_is_finite():
 
 
 @pytest.mark.parametrize("b1", [1, 1.0, -0.1, 2.0, math.nan])
-def test_a_b1_that_is_no_decay_is_refused(b1):
-    with pytest.raises(ValueError, match=rf"b1={b1!r} is outside \[0, 1\)"):
+def test_a_beta_that_is_no_decay_is_refused(b1):
+    with pytest.raises(ValueError, match=rf"beta={b1!r} is outside \[0, 1\)"):
         signax.scale_by_signum(b1)
 
 
@@ -468,10 +468,10 @@ def test_a_decay_outside_the_unit_interval_is_refused(decay):
 
 
 def test_a_warmup_with_a_traced_b1_says_how_to_make_it_static():
-    tx = optax.inject_hyperparams(signax.scale_by_signum)(b1=0.9, warmup=True)
-    with pytest.raises(TypeError, match=r"warmup=True needs a b1 [\s\S]*static_args"):
+    tx = optax.inject_hyperparams(signax.scale_by_signum)(beta=0.9, warmup=True)
+    with pytest.raises(TypeError, match=r"warmup=True needs a beta [\s\S]*static_args"):
         jax.jit(tx.update)(jnp.ones(2), tx.init(jnp.zeros(2)), jnp.zeros(2))
-    tx = optax.inject_hyperparams(signax.scale_by_signum, static_args="b1")(b1=0.9, warmup=True)
+    tx = optax.inject_hyperparams(signax.scale_by_signum, static_args="beta")(beta=0.9, warmup=True)
     assert tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0].tolist() == [1.0, 1.0]
 
 

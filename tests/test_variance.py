@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import signax
-from signax._variance import varying_outputs
+from signax._data_parallel.varying import varying_outputs
 
 WORKERS, MODEL = 4, 2
 AXES = [("data", WORKERS), ("model", MODEL)]
@@ -255,7 +255,7 @@ def own_while_condition(x, y):
     ],
 )
 def test_collective_that_only_some_workers_enter_is_refused(program, kind):
-    with pytest.raises(ValueError, match=f"axis 'data' runs inside a {kind} .* waiting for ever"):
+    with pytest.raises(ValueError, match=f"axis 'data' runs inside a {kind} .* waiting forever"):
         marked(program)
 
 

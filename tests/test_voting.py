@@ -11,10 +11,8 @@ import references
 from workers import AXIS, MAPS, auto_mesh, on_workers
 
 import signax
-from signax._ballots import Rules
-from signax._collectives import VoteOptions
-from signax._transforms import checked
-from signax._voting import voted
+from signax._transforms.memory import checked
+from signax._workers.votes import make_vote, voted
 
 
 def apply(tx, **extra):
@@ -42,7 +40,7 @@ def test_a_vote_counts_its_own_steps(num_workers, zeros):
     np.testing.assert_array_equal(states.count, 20)
 
 
-@pytest.mark.parametrize("transport", ["packed", "gather", "int8"])
+@pytest.mark.parametrize("transport", ["packed", "gather", "sum"])
 @pytest.mark.parametrize("num_workers", [1, 4, 5])
 def test_a_vote_remembers_its_dither_while_workers_come_and_go(num_workers, transport):
     num_steps, rng = 40, np.random.default_rng(num_workers)
@@ -195,8 +193,7 @@ def assert_bitwise_equal(found, expected):
 def test_signs_and_their_vote_in_one_pass_equal_the_chain_of_the_two(name, zeros):
     signs, dtype = SIGNS[name]
     num_workers = 3
-    options = VoteOptions(AXIS, Rules(zeros, "dither"), "auto", None)
-    fused = voted(signs, options)
+    fused = voted(signs, make_vote(AXIS, zeros))
     chain = optax.chain(signax.hold_if_nonfinite(signs), signax.majority_vote(AXIS, zeros=zeros))
     params = jax.tree.map(lambda row: row[0], gradients_at(0, num_workers, dtype))
     states = [

@@ -1,0 +1,149 @@
+"""Checks of options: an error names the argument, the value that was passed, and a remedy."""
+
+import functools
+import operator
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from signax._core.leaves import is_traced
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a function to accept old names of arguments, `old="new"`, with a warning."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            for old, new in names.items():
+                if old in kwargs:
+                    message = f"{function.__name__}({old}=...) is deprecated: use {new}=..."
+                    warnings.warn(message, DeprecationWarning, stacklevel=2)
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+def check_mode(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises if a mode is not one of the `allowed` strings."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}")
+
+
+def check_number(
+    name: str, value: Any, *, low: float, high: float = float("inf"), ends: str = "[)"
+) -> None:
+    """Raises if a concrete number lies outside an interval; traced numbers pass.
+
+    `ends` says which ends belong to the interval, as in `"[)"` or `"(]"`.
+    """
+    if is_traced(value):
+        return
+    if isinstance(value, str) or not hasattr(value, "__float__") or jnp.ndim(value) != 0:
+        raise TypeError(f"{name}={value!r} is not a number")
+    number = float(value)
+    above = number >= low if ends[0] == "[" else number > low
+    below = number <= high if ends[1] == "]" else number < high
+    if not (above and below):
+        interval = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
+        raise ValueError(f"{name}={value!r} is outside {interval}")
+
+
+_STATIC = (
+    "must be known when the step is built: list {!r} in the static_args of optax.inject_hyperparams"
+)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises if a value is not a whole number of at least 1."""
+    if isinstance(value, jax.Array):
+        raise TypeError(f"{name} {_STATIC.format(name)}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r} must be a whole number") from None
+    if number < 1:
+        raise ValueError(f"{name}={value!r} must be at least 1")
+
+
+def check_block(block: Any, allowed: tuple[str, ...]) -> Any:
+    """Returns a block size as a Python value; raises if it is neither allowed nor a size."""
+    if isinstance(block, jax.Array):
+        raise TypeError(f"block {_STATIC.format('block')}")
+    if isinstance(block, np.integer):
+        block = int(block)
+    is_size = isinstance(block, int) and not isinstance(block, bool) and block > 0
+    if not is_size and block not in allowed:
+        raise ValueError(
+            f"block={block!r} is unknown: use {', '.join(map(repr, allowed))} or a positive number "
+            "of coordinates"
+        )
+    return block
+
+
+def check_accumulator_dtype(dtype: Any, name: str = "accumulator_dtype") -> None:
+    """Raises if a moving average could not move in a dtype."""
+    if dtype is None:
+        return
+    try:
+        floating = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(
+            f"{name}={dtype!r} is no floating-point dtype, such as jnp.float32; under "
+            f"optax.inject_hyperparams list {name!r} in the static_args"
+        )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises if a value is not a single boolean."""
+    dtype = getattr(value, "dtype", type(value))
+    if dtype not in (bool, jnp.bool_) or jnp.ndim(value) != 0:
+        raise TypeError(f"{name}={value!r} must be one boolean for each worker")
+
+
+def check_axis_name(axis_name: Hashable) -> None:
+    """Raises if a value cannot name a mapped axis, or several in a tuple."""
+    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not axes or None in axes or isinstance(axis_name, (list, set)):
+        raise TypeError(
+            f"axis_name={axis_name!r} must name one mapped axis, such as 'data', or several in a "
+            "tuple, such as ('slice', 'data')"
+        )
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"axis_name={axis_name!r} names an axis twice")
+
+
+def check_learning_rate(learning_rate: Any) -> None:
+    """Raises if a learning rate is neither a number nor a schedule, nor `None`."""
+    if learning_rate is not None and not callable(learning_rate):
+        check_number("learning_rate", learning_rate, low=-float("inf"))
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Raises if a value is not an Optax transformation, but a function that makes one."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(
+            f"{name}={value!r} is not a gradient transformation: pass what calling signax.<name>() "
+            "or optax.<name>() returns"
+        )
+
+
+def check_key(key: Any) -> None:
+    """Raises if a value is not a single JAX random key, typed or raw."""
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    raw = dtype == jnp.uint32 and jnp.ndim(key) == 1
+    if not (raw or (typed and jnp.ndim(key) == 0)):
+        raise TypeError(f"key={key!r} is not a random key: make one with jax.random.key(seed)")

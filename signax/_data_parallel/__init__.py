@@ -1,0 +1,1 @@
+"""`DataParallel`: transformations on global arrays. It knows nothing of signs."""

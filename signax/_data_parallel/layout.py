@@ -1,0 +1,200 @@
+"""The layout of a state on a mesh: which leaves every worker has of its own."""
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from signax._core.checks import check_axis_name, check_transformation
+from signax._core.leaves import axis_names, is_masked, spec_unless_masked
+from signax._data_parallel.varying import has_conditional_collective, varying_outputs
+
+PerWorker = Callable[[str, jax.ShapeDtypeStruct], bool | None]
+
+
+class Leaf(NamedTuple):
+    """One leaf of a state.
+
+    Attributes:
+      path: its path in the state, as `jax.tree_util.keystr` writes it.
+      shape: its shape on one worker.
+      dtype: its dtype.
+      per_worker: whether every worker has its own, a row of the global array.
+      sharding: the global array's sharding.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    per_worker: bool
+    sharding: NamedSharding
+
+
+class Layout(NamedTuple):
+    """The layout of a state on a mesh.
+
+    Attributes:
+      structure: the structure of the state.
+      leaves: its leaves.
+      is_conditional: whether an update votes or averages under a condition.
+    """
+
+    structure: Any
+    leaves: list[Leaf]
+    is_conditional: bool
+
+
+def find_layout(
+    tx: optax.GradientTransformationExtraArgs,
+    mesh: Mesh,
+    axis_name: Hashable,
+    override: PerWorker | None,
+    structure: Any,
+    shapes: Sequence[tuple[tuple[int, ...], Any]],
+    specs: Sequence[PartitionSpec] | None,
+    num_workers: int,
+) -> Layout:
+    """The layout of the state of `tx` for a number of workers.
+
+    Parameters have the given structure, and their leaves the given shapes, dtypes and specs. Rows
+    of another number of workers are sharded if the mesh's workers can share them evenly. Which
+    leaves are per worker does not depend on that number, so `tx` need not support it.
+    """
+    params = structure.unflatten([jax.ShapeDtypeStruct(*shape) for shape in shapes])
+    param_specs = None if specs is None else structure.unflatten(specs)
+    sizes = dict(mesh.shape)
+    first, *others = axis_names(axis_name)
+    on_mesh = math.prod(sizes[axis] for axis in axis_names(axis_name))
+    state, found, is_conditional = _find_per_worker(tx, params, axis_name, sizes)
+    if num_workers != on_mesh:
+        sizes |= {first: num_workers, **dict.fromkeys(others, 1)}
+        _, state = _trace_init(tx, params, sizes)
+    rows = axis_name if num_workers % on_mesh == 0 else None
+    paths, state_structure = jax.tree.flatten_with_path(state)
+    leaves = []
+    for (path, leaf), per_worker, spec in zip(
+        paths, found, _state_specs(tx, state, params, param_specs), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        wanted = None if override is None else override(name, leaf)
+        per_worker = bool(per_worker if wanted is None else wanted)
+        sharding = NamedSharding(mesh, PartitionSpec(rows, *spec) if per_worker else spec)
+        leaves.append(Leaf(name, leaf.shape, leaf.dtype, per_worker, sharding))
+    return Layout(state_structure, leaves, is_conditional)
+
+
+def state_specs(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    axis_name: Hashable,
+    axis_sizes: Mapping[Hashable, int],
+) -> Any:
+    """Which leaves of a state every worker has of its own, for a `jax.shard_map` of your own.
+
+    :class:`signax.DataParallel` keeps state by the same rule: a leaf is the worker's own if an
+    update makes it differ between workers.
+
+    Args:
+      tx: a transformation with a vote or a mean over `axis_name` in it.
+      params: the parameters, or their `jax.ShapeDtypeStruct`s.
+      axis_name: the mapped axis along which the workers lie, or a tuple of axes.
+      axis_sizes: the sizes of all mapped axes, such as `dict(mesh.shape)`.
+
+    Returns:
+      A tree like the state: `PartitionSpec(axis_name)` for leaves that need one row per worker, and
+      `PartitionSpec()` for leaves that all workers share.
+
+    Raises:
+      ValueError: `axis_sizes` lacks the axis, or a vote runs under a condition that differs between
+        workers.
+      TypeError: `tx` is not a transformation, or `axis_name` names no axis.
+
+    Examples:
+      >>> import jax.numpy as jnp, signax
+      >>> tx = signax.scale_by_signum()
+      >>> specs = signax.state_specs(tx, jnp.zeros(3), "data", {"data": 8})
+      >>> print(specs.count, specs.momentum)
+      PartitionSpec() PartitionSpec('data',)
+    """
+    check_transformation("tx", tx)
+    check_axis_name(axis_name)
+    for axis in axis_names(axis_name):
+        if axis not in axis_sizes:
+            raise ValueError(f"axis_sizes={axis_sizes!r} lacks {axis!r}: pass dict(mesh.shape)")
+    tx = optax.with_extra_args_support(tx)
+    state, found, _ = _find_per_worker(tx, params, axis_name, dict(axis_sizes))
+    rows, whole = PartitionSpec(axis_name), PartitionSpec()
+    return jax.tree.structure(state).unflatten([rows if own else whole for own in found])
+
+
+def _trace_init(tx: Any, params: Any, sizes: dict[Hashable, int]) -> tuple[Any, Any]:
+    """The jaxpr of `init` on axes of the given sizes, and the shapes of one worker's state."""
+    return jax.make_jaxpr(tx.init, axis_env=list(sizes.items()), return_shape=True)(params)
+
+
+def _find_per_worker(
+    tx: optax.GradientTransformationExtraArgs,
+    params: Any,
+    axis_name: Hashable,
+    sizes: dict[Hashable, int],
+) -> tuple[Any, list[bool], bool]:
+    """The shapes of one worker's state, and which of its leaves differ between workers.
+
+    The last result says whether an update has a collective under a condition.
+    """
+    init, state = _trace_init(tx, params, sizes)
+    try:
+        update = jax.make_jaxpr(tx.update, axis_env=list(sizes.items()))(params, state, params)
+    except TypeError as error:
+        if "unexpected keyword argument" in str(error):
+            raise TypeError(
+                f"a part of tx takes extra arguments, but not all of them ({error}): Optax wants a "
+                "GradientTransformationExtraArgs to accept any, by **extra_args"
+            ) from error
+        if "required keyword-only argument" not in str(error):
+            raise
+        raise TypeError(
+            f"tx requires an extra argument ({error}), but DataParallel traces it without any, to "
+            "find the state that is per worker: give every extra argument a default"
+        ) from error
+    num_params = len(jax.tree.leaves(params))
+    per_worker = [False] * len(jax.tree.leaves(state))
+    for axis in axis_names(axis_name):
+        varying = varying_outputs(init.jaxpr, [False] * num_params, axis)
+        while True:  # iterate to a fixed point
+            inputs = [True] * num_params + varying + [False] * num_params
+            outputs = varying_outputs(update.jaxpr, inputs, axis)[num_params:]
+            grown = [old or new for old, new in zip(varying, outputs, strict=True)]
+            if grown == varying:
+                break
+            varying = grown
+        per_worker = [known or found for known, found in zip(per_worker, varying, strict=True)]
+    is_conditional = any(
+        has_conditional_collective(update.jaxpr, axis) for axis in axis_names(axis_name)
+    )
+    return state, per_worker, is_conditional
+
+
+def _state_specs(tx: Any, state: Any, params: Any, param_specs: Any) -> list[PartitionSpec]:
+    """The specs of state leaves over further axes: those of the parameter of the same shape."""
+    whole = PartitionSpec()
+    if param_specs is None:
+        return [whole for _ in jax.tree.leaves(state)]
+
+    def spec_of(node, param, spec):
+        alike = is_masked(node) or node.shape == param.shape
+        return spec_unless_masked(node, spec if alike else whole)
+
+    specs = optax.tree.map_params(
+        tx,
+        spec_of,
+        state,
+        params,
+        param_specs,
+        transform_non_params=lambda node: spec_unless_masked(node, whole),
+        is_leaf=is_masked,
+    )
+    return jax.tree.leaves(specs)

@@ -1,0 +1,1 @@
+"""Optimisers: chains of transformations, and the only place with a learning rate."""

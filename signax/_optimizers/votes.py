@@ -1,0 +1,311 @@
+"""Optimisers by majority vote: signSGD, Signum and Lion. Only optimisers have a learning rate."""
+
+import math
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from signax._core.checks import check_accumulator_dtype, check_number, renamed
+from signax._transforms.memory import checked, scale_by_signum
+from signax._wire.signs import Ties, Zeros
+from signax._wire.types import Transport
+from signax._workers.votes import make_vote, voted
+
+Mask = Any | Callable[[optax.Params], Any] | None
+
+
+def descend(
+    direction: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Mask,
+) -> optax.GradientTransformationExtraArgs:
+    """Chains a direction, decoupled weight decay and the learning rate."""
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate, low=-math.inf)
+    if isinstance(mask, (bool, jax.Array)):  # what a function gives for a number of steps
+        raise TypeError(
+            f"mask={mask!r} must be a tree of booleans like the parameters, or a function: list "
+            "'mask' in the static_args of optax.inject_hyperparams, which takes it for a schedule"
+        )
+    if callable(weight_decay):
+        decays = True
+    else:
+        check_number("weight_decay", weight_decay, low=0)
+        decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
+    # Without a decay no parameters are needed.
+    decay = _add_decay(weight_decay, mask) if decays else optax.identity()
+    return optax.chain(direction, decay, optax.scale_by_learning_rate(learning_rate))
+
+
+def _add_decay(weight_decay: Any, mask: Mask) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights`, but raises where parameters would broadcast silently."""
+    decay = optax.add_decayed_weights(weight_decay, mask)
+
+    def update_fn(updates, state, params=None):
+        if params is not None:
+            _check_params(updates, params)
+        return decay.update(updates, state, params)
+
+    return optax.GradientTransformation(decay.init, update_fn)
+
+
+def _voted(
+    signs: optax.GradientTransformation, axis_name: Hashable | None, **options: Any
+) -> optax.GradientTransformation:
+    """Lets the workers along an axis vote on their signs; without an axis there is one worker."""
+    if axis_name is not None:
+        return voted(signs, make_vote(axis_name, **options))
+    defaults = {
+        "zeros": "dither",
+        "ties": "dither",
+        "transport": "auto",
+        "split_over": None,
+        "agreement": False,
+    }
+    if options != defaults:
+        listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise ValueError(
+            f"{listed} are options of the vote, which axis_name=None leaves out: pass axis_name, "
+            "or drop them"
+        )
+    return signs
+
+
+def _check_params(updates: Any, params: Any) -> None:
+    """Raises if parameters are not like their updates; an update may be `None`, as in Optax."""
+
+    def check(path, update, param):
+        if update is not None and jnp.shape(update) != jnp.shape(param):
+            where = jax.tree_util.keystr(path)
+            wrong.append(
+                f"updates{where} has shape {jnp.shape(update)}, but params{where} has "
+                f"{jnp.shape(param)}"
+            )
+
+    wrong = []
+    try:
+        jax.tree.map_with_path(check, updates, params, is_leaf=lambda node: node is None)
+    except (ValueError, TypeError):
+        wrong = [
+            f"updates and params differ in structure: updates is {jax.tree.structure(updates)}, "
+            f"params is {jax.tree.structure(params)}"
+        ]
+    if wrong:
+        raise ValueError(f"{wrong[0]}; pass the parameters that the updates are for")
+
+
+def sign_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    axis_name: Hashable | None = None,
+    zeros: Zeros = "dither",
+    ties: Ties = "dither",
+    transport: Transport = "auto",
+    split_over: Hashable | None = None,
+    agreement: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""signSGD, over the workers of an axis by majority vote.
+
+    .. math:: x \leftarrow x - \alpha \left( \operatorname{sign} \sum_i \operatorname{sign}(g_i)
+      + \lambda x \right)
+
+    Without an axis it is numerically `optax.sign_sgd`.
+
+    Args:
+      learning_rate: the step size :math:`\alpha`, a number or a schedule.
+      weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate, added
+        after the vote.
+      mask: which leaves decay: a tree of booleans, or a function of the parameters that gives one.
+      axis_name: the mapped axis along which the workers lie; `None` for one worker.
+      zeros: see :func:`signax.majority_vote`.
+      ties: see :func:`signax.majority_vote`.
+      transport: see :func:`signax.majority_vote`.
+      split_over: see :func:`signax.majority_vote`.
+      agreement: see :func:`signax.majority_vote`.
+
+    Returns:
+      The optimiser.
+
+    Raises:
+      ValueError: an option is out of range, or an option of the vote is given without an axis.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, signax
+      >>> tx = signax.sign_sgd(0.5)
+      >>> params = jnp.array([1.0, -2.0])
+      >>> updates, state = tx.update(2 * params, tx.init(params))
+      >>> print(optax.apply_updates(params, updates))
+      [ 0.5 -1.5]
+
+    References:
+      Bernstein et al., `signSGD: Compressed Optimisation for Non-Convex Problems
+      <https://arxiv.org/abs/1802.04434>`_, 2018
+    """
+    direction = _voted(
+        checked(optax.scale_by_sign()),
+        axis_name,
+        zeros=zeros,
+        ties=ties,
+        transport=transport,
+        split_over=split_over,
+        agreement=agreement,
+    )
+    return descend(direction, learning_rate, weight_decay, mask)
+
+
+@renamed(b1="beta")
+def signum(
+    learning_rate: optax.ScalarOrSchedule,
+    beta: float = 0.9,
+    *,
+    warmup: bool = False,
+    nesterov: bool = False,
+    accumulator_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    axis_name: Hashable | None = None,
+    zeros: Zeros = "dither",
+    ties: Ties = "dither",
+    transport: Transport = "auto",
+    split_over: Hashable | None = None,
+    agreement: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Signum, signSGD with momentum, over the workers of an axis by majority vote.
+
+    .. math:: m_i \leftarrow \beta m_i + (1 - \beta) g_i, \quad
+      x \leftarrow x - \alpha \left( \operatorname{sign} \sum_i \operatorname{sign}(m_i)
+      + \lambda x \right)
+
+    Each worker keeps a momentum of its own. Without an axis it is numerically `optax.signum`. A
+    worker whose gradient is not finite is left out of the vote and keeps its momentum.
+
+    Args:
+      learning_rate: the step size :math:`\alpha`, a number or a schedule.
+      beta: the decay :math:`\beta` of the momentum, in [0, 1).
+      warmup: see :func:`signax.scale_by_signum`.
+      nesterov: see :func:`signax.scale_by_signum`.
+      accumulator_dtype: the dtype of the momentum; by default that of the parameters.
+      weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate, added
+        after the vote.
+      mask: which leaves decay: a tree of booleans, or a function of the parameters that gives one.
+      axis_name: the mapped axis along which the workers lie; `None` for one worker.
+      zeros: see :func:`signax.majority_vote`.
+      ties: see :func:`signax.majority_vote`.
+      transport: see :func:`signax.majority_vote`.
+      split_over: see :func:`signax.majority_vote`.
+      agreement: see :func:`signax.majority_vote`.
+
+    Returns:
+      The optimiser.
+
+    Raises:
+      ValueError: an option is out of range, or an option of the vote is given without an axis.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, signax
+      >>> tx = signax.signum(0.5, axis_name="workers")
+      >>> params = jnp.array([1.0, -2.0])
+      >>> gradients = jnp.array([[2.0, -4.0], [1.0, 3.0], [5.0, -1.0]])
+      >>> update = lambda g: tx.update(g, tx.init(params))[0]
+      >>> updates = jax.vmap(update, axis_name="workers")(gradients)
+      >>> print(optax.apply_updates(params, updates[0]))
+      [ 0.5 -1.5]
+
+    References:
+      Bernstein et al., `signSGD with Majority Vote is Communication Efficient and Fault Tolerant
+      <https://arxiv.org/abs/1810.05291>`_, 2019
+    """
+    signs = scale_by_signum(
+        beta, warmup=warmup, nesterov=nesterov, accumulator_dtype=accumulator_dtype
+    )
+    direction = _voted(
+        signs,
+        axis_name,
+        zeros=zeros,
+        ties=ties,
+        transport=transport,
+        split_over=split_over,
+        agreement=agreement,
+    )
+    return descend(direction, learning_rate, weight_decay, mask)
+
+
+@renamed(accumulator_dtype="mu_dtype")
+def lion(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    *,
+    mu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-3,
+    mask: Mask = None,
+    axis_name: Hashable | None = None,
+    zeros: Zeros = "dither",
+    ties: Ties = "dither",
+    transport: Transport = "auto",
+    split_over: Hashable | None = None,
+    agreement: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lion, over the workers of an axis by majority vote.
+
+    .. math:: c_i = \beta_1 m_i + (1 - \beta_1) g_i, \quad
+      m_i \leftarrow \beta_2 m_i + (1 - \beta_2) g_i, \quad
+      x \leftarrow x - \alpha \left( \operatorname{sign} \sum_i \operatorname{sign}(c_i)
+      + \lambda x \right)
+
+    Each worker keeps a momentum of its own. Without an axis it is numerically `optax.lion`. A
+    worker whose gradient is not finite is left out of the vote and keeps its momentum.
+
+    Args:
+      learning_rate: the step size :math:`\alpha`, a number or a schedule.
+      b1: the weight :math:`\beta_1` of the momentum in the direction, in [0, 1).
+      b2: the decay :math:`\beta_2` of the momentum, in [0, 1).
+      mu_dtype: the dtype of the momentum; by default that of the parameters.
+      weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate, added
+        after the vote.
+      mask: which leaves decay: a tree of booleans, or a function of the parameters that gives one.
+      axis_name: the mapped axis along which the workers lie; `None` for one worker.
+      zeros: see :func:`signax.majority_vote`.
+      ties: see :func:`signax.majority_vote`.
+      transport: see :func:`signax.majority_vote`.
+      split_over: see :func:`signax.majority_vote`.
+      agreement: see :func:`signax.majority_vote`.
+
+    Returns:
+      The optimiser.
+
+    Raises:
+      ValueError: an option is out of range, or an option of the vote is given without an axis.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, signax
+      >>> tx = signax.lion(0.5, weight_decay=0.0)
+      >>> params = jnp.array([1.0, -2.0])
+      >>> updates, state = tx.update(2 * params, tx.init(params))
+      >>> print(optax.apply_updates(params, updates))
+      [ 0.5 -1.5]
+
+    References:
+      Chen et al., `Symbolic Discovery of Optimization Algorithms
+      <https://arxiv.org/abs/2302.06675>`_, 2023
+    """
+    check_number("b1", b1, low=0, high=1)
+    check_number("b2", b2, low=0, high=1)
+    check_accumulator_dtype(mu_dtype, "mu_dtype")
+    signs = checked(optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=mu_dtype), memory="mu")
+    direction = _voted(
+        signs,
+        axis_name,
+        zeros=zeros,
+        ties=ties,
+        transport=transport,
+        split_over=split_over,
+        agreement=agreement,
+    )
+    return descend(direction, learning_rate, weight_decay, mask)

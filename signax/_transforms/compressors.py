@@ -1,0 +1,346 @@
+"""Compressors: transformations that keep little of an update, and know nothing of the past."""
+
+import functools
+import math
+from collections.abc import Hashable
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from signax._core.checks import check_axis_name, check_block, check_key, check_number
+from signax._core.leaves import (
+    check_floating,
+    common_dtype,
+    mean,
+    narrow,
+    power_below,
+    relative_to_peak,
+    wide_dtype,
+    worker_index,
+)
+
+Block = Literal["leaf", "tree", "row"] | int
+
+
+def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformationExtraArgs:
+    r"""Replaces updates by their signs times their mean magnitude.
+
+    .. math:: u = \frac{\lVert p \rVert_1}{d} \operatorname{sign}(p)
+
+    for each block p of d coordinates. The error :math:`\lVert u - p \rVert^2` is
+    :math:`1 - \phi(p)` of :math:`\lVert p \rVert^2`, with :math:`\phi` the density that
+    :func:`signax.diagnostics.density` computes.
+
+    Args:
+      block: what shares one scale: `"leaf"`, each array (the paper's layers); `"tree"`, all of
+        them; `"row"`, the last axis of each array; or a number of consecutive coordinates in
+        row-major order, of which an array's last block may have fewer.
+
+    Returns:
+      A stateless transformation that keeps shapes and dtypes. Means are accumulated in at least
+      f32; leaves of size 0 pass; the sign of 0 is 0.
+
+    Raises:
+      ValueError: `block` is none of the above.
+      TypeError: `block` is traced; at the update, a leaf is not floating-point.
+
+    Examples:
+      >>> import jax.numpy as jnp, signax
+      >>> tx = signax.scale_by_scaled_sign()
+      >>> updates, _ = tx.update(jnp.array([1.0, -2.0, 6.0]), tx.init(None))
+      >>> print(updates)
+      [ 3. -3.  3.]
+
+    References:
+      Karimireddy et al., `Error Feedback Fixes SignSGD and other Gradient Compression Schemes
+      <https://arxiv.org/abs/1901.09847>`_, 2019
+    """
+    block = check_block(block, ("leaf", "tree", "row"))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        check_floating(updates)
+        if block == "tree":
+            scale = _tree_mean_magnitude(updates)
+            return jax.tree.map(lambda p: _signed(scale, p), updates), state
+        return jax.tree.map(lambda p: _scaled_sign(p, block), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+
+
+def _tree_mean_magnitude(tree: Any) -> jax.Array:
+    leaves = jax.tree.leaves(tree)
+    dtype = functools.reduce(common_dtype, (leaf.dtype for leaf in leaves), jnp.float32)
+    count = max(1, sum(leaf.size for leaf in leaves))
+    share = power_below(count)
+    total = jnp.zeros([], dtype)
+    for leaf in leaves:
+        total += jnp.sum(jnp.abs(leaf).astype(dtype) * share)
+    return total / (count * share)
+
+
+def _scaled_sign(p: jax.Array, block: Block) -> jax.Array:
+    if p.size == 0:
+        return p
+    magnitude = jnp.abs(p).astype(wide_dtype(p.dtype))
+    if isinstance(block, int):
+        scale = _block_means(magnitude.reshape(-1), min(block, p.size)).reshape(p.shape)
+    elif block == "row" and p.ndim:
+        scale = mean(magnitude, axis=-1, keepdims=True)
+    else:
+        scale = mean(magnitude)
+    return _signed(scale, p)
+
+
+def _signed(scale: jax.Array, p: jax.Array) -> jax.Array:
+    # The scale of a tree may be beyond the range of one of its leaves.
+    return narrow(scale * jnp.sign(p).astype(scale.dtype), p.dtype)
+
+
+def _block_means(values: jax.Array, block: int) -> jax.Array:
+    """The mean of each coordinate's block: f[n] to f[n]; the last block may be short."""
+    blocks = math.ceil(values.size / block)
+    padded = jnp.pad(values, (0, blocks * block - values.size))
+    sizes = jnp.minimum(block, values.size - block * jnp.arange(blocks))
+    share = power_below(block)
+    totals = jnp.sum(padded.reshape(blocks, block) * share, axis=1)
+    means = totals / (sizes.astype(values.dtype) * share)
+    return jnp.repeat(means, block)[: values.size]
+
+
+class ScaleByStochasticSignState(NamedTuple):
+    """State of `scale_by_stochastic_sign`.
+
+    Attributes:
+      key: the random key of the next step, the same on every worker.
+    """
+
+    key: jax.Array
+
+
+def scale_by_stochastic_sign(
+    key: jax.Array,
+    *,
+    norm: Literal["l2", "linf"] | float = "l2",
+    axis_name: Hashable | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces updates by random signs that are right on average.
+
+    .. math:: P(u_j = +1) = \frac{1}{2} + \frac{g_j}{2 \lVert g \rVert}, \quad u_j = -1
+      \text{ otherwise}, \quad \text{so that} \quad E[u] = \frac{g}{\lVert g \rVert}
+
+    for each array g. With :math:`\ell_\infty` or a bound in place of the :math:`\ell_2` norm the
+    signs are less noisy.
+
+    Args:
+      key: a random key. Every worker must be given the same one.
+      norm: `"l2"`, `"linf"`, or a positive bound B on the magnitudes, beyond which a coordinate
+        is clipped: its sign is then certain, and its mean g/B is not reached.
+      axis_name: the mapped axis along which workers lie, whose index is folded into the key, so
+        that they draw independently while the state stays the same on all of them. Without it
+        workers with the same key draw the same numbers.
+
+    Returns:
+      A transformation with a `ScaleByStochasticSignState`. An all-zero leaf gives 0, and a
+      coordinate that is not finite NaN (with a norm, its whole leaf).
+
+    Raises:
+      ValueError: `norm` is unknown or not positive.
+      TypeError: `key` is not a random key; at the update, a leaf is not floating-point.
+      NameError: at the update, the axis is not bound.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, signax
+      >>> tx = signax.scale_by_stochastic_sign(jax.random.key(0), norm="linf")
+      >>> gradient = jnp.array([4.0, -4.0])  # the magnitude of the norm: certain signs
+      >>> updates, _ = tx.update(gradient, tx.init(gradient))
+      >>> print(updates)
+      [ 1. -1.]
+
+    References:
+      Safaryan and Richtarik, `Stochastic Sign Descent Methods: New Algorithms and Better Theory
+      <https://arxiv.org/abs/1905.12938>`_, 2021
+    """
+    check_key(key)
+    if axis_name is not None:
+        check_axis_name(axis_name)
+    if isinstance(norm, str) and norm not in ("l2", "linf"):
+        raise ValueError(f"norm={norm!r} is unknown: use 'l2', 'linf' or a positive bound")
+    if not isinstance(norm, str):
+        check_number("norm", norm, low=0, ends="()")
+
+    def init_fn(params):
+        del params
+        return ScaleByStochasticSignState(key=key)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        check_floating(updates)
+        next_key, drawn = jax.random.split(state.key)
+        if axis_name is not None:
+            drawn = jax.random.fold_in(drawn, worker_index(axis_name))
+        leaves, structure = jax.tree.flatten(updates)
+        keys = jax.random.split(drawn, max(1, len(leaves)))
+        signs = [_stochastic_sign(leaf, keys[i], norm) for i, leaf in enumerate(leaves)]
+        return structure.unflatten(signs), ScaleByStochasticSignState(key=next_key)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _stochastic_sign(g: jax.Array, key: jax.Array, norm: str | float) -> jax.Array:
+    if g.size == 0:
+        return g
+    wide = g.astype(wide_dtype(g.dtype))
+    if isinstance(norm, str):
+        mean = relative_to_peak(wide)  # of the sign
+        if norm == "l2":
+            length = jnp.sqrt(jnp.sum(jnp.square(mean)))
+            mean = mean / jnp.where(length == 0, jnp.ones_like(length), length)
+        finite = jnp.isfinite(mean)
+    else:
+        mean = wide / jnp.asarray(norm, wide.dtype)
+        finite = jnp.isfinite(wide)
+    drawn = jax.random.uniform(key, g.shape, wide.dtype, minval=-1, maxval=1)
+    sign = jnp.where(drawn < mean, jnp.ones_like(g), -1)
+    sign = jnp.where(jnp.any(wide != 0), sign, 0)
+    return jnp.where(finite, sign, jnp.nan)
+
+
+def scale_by_top_k(fraction: float) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps the largest coordinates of each leaf and sets the others to zero.
+
+    The k = ceil(fraction * d) coordinates of largest magnitude stay, the earlier one of equals. Its
+    error is at most :math:`1 - k/d` of the squared norm, so that :func:`signax.error_feedback`
+    makes up for it.
+
+    Args:
+      fraction: the share of each leaf's coordinates to keep, above 0 and at most 1. A JAX array, as
+        under `optax.inject_hyperparams`, is as exact as its dtype: six digits in f32.
+
+    Returns:
+      A stateless transformation that keeps shapes and dtypes.
+
+    Raises:
+      ValueError: `fraction` is outside (0, 1].
+      TypeError: at the update, a leaf is not floating-point.
+
+    Examples:
+      >>> import jax.numpy as jnp, signax
+      >>> tx = signax.scale_by_top_k(0.5)
+      >>> updates, _ = tx.update(jnp.array([1.0, -5.0, 2.0, 3.0]), tx.init(None))
+      >>> print(updates)
+      [ 0. -5.  0.  3.]
+
+    References:
+      Karimireddy et al., `Error Feedback Fixes SignSGD and other Gradient Compression Schemes
+      <https://arxiv.org/abs/1901.09847>`_, 2019
+    """
+    check_number("fraction", fraction, low=0, high=1, ends="(]")
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        check_floating(updates)
+
+        def keep_largest(leaf):
+            is_array = isinstance(fraction, jax.Array)
+            most = leaf.size if is_array else _num_kept(fraction, leaf.size)
+            _, order = lax.top_k(jnp.abs(leaf).reshape(-1), most)
+            return _keep_first(leaf, order, fraction)
+
+        return jax.tree.map(keep_largest, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+
+
+class ScaleByRandomKState(NamedTuple):
+    """State of `scale_by_random_k`.
+
+    Attributes:
+      key: the random key of the next step, the same on every worker.
+    """
+
+    key: jax.Array
+
+
+def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps random coordinates of each leaf and sets the others to zero.
+
+    Of d coordinates k = ceil(fraction * d) stay as they are, drawn anew at every step. Its error is
+    on average :math:`1 - k/d` of the squared norm, so that :func:`signax.error_feedback` makes up
+    for it; it is not scaled by d/k, which would make it unbiased and that bound false.
+
+    Args:
+      fraction: the share of each leaf's coordinates to keep, above 0 and at most 1. A JAX array, as
+        under `optax.inject_hyperparams`, is as exact as its dtype: six digits in f32.
+      key: a random key. Workers that are given the same one keep the same coordinates.
+
+    Returns:
+      A transformation with a `ScaleByRandomKState` that keeps shapes and dtypes.
+
+    Raises:
+      ValueError: `fraction` is outside (0, 1].
+      TypeError: `key` is not a random key; at the update, a leaf is not floating-point.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, signax
+      >>> tx = signax.scale_by_random_k(0.25, jax.random.key(0))
+      >>> updates, _ = tx.update(jnp.ones(8), tx.init(None))
+      >>> print(jnp.sum(updates))
+      2.0
+
+    References:
+      Karimireddy et al., `Error Feedback Fixes SignSGD and other Gradient Compression Schemes
+      <https://arxiv.org/abs/1901.09847>`_, 2019
+    """
+    check_number("fraction", fraction, low=0, high=1, ends="(]")
+    check_key(key)
+
+    def init_fn(params):
+        del params
+        return ScaleByRandomKState(key=key)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        check_floating(updates)
+        next_key, drawn = jax.random.split(state.key)
+        leaves, structure = jax.tree.flatten(updates)
+        keys = jax.random.split(drawn, max(1, len(leaves)))
+        kept = [
+            _keep_first(leaf, jax.random.permutation(keys[i], leaf.size), fraction)
+            for i, leaf in enumerate(leaves)
+        ]
+        return structure.unflatten(kept), ScaleByRandomKState(key=next_key)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _num_kept(fraction: Any, size: int) -> Any:
+    """ceil(fraction * size), of the decimal number that `fraction` was written as.
+
+    A JAX array, traced or not, is as exact as its dtype: f32 keeps up to 3 coordinates in ten
+    million fewer. A number of Python or NumPy is exact.
+    """
+    if isinstance(fraction, jax.Array):
+        if not jnp.issubdtype(fraction.dtype, jnp.floating):
+            fraction = fraction.astype(jnp.float32)
+        exact = 1 - 2 * float(jnp.finfo(fraction.dtype).eps)  # keeps whole numbers from rounding up
+        wide = fraction.astype(wide_dtype(fraction.dtype))  # f16 ends below the size of many leaves
+        kept = jnp.ceil(wide * size * exact).astype(jnp.int32)
+        return jnp.where(wide >= 1, size, kept)
+    number = np.asarray(fraction)[()]
+    if not np.issubdtype(number.dtype, np.floating):
+        number = float(number)
+    # NumPy prints the shortest decimal that rounds to the number in its own dtype.
+    return math.ceil(Fraction(str(number)) * size)
+
+
+def _keep_first(leaf: jax.Array, order: jax.Array, fraction: Any) -> jax.Array:
+    """Keeps the coordinates that stand among the first of `order`, a fraction of all."""
+    first = jnp.arange(order.size) < _num_kept(fraction, leaf.size)
+    kept = jnp.zeros(leaf.size, jnp.bool_).at[order].set(first)
+    return jnp.where(kept.reshape(leaf.shape), leaf, 0)

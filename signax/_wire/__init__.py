@@ -1,0 +1,1 @@
+"""What travels between workers: arrays in, arrays out. It knows neither Optax nor meshes."""

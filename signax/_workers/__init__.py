@@ -1,0 +1,1 @@
+"""Collectives and gradient transformations over workers."""

@@ -1,0 +1,323 @@
+"""Votes as gradient transformations: a worker's own updates in, the workers' common update out."""
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from signax._core.leaves import check_votable, is_like_tree, spec_axes, specs_like
+from signax._transforms.participation import (
+    NO_EXTRAS,
+    Participation,
+    hold,
+    mark_nonfinite,
+    next_participation,
+    no_participation,
+)
+from signax._wire.exchange import exchange, take_part
+from signax._wire.packing import in_slabs
+from signax._wire.signs import DitherMemory, Majority, Rules, Ties, Zeros
+from signax._wire.types import Outcome, Route, Transport, make_route
+from signax._wire.words import LEAST_VOTERS
+
+# The test for opposition, see `signax.diagnostics.opposes`.
+SLACK = 0.1
+THRESHOLD = 1.25
+ENOUGH = 16  # coordinates; a share of fewer weighs less
+
+
+class Agreement(NamedTuple):
+    """How far a worker agrees with the others, in the state of a vote with `agreement=True`.
+
+    Attributes:
+      share: float32[], the share of coordinates on which this worker had the sign of the majority,
+        among the coordinates on which its value was not zero and the signs of the other voters
+        added up to 3 or more, or -3 or less. It comes from the last step with such coordinates in
+        which the worker took part, and is a half before that.
+      opposition: float32[], the sum of the distances of this share below a half: see
+        :func:`signax.diagnostics.opposes`.
+    """
+
+    share: jax.typing.ArrayLike
+    opposition: jax.typing.ArrayLike
+
+
+class MajorityVoteState(NamedTuple):
+    """State of `majority_vote`.
+
+    Attributes:
+      count: int32[], the steps taken, the same on every worker; it drives the dither.
+      participation: who took part, see `Participation`.
+      agreement: how far this worker agrees with the others, `Agreement`; `None` unless asked for.
+      dither: the memory of the dither, `DitherMemory`; `None` unless zeros and ties are dithered.
+    """
+
+    count: jax.typing.ArrayLike
+    participation: Participation
+    agreement: Any = None
+    dither: Any = None
+
+
+def majority_vote(
+    axis_name: Hashable,
+    *,
+    zeros: Zeros = "dither",
+    ties: Ties = "dither",
+    transport: Transport = "auto",
+    split_over: Hashable | None = None,
+    agreement: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces updates by the majority of the workers' signs, one bit each way.
+
+    .. math:: u = \operatorname{sign} \sum_{i \in S} \operatorname{sign}(u_i)
+
+    over the workers S that take part: those that are `active`, an extra argument of the update
+    (bool[], by default true), and whose updates are all finite. :func:`signax.pvote` says what is
+    sent and explains the options.
+
+    Coordinates that are zero on all workers stay within one step as long as the same workers vote
+    in both steps of each pair (0 and 1, 2 and 3, ...). Where workers come and go, the state
+    remembers how far such coordinates have drifted, :class:`signax.DitherMemory`, and ties move
+    them back: with up to eight workers, each absent at random from half of the steps, they get at
+    most 25 steps away in 2,000. If no step is a tie, as where one of eight workers misses the even
+    steps and another one the odd steps, they walk at random. Use `zeros="abstain"` or
+    :func:`signax.average_updates` for leaves where that matters.
+
+    Updates that enter must be the worker's own. Updates that leave are the same on every worker, so
+    everything after the vote in a chain (weight decay, learning rate, freezing) is too.
+
+    Args:
+      axis_name: the mapped axis along which the workers lie, or a tuple of axes.
+      zeros: the value of a zero ballot: `"dither"`, `"abstain"` (two bits each way) or `"plus"`.
+      ties: the result of a tie: `"dither"` or `"plus"`.
+      transport: how votes travel: `"packed"`, `"gather"`, `"sum"` or `"auto"`.
+      split_over: an axis along which devices hold the same updates; each then votes on its own
+        part. Under `DataParallel` a further axis of the mesh, over which it averages.
+      agreement: whether to measure at every step how far each worker agrees with the others, and
+        keep it in the state: see :class:`signax.Agreement` and :func:`signax.diagnostics.opposes`.
+        It takes no further collective, but a second bit per coordinate on the way up, which tells
+        opinions from dithered zeros (`"abstain"` sends it anyway; `"sum"` a second integer).
+
+    Returns:
+      A transformation whose updates are +1 and -1 in each leaf's dtype (with `zeros="abstain"` 0
+      too), and 0 everywhere if no worker takes part.
+
+    Raises:
+      TypeError: `axis_name` names no axis; at the update, a leaf is not floating-point.
+      ValueError: a mode is unknown; at the update, a leaf does not vary over the axis.
+      NameError: at the update, the axis is not bound.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, signax
+      >>> tx = optax.chain(signax.majority_vote("workers"), optax.scale(-0.1))
+      >>> params = jnp.zeros(2)
+      >>> gradients = jnp.array([[1.0, -3.0], [2.0, -1.0], [-9.0, 5.0]])
+      >>> update = lambda g: tx.update(g, tx.init(params))[0]
+      >>> print(jax.vmap(update, axis_name="workers")(gradients)[0])
+      [-0.1  0.1]
+
+    References:
+      Bernstein et al., `signSGD with Majority Vote is Communication Efficient and Fault Tolerant
+      <https://arxiv.org/abs/1810.05291>`_, 2019
+    """
+    vote = make_vote(axis_name, zeros, ties, transport, split_over, agreement)
+
+    def init_fn(params):
+        del params
+        return _init_vote(vote)
+
+    def update_fn(updates, state, params=None, *, active=None, signax=NO_EXTRAS, **extra_args):
+        del params, extra_args
+        active = signax.admit(updates, active)
+        outcome = _exchange(updates, state, vote, active, signax.specs(updates))
+        return outcome.updates, _next_state(state, outcome, vote)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class Vote(NamedTuple):
+    """A vote by checked options: how ballots are encoded, and the way that they take."""
+
+    codec: Majority
+    route: Route
+
+
+def make_vote(
+    axis_name: Hashable,
+    zeros: Zeros = "dither",
+    ties: Ties = "dither",
+    transport: Transport = "auto",
+    split_over: Hashable | None = None,
+    agreement: bool = False,
+) -> Vote:
+    """A vote; raises if an option is unknown."""
+    rules = Rules(zeros, ties)
+    rules.check()
+    if not isinstance(agreement, bool):
+        raise TypeError(f"agreement={agreement!r} must be True or False")
+    return Vote(Majority(rules, agreement), make_route(axis_name, transport, split_over))
+
+
+def _init_vote(vote: Vote) -> MajorityVoteState:
+    agreement = dither = None
+    if vote.codec.agreement:
+        agreement = Agreement(jnp.full([], 0.5, jnp.float32), jnp.zeros([], jnp.float32))
+    if vote.codec.rules.has_memory:
+        dither = DitherMemory(jnp.zeros([], jnp.int32), jnp.full([], NEVER, jnp.int32))
+    return MajorityVoteState(jnp.zeros([], jnp.int32), no_participation(), agreement, dither)
+
+
+def _exchange(
+    updates: Any,
+    state: MajorityVoteState,
+    vote: Vote,
+    active: Any,
+    specs: list[Any] | None,
+    like: Any = None,
+) -> Outcome:
+    axis_name = vote.route.axis_name
+    check_votable(updates, axis_name, vote.route.split_over)
+    if vote.codec.agreement and lax.axis_size(axis_name) < LEAST_VOTERS:
+        raise ValueError(
+            f"agreement=True compares each worker with a clear majority of the others, which takes "
+            f"{LEAST_VOTERS} workers; {axis_name!r} has {lax.axis_size(axis_name)}: leave it out"
+        )
+    return exchange(
+        updates,
+        vote.codec,
+        vote.route,
+        step=state.count,
+        active=active,
+        dither=state.dither,
+        specs=specs,
+        like=like,
+    )
+
+
+def _next_state(state: MajorityVoteState, outcome: Outcome, vote: Vote) -> MajorityVoteState:
+    agreement, dither = state.agreement, state.dither
+    if agreement is not None and outcome.counts:  # a tree without coordinates has no counts
+        agreement = next_agreement(
+            agreement, outcome.counts[0], outcome.voters, outcome.participates
+        )
+    if dither is not None:
+        num_workers = lax.axis_size(vote.route.axis_name)
+        dither = next_dither_memory(
+            dither, outcome.dead, outcome.voters, jnp.asarray(state.count), num_workers
+        )
+    return MajorityVoteState(
+        optax.safe_increment(state.count),
+        next_participation(state.participation, outcome.voters, outcome.participates),
+        agreement,
+        dither,
+    )
+
+
+def next_agreement(
+    before: Agreement, counts: jax.Array, voters: jax.Array, participates: jax.Array
+) -> Agreement:
+    """The agreement after a step with f32[2] coordinates of agreement and of disagreement."""
+    agree, disagree = counts
+    compared = agree + disagree
+    share = agree / jnp.maximum(compared, 1)
+    measured = participates & (voters >= LEAST_VOTERS) & (compared > 0)
+    # A share of few coordinates varies much, so it counts for less, in proportion.
+    weight = jnp.minimum(compared / ENOUGH, 1)
+    opposition = before.opposition + 0.5 * weight - share * weight - SLACK * weight
+    return Agreement(
+        share=jnp.where(measured, share, before.share),
+        opposition=jnp.where(measured, jnp.maximum(opposition, 0), before.opposition),
+    )
+
+
+NEVER = 2**31 - 1
+
+
+def next_dither_memory(
+    before: DitherMemory, dead: jax.Array, voters: jax.Array, step: jax.Array, num_workers: int
+) -> DitherMemory:
+    """The dither's memory after a step.
+
+    Args:
+      before: the memory before the step.
+      dead: u32[] in {0, 1}, whether dead coordinates of even index moved up or down.
+      voters: u32[], the number of workers that took part. Nothing moves without any.
+      step: int32[], the number of the step.
+      num_workers: M.
+    """
+    moved = jnp.where(voters > 0, 2 * dead.astype(jnp.int32) - 1, 0)
+    pair = jnp.where(voters < num_workers, step // 2, jnp.int32(NEVER))
+    return DitherMemory(before.drift + moved, jnp.minimum(before.first_missed, pair))
+
+
+def voted(signs: optax.GradientTransformation, vote: Vote) -> optax.GradientTransformationExtraArgs:
+    """`chain(hold_if_nonfinite(signs), majority_vote(...))` in fewer passes over memory.
+
+    The signs must be elementwise. They are then computed on arrays in slabs and packed in the same
+    pass, which also finds values that are not finite and so decides whether the state is held.
+    """
+
+    def init_fn(params):
+        return signs.init(params), _init_vote(vote)
+
+    def update_fn(updates, state, params=None, *, active=None, signax=NO_EXTRAS, **extra_args):
+        del params, extra_args
+        elsewhere = signax.finite_elsewhere(updates)
+        # After a momentum, varying types can no longer reveal a reduced gradient.
+        check_votable(updates, vote.route.axis_name)
+        old_state, vote_state = state
+        _, new_state = signs.update(updates, old_state)
+        # The same computation again for packing: XLA would store a momentum with two uses.
+        slabs, old_slabs = _in_slabs(updates, old_state, signax.param_specs)
+        new_updates, new_slabs = signs.update(slabs, old_slabs)
+        outcome = _exchange(
+            mark_nonfinite(new_updates, slabs, new_slabs),
+            vote_state,
+            vote,
+            active if elsewhere is None else take_part(elsewhere, active),
+            signax.specs(updates),
+            like=updates,
+        )
+        new_state = hold(take_part(outcome.finite, elsewhere), old_state, new_state)
+        return outcome.updates, (new_state, _next_state(vote_state, outcome, vote))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def own_updates(axis_name: Hashable) -> optax.GradientTransformation:
+    """Raises if types know that updates are equal on all workers, as a vote does.
+
+    It belongs before a memory: after one, every worker's updates differ in any case.
+    """
+
+    def update_fn(updates, state, params=None):
+        del params
+        check_votable(updates, axis_name)
+        return updates, state
+
+    return optax.GradientTransformation(optax.init_empty_state, update_fn)
+
+
+def _in_slabs(updates: Any, state: Any, param_specs: Any) -> tuple[Any, Any]:
+    """Views updates, and state of their shapes, in slabs where the view costs nothing.
+
+    The barriers keep XLA from seeing that the arrays are the same, and from moving the reshape
+    behind the computation.
+    """
+    specs = specs_like(updates, param_specs)
+    is_like = is_like_tree(updates)
+
+    def slabs(leaf, spec):
+        slabbed = leaf if spec_axes(spec) else in_slabs(leaf)
+        if slabbed is leaf:  # with an axis in front, TPUs need not copy DataParallel's rows
+            return lax.optimization_barrier(leaf[None])[0]
+        return lax.optimization_barrier(slabbed)
+
+    def tree_slabs(tree):
+        return jax.tree.map(slabs, tree, specs)
+
+    state = jax.tree.map(lambda n: tree_slabs(n) if is_like(n) else n, state, is_leaf=is_like)
+    return tree_slabs(updates), state
