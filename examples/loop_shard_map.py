@@ -81,13 +81,8 @@ def main():
     rng = np.random.default_rng(0)
     params = jax.device_put(init_network(rng), NamedSharding(mesh, whole))
 
-    # A worker's own are its momentum and how many steps it missed, one row each; counts are shared.
-    def spec_of(path, leaf):
-        del leaf
-        names = {getattr(entry, "name", None) for entry in path}
-        return rows if names & {"momentum", "missed"} else whole
-
-    state_specs = jax.tree.map_with_path(spec_of, jax.eval_shape(tx.init, params))
+    # Momentum and missed steps are a worker's own, one row each; counts are shared.
+    state_specs = signax.state_specs(tx, params, "data", dict(mesh.shape))
 
     def add_axis(state):
         return jax.tree.map(
@@ -96,7 +91,7 @@ def main():
 
     def drop_axis(state):
         return jax.tree.map(
-            lambda leaf, spec: leaf[0] if spec == rows else leaf, state, state_specs
+            lambda leaf, spec: leaf.squeeze(0) if spec == rows else leaf, state, state_specs
         )
 
     def init(params):

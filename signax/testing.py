@@ -96,11 +96,11 @@ def adversary(
     elif attack == "random" or callable(attack):
         raise TypeError(f"key=None is no random key, which attack={attack!r} needs: pass one")
 
-    def init_fn(params):
+    def init_fn(params: optax.Params):
         del params
         return AdversaryState(key=jax.random.key(0) if key is None else key)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any):
         del params, extra_args
         check_floating(updates)
         index, size = worker_index(axis_name), lax.axis_size(axis_name)
@@ -111,7 +111,7 @@ def adversary(
         forged = _forge(attack, updates, jax.random.fold_in(drawn, index), axis_name, attacks)
         check_alike("attack's result", forged, "updates", updates, "it must return their shapes")
 
-        def choose(forged, own):
+        def choose(forged: Any, own: jax.Array):
             return jnp.where(attacks, jnp.asarray(forged).astype(own.dtype), own)
 
         return jax.tree.map(choose, forged, updates), AdversaryState(key=next_key)
@@ -120,7 +120,11 @@ def adversary(
 
 
 def _forge(
-    attack: Attack | Callable, updates: Any, key: jax.Array, axis_name: Hashable, attacks: jax.Array
+    attack: Attack | Callable[..., Any],
+    updates: Any,
+    key: jax.Array,
+    axis_name: Hashable,
+    attacks: jax.Array,
 ) -> Any:
     """What this worker sends if it attacks."""
     if not isinstance(attack, str):

@@ -3,6 +3,8 @@
 Nothing here uses the library. Arrays are f64 unless a dtype is part of what is stated.
 """
 
+from functools import partial
+
 import numpy as np
 
 # The vote: Bernstein et al. 2019 (arXiv 1810.05291), with dithered zeros and ties.
@@ -25,7 +27,7 @@ def hash_bits(number):
 
 
 def places(step, num_workers, shuffled=False):
-    """The place of each worker at a step. Every second step places rotate, or are shuffled."""
+    """The place of each worker at a step. Every second step rotates or shuffles the places."""
     pair = step // 2
     if not shuffled:
         return (np.arange(num_workers) + pair) % num_workers
@@ -40,7 +42,7 @@ def participants(values, active):
 
 
 def cast(values, step, zeros, active, shuffled=False):
-    """The ballots of those who take part, [voters, d], from [M, d] values of M workers."""
+    """The ballots of the workers that take part, [voters, d], from values [M, d] of M workers."""
     values = np.asarray(values, np.float64)
     num_workers, size = values.shape
     takes_part = participants(values, active)
@@ -58,7 +60,7 @@ def cast(values, step, zeros, active, shuffled=False):
 def vote(values, step=0, zeros="dither", ties="dither", active=None, drift=0, shuffled=False):
     """The decision on each of d coordinates, from [M, d] values of M workers.
 
-    An even parity is +1. Where dead coordinates of even index have drifted, ties move them back.
+    An even parity is +1. If dead coordinates of even index have drifted, ties move them back.
     """
     ballots = cast(values, step, zeros, active, shuffled)
     result = np.sign(ballots.sum(axis=0))
@@ -72,9 +74,9 @@ def vote(values, step=0, zeros="dither", ties="dither", active=None, drift=0, sh
 
 
 class DitherMemory:
-    """What a vote remembers: where dead coordinates of even index are, and the first absence.
+    """The memory of a vote: the drift of dead coordinates of even index, and the first absence.
 
-    From the pair of steps after the first absence on places are shuffled.
+    After the pair of steps with the first absence, places are shuffled.
     """
 
     def __init__(self):
@@ -116,26 +118,26 @@ def agreements(values, active=None):
 
 
 def mean_of_signs(values, step=0, zeros="dither", active=None):
-    """The mean ballot of those who take part, from [M, d] values; 0 if nobody does."""
+    """The mean ballot of the workers that take part, from values [M, d]; 0 without any."""
     ballots = cast(values, step, zeros, active)
     return ballots.mean(axis=0) if len(ballots) else np.zeros(ballots.shape[1])
 
 
 def mean(values, active=None):
-    """The mean over the workers that take part, from [M, d] values; 0 if nobody does."""
+    """The mean over the workers that take part, from values [M, d]; 0 without any."""
     values = np.asarray(values, np.float64)
     takes_part = participants(values, active)
     return values[takes_part].mean(axis=0) if takes_part.any() else np.zeros(values.shape[1])
 
 
-# What travels: each ballot as one bit or two, and the words that hold 32 of them.
+# Messages: each ballot as one or two bits, and words of 32 bits.
 
 
 def ballots(values, zeros, ties, coin=0):
     """A worker's bits for +1, and with "abstain" for -1: a list of bool[...] of the same shape.
 
-    `coin` is what is added to the parity of a coordinate for its zero ballots. With dithered ties
-    bits are turned round at odd coordinates.
+    The coin is added to the parity of a coordinate for zero ballots. With dithered ties the bits of
+    odd coordinates are inverted.
     """
     values = np.asarray(values, np.float64)
     odd = np.arange(values.size).reshape(values.shape) % 2 == 1
@@ -148,9 +150,9 @@ def ballots(values, zeros, ties, coin=0):
 
 
 def packed(bits, axis=0, rows=None):
-    """Words of an array cut along an axis into 32 blocks of so many rows, the last ones padded.
+    """Words of an array that is cut along an axis into 32 blocks of `rows` rows, with padding.
 
-    Bit b of word w is coordinate w of block b; a flat array has the shortest blocks that hold it.
+    Bit b of word w is coordinate w of block b. By default blocks are as short as possible.
     """
     rows = -(-bits.shape[axis] // 32) if rows is None else rows
     places = np.arange(bits.shape[axis])
@@ -165,7 +167,7 @@ def packed(bits, axis=0, rows=None):
     return words.ravel()
 
 
-def packed_neighbours(bits):
+def packed_consecutive(bits):
     """Words of a flat array: bit b of word w is coordinate 32 w + b."""
     padded = np.pad(bits, (0, -bits.size % 32))
     return np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32)
@@ -177,17 +179,17 @@ def unpacked(words):
 
 
 def by_tiles(words, shape):
-    """The words of an array of a shape, as they come in tiles of 8 x 128 of the last two axes."""
+    """Words in the order of tiles of 8 x 128 of the last two axes."""
     *first, row, column = np.unravel_index(np.arange(words.size), shape)
     order = np.lexsort([column % 128, row % 8, column // 128, row // 8, *reversed(first)])
     return words[order]
 
 
-# Signum: Bernstein et al. 2018 (arXiv 1802.04434). Gradients and updates are [T, d], a row a step.
+# Signum: Bernstein et al. 2018 (arXiv 1802.04434). Gradients and updates are rows per step, [T, d].
 
 
 def warmup_steps(b1, horizon=100_000):
-    """The paper's C(b1): from this k on, up to a horizon, both of its conditions hold for good."""
+    """The paper's C(b1): the first k from which both conditions hold, up to a horizon."""
     k = np.arange(horizon)
     filled = (k / 2 * b1**k <= 1 / ((1 - b1**2) * (k + 1))) & (b1 ** (k + 1) <= 0.5)
     return 0 if filled.all() else int(np.flatnonzero(~filled)[-1]) + 1
@@ -238,7 +240,7 @@ def scaled_sign(values, block="leaf"):
 
 
 def top_k(values, k):
-    """The k coordinates of largest magnitude; the earlier one of equals."""
+    """The k coordinates of largest magnitude; of equal magnitudes, the earlier coordinate."""
     first = sorted(range(values.size), key=lambda j: (-abs(values.flat[j]), j))[:k]
     kept = np.zeros_like(values)
     kept.flat[first] = values.flat[first]
@@ -246,7 +248,7 @@ def top_k(values, k):
 
 
 def error_feedback(gradients, compress, decay=1.0):
-    """What is emitted and what is remembered at each step, p = g + decay e and e = p - C(p)."""
+    """The updates C(p) and memories e of each step: p = g + decay e and e = p - C(p)."""
     error, emitted, memory = np.zeros_like(gradients[0]), [], []
     for gradient in gradients:
         corrected = gradient + decay * error
@@ -271,10 +273,10 @@ def ef_sign_sgd(params, gradients, learning_rate):
 
 
 def columns(shape):
-    """The even number of columns of a leaf as a matrix of 32 rows, in row-major order.
+    """The even number of columns of a leaf that is laid out as a matrix of 32 rows.
 
-    Whole slices along the first axis make a row, best a multiple of 8 of them, unless more than a
-    64th would be padding.
+    A row consists of whole slices along the first axis, preferably a multiple of 8, unless padding
+    would exceed a 64th.
     """
     size = int(np.prod(shape))
     if len(shape) > 1 and size:
@@ -287,7 +289,7 @@ def columns(shape):
 
 
 def servers(shape, num_workers):
-    """Which worker serves each coordinate of a leaf, and its place in that part of 32 rows."""
+    """The server of each coordinate of a leaf, and the coordinate's place in the server's part."""
     width = columns(shape)
     share = 2 * int(np.ceil(width / (2 * num_workers)))
     row, column = np.divmod(np.arange(int(np.prod(shape))), max(width, 1))
@@ -296,21 +298,37 @@ def servers(shape, num_workers):
 
 
 def blocks(shape, num_workers, block):
-    """Which block each coordinate is in: a part of a leaf, or so many coordinates of it at most."""
+    """The block of each coordinate: a server's part, or at most `block` coordinates of it."""
     server, place = servers(shape, num_workers)
     within = np.zeros_like(place) if block is None else place // block
     return np.unique(np.stack([server, within]), axis=1, return_inverse=True)[1].reshape(-1)
 
 
 def signed_blocks(values, block, parity):
-    """mean |p| over each block times the sign of each coordinate, of zeros by an even parity."""
+    """mean |p| over each block times the sign of each coordinate; zeros with even parity are +."""
     signs = np.where(values == 0, np.where(parity % 2 == 0, 1, -1), np.sign(values))
     number = np.bincount(block)
     return np.bincount(block, np.abs(values))[block] / number[block] * signs
 
 
-def mean_of_scaled_signs(leaves, feedback="both", block=None, decay=1.0, active=None):
+# Uniform quantisers of a Gaussian: Max 1960, table II. Half of the step for 4 and 16 levels, in
+# units of the mean magnitude, which is sqrt(2 / pi) standard deviations.
+HALF_STEPS = {2: 0.9957 / 2 / 0.79788, 4: 0.3352 / 2 / 0.79788}
+
+
+def quantized_blocks(values, block, parity, bits):
+    """The nearest of 2^bits odd multiples of a scale, with the signs of `signed_blocks`."""
+    scaled = signed_blocks(values, block, parity)
+    scale = HALF_STEPS[bits] * np.abs(scaled)
+    safe = np.where(scale > 0, scale, 1)
+    steps = np.minimum(np.floor(np.abs(values) / (2 * safe)), 2 ** (bits - 1) - 1)
+    return np.where(scaled >= 0, 1, -1) * (2 * steps + 1) * scale
+
+
+def mean_of_scaled_signs(leaves, feedback="both", block=None, decay=1.0, active=None, bits=1):
     """Updates and memories after each of T steps, from lists of leaves [M, ...] for each step.
+
+    With more than one bit values are quantised by `quantized_blocks`.
 
     Returns:
       For each step and leaf, of d coordinates in row-major order, a triple: the update [d], the
@@ -321,6 +339,7 @@ def mean_of_scaled_signs(leaves, feedback="both", block=None, decay=1.0, active=
     memory = [np.zeros_like(leaf, np.float64) for leaf in leaves[0]]
     server = [np.zeros(leaf.shape[1]) for leaf in leaves[0]]
     history = []
+    compress = signed_blocks if bits == 1 else partial(quantized_blocks, bits=bits)
     for t in range(len(leaves)):
         h1, _ = hash_bits(t // 2)
         at = places(t, num_workers)
@@ -335,13 +354,13 @@ def mean_of_scaled_signs(leaves, feedback="both", block=None, decay=1.0, active=
             mean = np.zeros(size)
             for i in np.flatnonzero(takes_part):
                 corrected = leaf[i] + (decay * memory[n][i] if feedback != "none" else 0)
-                sent = signed_blocks(corrected, up, at[i] + np.arange(size) + t + h1)
+                sent = compress(corrected, up, at[i] + np.arange(size) + t + h1)
                 memory[n][i] = corrected - sent
                 mean += sent / takes_part.sum()
             if feedback == "both" and takes_part.any():
                 corrected = mean + decay * server[n]
                 place = at[servers(shapes[n], num_workers)[0]]
-                mean = signed_blocks(corrected, down, place + np.arange(size) + t + h1)
+                mean = compress(corrected, down, place + np.arange(size) + t + h1)
                 server[n] = corrected - mean
             step.append((mean, memory[n].copy(), server[n].copy()))
         history.append(step)
@@ -361,7 +380,7 @@ def momenta(gradients, b1):
 
 
 def stochastic_sign_mean(values, norm="l2"):
-    """The mean 2 P(+1) - 1 of each sign, P(+1) = 1/2 + g / (2 norm g), cut off at a bound."""
+    """The mean 2 P(+1) - 1 of each sign, with P(+1) = 1/2 + g / (2 norm), clipped at a bound."""
     largest = np.abs(values).max()
     if largest == 0:
         return np.zeros_like(values)

@@ -19,9 +19,9 @@ R = TypeVar("R")
 def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates a function to accept old names of arguments, `old="new"`, with a warning."""
 
-    def decorate(function):
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
-        def wrapper(*args, **kwargs):
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             for old, new in names.items():
                 if old in kwargs:
                     message = f"{function.__name__}({old}=...) is deprecated: use {new}=..."

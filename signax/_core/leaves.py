@@ -49,7 +49,7 @@ def is_like_tree(tree: Any) -> Callable[[Any], bool]:
     """A predicate: whether a node of another tree has the structure and shapes of this tree."""
     shapes, structure = [leaf.shape for leaf in jax.tree.leaves(tree)], jax.tree.structure(tree)
 
-    def is_like(node):
+    def is_like(node: Any) -> bool:
         leaves, found = jax.tree.flatten(node)
         return found == structure and [jnp.shape(leaf) for leaf in leaves] == shapes
 
@@ -179,7 +179,7 @@ def varying_axes(array: Any, axis_name: Hashable) -> tuple[Hashable, ...]:
 
 def varies(array: Any, axis_name: Hashable) -> bool:
     """Whether JAX's types let an array differ over an axis, or over each of several axes."""
-    return varying_axes(array, axis_name) == axis_names(axis_name)
+    return set(axis_names(axis_name)) <= jax.typeof(array).manual_axis_type.varying
 
 
 def worker_index(axis_name: Hashable) -> jax.Array:
@@ -271,7 +271,7 @@ def sharding_groups(
     """Groups leaves that are not empty by the axes over which they are sharded."""
     specs = [PartitionSpec()] * len(leaves) if specs is None else specs
     mesh_axes = jax.sharding.get_abstract_mesh().axis_names
-    groups: dict[tuple, ShardingGroup] = {}
+    groups: dict[tuple[Hashable, ...], ShardingGroup] = {}
     for position, (leaf, spec) in enumerate(zip(leaves, specs, strict=True)):
         axes = tuple(sorted(spec_axes(spec), key=mesh_axes.index))
         if leaf.size:

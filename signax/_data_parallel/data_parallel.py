@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +12,11 @@ from jax.sharding import Mesh
 from signax._core.checks import check_count, check_transformation
 from signax._core.leaves import is_traced
 from signax._data_parallel import mapped
-from signax._data_parallel.layout import Layout, PerWorker, find_layout
+from signax._data_parallel.layout import Layout, Leaf, PerWorker, find_layout
 from signax._data_parallel.placement import Workers, check_state, resize_state, rows_in
 
-if TYPE_CHECKING:
-    _Base = optax.GradientTransformationExtraArgs
-else:
-    try:  # an aggregator takes rows of updates and returns one update, as DataParallel does
-        from optax.experimental import aggregating
 
-        _Base = aggregating.Aggregator
-    except (ImportError, AttributeError):
-        _Base = optax.GradientTransformationExtraArgs
-
-
-class DataParallel(_Base):
+class DataParallel(mapped.Aggregator):
     r"""Runs a transformation on every worker of a mesh axis, on global arrays.
 
     It is itself a gradient transformation, for use under plain `jax.jit`: training loops written
@@ -61,8 +51,7 @@ class DataParallel(_Base):
       >>> import jax, jax.numpy as jnp, signax
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
       >>> tx = signax.DataParallel(signax.signum(0.5, axis_name="data"), mesh)
-      >>> def loss_fn(params, batch):
-      ...     return jnp.mean((batch - params) ** 2)
+      >>> loss_fn = lambda params, batch: jnp.mean((batch - params) ** 2)
       >>> params = jnp.zeros(3)
       >>> state = tx.init(params)
       >>> step = tx.train_step(loss_fn)
@@ -122,25 +111,21 @@ class DataParallel(_Base):
         return self
 
     def __repr__(self):
-        return (
-            f"DataParallel({self._name}(...), axis_name={self.axis_name!r}, "
-            f"num_workers={self.num_workers})"
-        )
+        workers = f"axis_name={self.axis_name!r}, num_workers={self.num_workers}"
+        return f"DataParallel({self._name}(...), {workers})"
 
-    def _replace(self, **kwargs):
-        raise TypeError(
-            f"DataParallel cannot replace {', '.join(kwargs)}: make another one from tx and mesh"
-        )
+    def _replace(self, **kwargs: Any):
+        raise TypeError(f"cannot replace {', '.join(kwargs)}: make another DataParallel(tx, mesh)")
 
-    def __copy__(self, memo=None):
+    def __copy__(self, memo: Any = None):
         return self  # it is immutable; a tuple's own way would call __new__ with two functions
 
     __deepcopy__ = __copy__
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any):
         raise TypeError(
-            "DataParallel cannot be pickled, since its mesh holds devices of this process: pickle "
-            "its arguments, and make another one where they are loaded"
+            "DataParallel cannot be pickled: its mesh holds devices of this process. Pickle what it "
+            "is made from, and make another one where it is loaded"
         )
 
     def init(  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -169,15 +154,14 @@ class DataParallel(_Base):
           updates: gradients with one row per worker, as `value_and_grad` returns them.
           state: the state that `init`, or the previous update, returned.
           params: the parameters; `None` if `tx` needs none.
-          **extra_args: `active`, bool[M], says which workers take part. Other arguments are passed
-            to `tx`, whole.
+          **extra_args: `active`, bool[M], says which workers take part. `tx` gets the others whole.
 
         Returns:
           Updates like the parameters, the same on every worker, and the new state.
 
         Raises:
-          ValueError: `updates` do not have a row per worker, the state belongs to other parameters
-            or another number of workers, or the updates of `tx` differ between workers.
+          ValueError: `updates` lack a row per worker, the state belongs to other parameters or
+            workers, or the updates of `tx` differ between workers.
           TypeError: `active` is not an array of M booleans.
         """
         self._workers.check_rows(updates, params)
@@ -216,11 +200,11 @@ class DataParallel(_Base):
         wanted = self._wanted(num_workers)
         layout = self._layout(params, wanted)
 
-        def abstract(leaf):
+        def abstract(leaf: Leaf) -> jax.ShapeDtypeStruct:
             shape = (wanted, *leaf.shape) if leaf.per_worker else leaf.shape
             return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
 
-        return layout.structure.unflatten([abstract(leaf) for leaf in layout.leaves])
+        return layout.structure.unflatten(map(abstract, layout.leaves))
 
     def resize(self, state: Any, params: optax.Params, num_workers: int | None = None) -> Any:
         """Makes a state for another number of workers, outside of `jax.jit`.
@@ -257,8 +241,8 @@ class DataParallel(_Base):
         return resize_state(state, before, after, self.mesh, wanted)
 
     def value_and_grad(
-        self, loss_fn: Callable, *, has_aux: bool = False, accumulate: int = 1
-    ) -> Callable:
+        self, loss_fn: Callable[..., Any], *, has_aux: bool = False, accumulate: int = 1
+    ) -> Callable[..., Any]:
         """Like `jax.value_and_grad`, with the gradient of each worker's share of the batch.
 
         Args:
@@ -282,20 +266,19 @@ class DataParallel(_Base):
         """
         gradient = mapped.map_gradient(loss_fn, self._workers, has_aux, accumulate, None)
 
-        def value_and_grad_fn(params, batch, *replicated, key=None):
+        def value_and_grad_fn(params: Any, batch: Any, *replicated: Any, key: Any = None):
             value, grads, _ = gradient(params, None, batch, replicated, key)
             return value, grads
 
         return value_and_grad_fn
 
     def local_steps(
-        self, loss_fn: Callable, *, has_aux: bool = False, accumulate: int = 1
-    ) -> Callable:
+        self, loss_fn: Callable[..., Any], *, has_aux: bool = False, accumulate: int = 1
+    ) -> Callable[..., Any]:
         """Differences of parameters over each worker's own steps, to vote on instead of gradients.
 
         Each worker follows the gradients of its micro-batches one after the other, by the optimiser
-        `local`, on its own copy of the parameters, and then forgets the copy. `tx` gets the start
-        minus the end: one exchange for `accumulate` steps.
+        `local`, on a copy of the parameters. `tx` gets the start minus the end.
 
         Args:
           loss_fn: see `value_and_grad`.
@@ -304,19 +287,17 @@ class DataParallel(_Base):
 
         Returns:
           A function of `(params, state, batch, *replicated, key=None)` to `(loss, differences,
-          state)`, or `((loss, aux), differences, state)`: as `value_and_grad`, with the new state
-          of `local` in the state. A worker with a loss, gradient or state that is not finite keeps
-          its state, and its differences are NaN.
+          state)`, or `((loss, aux), differences, state)`, with the new state of `local`. If a loss,
+          gradient or state is not finite, the worker keeps its state, and its differences are NaN.
 
         Raises:
-          ValueError: this `DataParallel` has no `local`; at the call, the state belongs to another
-            one, or to another number of workers.
+          ValueError: there is no `local`; at the call, the state belongs to other parameters or M.
         """
         if self.local is None:
             raise ValueError("local=None: local steps need DataParallel(..., local=optimizer)")
         gradient = mapped.map_gradient(loss_fn, self._workers, has_aux, accumulate, self.local)
 
-        def local_steps_fn(params, state, batch, *replicated, key=None):
+        def local_steps_fn(params: Any, state: Any, batch: Any, *replicated: Any, key: Any = None):
             check_state(state, self._layout(params), self.num_workers)
             own = self._workers.reshard(state.local, per_worker=True)
             value, differences, own = gradient(params, own, batch, replicated, key)
@@ -325,14 +306,14 @@ class DataParallel(_Base):
         return local_steps_fn
 
     def train_step(
-        self, loss_fn: Callable, *, has_aux: bool = False, accumulate: int = 1
+        self, loss_fn: Callable[..., Any], *, has_aux: bool = False, accumulate: int = 1
     ) -> jax.stages.Wrapped:
         """A compiled training step, which donates the memory of its parameters and state.
 
         Args:
           loss_fn: see `value_and_grad`.
           has_aux: see `value_and_grad`.
-          accumulate: see `value_and_grad`, and with `local` see `local_steps`.
+          accumulate: see `value_and_grad` or, with `local`, `local_steps`.
 
         Returns:
           A jitted function of `(params, state, batch, *replicated, key=None, active=None)` to
@@ -340,17 +321,16 @@ class DataParallel(_Base):
           `active` says which workers take part. If the first call has to move parameters to the
           mesh, the second call compiles once more.
         """
-        options = {"has_aux": has_aux, "accumulate": accumulate}
-        if self.local is None:
-            gradient = self.value_and_grad(loss_fn, **options)
-        else:
-            gradient = self.local_steps(loss_fn, **options)
+        make = self.value_and_grad if self.local is None else self.local_steps
+        gradient = make(loss_fn, has_aux=has_aux, accumulate=accumulate)
 
-        def step(params, state, batch, *replicated, key=None, active=None):
+        def step(
+            params: Any, state: Any, batch: Any, *more: Any, key: Any = None, active: Any = None
+        ):
             if self.local is None:
-                value, rows = gradient(params, batch, *replicated, key=key)
+                value, rows = gradient(params, batch, *more, key=key)
             else:
-                value, rows, state = gradient(params, state, batch, *replicated, key=key)
+                value, rows, state = gradient(params, state, batch, *more, key=key)
             updates, state = self.update(rows, state, params, active=active)
             params = optax.apply_updates(params, updates)
             return self._workers.constrain(params, self.param_specs), state, value

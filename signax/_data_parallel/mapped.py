@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,16 @@ from signax._core.leaves import all_finite, varying_axes, wide_dtype
 from signax._data_parallel.layout import Layout, PerWorker
 from signax._data_parallel.placement import Workers, add_axis, check_state
 from signax._transforms.participation import Extras, hold, leave_out_nonfinite
+
+if TYPE_CHECKING:
+    Aggregator = optax.GradientTransformationExtraArgs
+else:
+    try:  # Optax's class for transformations of rows of updates into one update
+        from optax.experimental import aggregating
+
+        Aggregator = aggregating.Aggregator
+    except (ImportError, AttributeError):
+        Aggregator = optax.GradientTransformationExtraArgs
 
 
 def check_batch(batch: Any, num_workers: int, accumulate: int) -> None:
@@ -31,10 +41,10 @@ def check_batch(batch: Any, num_workers: int, accumulate: int) -> None:
 
 
 def local_value_and_grad(
-    loss_fn: Callable,
+    loss_fn: Callable[..., Any],
     params: Any,
     batch: Any,
-    replicated: tuple,
+    replicated: tuple[Any, ...],
     key: Any,
     pieces: int,
     local: optax.GradientTransformation | None = None,
@@ -48,7 +58,7 @@ def local_value_and_grad(
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def of_piece(params, piece, number):
+    def of_piece(params: Any, piece: Any, number: Any):
         keyword = {}
         if key is not None:
             keyword["key"] = key if number is None else jax.random.fold_in(key, number)
@@ -59,7 +69,7 @@ def local_value_and_grad(
         grads, (loss, aux) = of_piece(params, batch, None)
         return loss, aux, grads, state
 
-    def cut(leaf):
+    def cut(leaf: Any):
         return leaf.reshape(pieces, leaf.shape[0] // pieces, *leaf.shape[1:])
 
     stacked = jax.tree.map(cut, batch), jnp.arange(pieces)
@@ -72,10 +82,10 @@ def local_value_and_grad(
     return jnp.mean(losses), aux, grads, state
 
 
-def _average(of_piece: Callable, params: Any, stacked: Any) -> tuple[Any, Any]:
+def _average(of_piece: Callable[..., Any], params: Any, stacked: Any) -> tuple[Any, Any]:
     """The mean gradient over micro-batches, in at least f32 until the end."""
 
-    def add(total, piece_and_number):
+    def add(total: Any, piece_and_number: Any):
         grads, seen = of_piece(params, *piece_and_number)
         return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), seen
 
@@ -86,7 +96,7 @@ def _average(of_piece: Callable, params: Any, stacked: Any) -> tuple[Any, Any]:
 
 
 def _follow(
-    of_piece: Callable,
+    of_piece: Callable[..., Any],
     params: Any,
     stacked: Any,
     local: optax.GradientTransformation,
@@ -98,7 +108,7 @@ def _follow(
     an infinity would be finite), and the state is the state before all steps.
     """
 
-    def step(carry, piece_and_number):
+    def step(carry: Any, piece_and_number: Any):
         own, state, finite = carry
         grads, (loss, aux) = of_piece(own, *piece_and_number)
         updates, state = local.update(grads, state, own)
@@ -114,23 +124,23 @@ def _follow(
 
 
 def map_gradient(
-    loss_fn: Callable,
+    loss_fn: Callable[..., Any],
     workers: Workers,
     has_aux: bool,
     accumulate: int,
     local: optax.GradientTransformation | None,
-) -> Callable:
+) -> Callable[..., Any]:
     """Returns `f(params, local_state, batch, replicated, key) -> (value, rows, local_state)`.
 
     Rows are gradients, or with `local` differences of parameters.
     """
     check_count("accumulate", accumulate)
 
-    def loss_and_aux(*args, **kwargs):
+    def loss_and_aux(*args: Any, **kwargs: Any):
         value = loss_fn(*args, **kwargs)
         return value if has_aux else (value, None)
 
-    def of_worker(params, own, batch, replicated, key):
+    def of_worker(params: Any, own: Any, batch: Any, replicated: tuple[Any, ...], key: Any):
         if key is not None:
             key = jax.random.fold_in(key, lax.axis_index(workers.axis_name))
         own = jax.tree.map(lambda row: row.squeeze(0), own)
@@ -145,7 +155,7 @@ def map_gradient(
     specs = (whole, split, split, whole, whole), (whole, split, split, split)
     mapped = workers.shard_map(of_worker, *specs, check_vma=False)
 
-    def gradient(params, own, batch, replicated, key):
+    def gradient(params: Any, own: Any, batch: Any, replicated: tuple[Any, ...], key: Any):
         check_batch(batch, workers.num_workers, accumulate)
         if key is not None:
             check_key(key)
@@ -175,10 +185,10 @@ def with_local_state(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the state of local steps beside the state of `tx`, and leaves it alone."""
 
-    def init_fn(params):
+    def init_fn(params: optax.Params):
         return LocalStepsState(local=local.init(params), exchanged=tx.init(params))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any):
         updates, exchanged = tx.update(updates, state.exchanged, params, **extra_args)
         return updates, LocalStepsState(local=state.local, exchanged=exchanged)
 
@@ -188,7 +198,7 @@ def with_local_state(
 def own_local_state(per_worker: PerWorker | None) -> PerWorker:
     """Gives each worker its own state of local steps, though no update shows that it differs."""
 
-    def is_per_worker(path, leaf):
+    def is_per_worker(path: str, leaf: jax.ShapeDtypeStruct) -> bool | None:
         if path.startswith(".local"):
             return True
         return None if per_worker is None else per_worker(path, leaf)
@@ -201,12 +211,12 @@ def map_init(
 ) -> Any:
     """The state of `params` as global arrays."""
 
-    def init_worker(params):
+    def init_worker(params: optax.Params):
         return _state_rows(tx.init(params), workers, layout)
 
     mapped = workers.shard_map(init_worker, (PartitionSpec(),), _worker_specs(workers, layout))
 
-    def init(params):
+    def init(params: optax.Params):
         return mapped(workers.reshard_params(params))
 
     shardings = [leaf.sharding for leaf in layout.leaves]
@@ -236,7 +246,7 @@ def map_update(
     state_specs = _worker_specs(workers, layout)
 
     # The barriers keep XLA from fusing the axis of rows: it would copy a donated state.
-    def update_worker(updates, leaves, params, active):
+    def update_worker(updates: Any, leaves: list[Any], params: Any, active: Any):
         extra = extra_args if active is None else {**extra_args, "active": active.squeeze(0)}
         leaves = [
             lax.optimization_barrier(array.squeeze(0)) if leaf.per_worker else array

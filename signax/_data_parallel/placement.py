@@ -52,7 +52,7 @@ class Workers(NamedTuple):
     param_specs: Any
 
     @classmethod
-    def find(cls, mesh: Mesh, axis_name: Hashable, param_specs: Any) -> "Workers":
+    def find(cls, mesh: Any, axis_name: Hashable, param_specs: Any) -> "Workers":
         """The workers along an axis of a mesh; raises if the mesh has no such axis."""
         check_axis_name(axis_name)
         if not isinstance(mesh, Mesh):
@@ -70,8 +70,8 @@ class Workers(NamedTuple):
         return cls(mesh, axis_name, num_workers, explicit, inside, param_specs)
 
     def shard_map(
-        self, function: Callable, in_specs: Any, out_specs: Any, check_vma: bool = True
-    ) -> Callable:
+        self, function: Callable[..., Any], in_specs: Any, out_specs: Any, check_vma: bool = True
+    ) -> Callable[..., Any]:
         """Maps a function of one worker over all workers."""
         return jax.shard_map(
             function,
@@ -114,7 +114,7 @@ class Workers(NamedTuple):
     def params_like(self, updates: Any) -> Any:
         """The shapes of the parameters, from rows of updates."""
 
-        def without_row(row):
+        def without_row(row: Any):
             sharding = NamedSharding(self.mesh, PartitionSpec(*_typed_spec(row)[1:]))
             return jax.ShapeDtypeStruct(row.shape[1:], row.dtype, sharding=sharding)
 
@@ -125,7 +125,7 @@ class Workers(NamedTuple):
         if not self.explicit:
             return jax.tree.map(jnp.asarray, tree)
 
-        def reshard_leaf(leaf):
+        def reshard_leaf(leaf: Any):
             leaf = jnp.asarray(leaf)
             spec = _keep_axes(jax.typeof(leaf).sharding.spec, self.inside)
             if per_worker:
@@ -140,7 +140,7 @@ class Workers(NamedTuple):
         if params is None or self.param_specs is None or not self.explicit:
             return self.reshard(params)
 
-        def reshard_leaf(leaf, spec):
+        def reshard_leaf(leaf: Any, spec: PartitionSpec):
             spec = _keep_axes(spec, self.explicit)
             return jax.sharding.reshard(leaf, NamedSharding(self.mesh, spec))
 
@@ -151,7 +151,7 @@ class Workers(NamedTuple):
         if self.param_specs is None or self.explicit:
             return tree
 
-        def constrain_leaf(leaf, spec):
+        def constrain_leaf(leaf: Any, spec: PartitionSpec):
             return lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
 
         return jax.tree.map(constrain_leaf, tree, specs)
@@ -273,12 +273,12 @@ def resize_state(state: Any, before: Layout, after: Layout, mesh: Mesh, num_work
     """A state laid out as `after` says, from a state laid out as `before` says."""
     flags = before.structure.unflatten([leaf.per_worker for leaf in before.leaves])
 
-    def resize(node, flags):
+    def resize(node: Any, flags: Any):
         if _has_a_way(node):
             return node.resized(num_workers, resize_rows)
         return resize_rows(node, num_workers) if flags else node
 
-    def resized(leaves):
+    def resized(leaves: list[Any]):
         state = before.structure.unflatten(leaves)
         return jax.tree.leaves(jax.tree.map(resize, state, flags, is_leaf=_has_a_way))
 

@@ -27,7 +27,7 @@ def varying_outputs(
     """
     varying = dict(zip(jaxpr.invars, varying_inputs, strict=True))
 
-    def read(atom) -> bool:
+    def read(atom: Any) -> bool:
         return not isinstance(atom, core.Literal) and varying.get(atom, False)
 
     for eqn in jaxpr.eqns:
@@ -69,7 +69,7 @@ def _while_outputs(eqn: Any, inputs: list[bool], axis_name: Hashable) -> list[bo
     first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     condition_consts, body_consts = inputs[:first], inputs[first : first + second]
 
-    def step(carry):
+    def step(carry: list[bool]):
         return varying_outputs(body, [*body_consts, *carry], axis_name)
 
     carry = _fixpoint(step, inputs[first + second :])
@@ -83,14 +83,15 @@ def _while_outputs(eqn: Any, inputs: list[bool], axis_name: Hashable) -> list[bo
 def _scan_outputs(eqn: Any, inputs: list[bool], axis_name: Hashable) -> list[bool]:
     body = _open(eqn.params["jaxpr"])
 
-    def whole(outer, inner):  # the number of variables that the body does not see a slice of
+    # The number of variables that the body does not see a slice of.
+    def whole(outer: Sequence[Any], inner: Sequence[Any]) -> int:
         return sum(a.aval.shape == b.aval.shape for a, b in zip(outer, inner, strict=True))
 
     carried = whole(eqn.outvars, body.outvars)
     consts = whole(eqn.invars, body.invars) - carried
     slices = inputs[consts + carried :]
 
-    def step(carry):
+    def step(carry: list[bool]):
         return varying_outputs(body, [*inputs[:consts], *carry, *slices], axis_name)
 
     carry = _fixpoint(lambda carry: step(carry)[:carried], inputs[consts : consts + carried])

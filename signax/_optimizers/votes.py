@@ -45,7 +45,7 @@ def _add_decay(weight_decay: Any, mask: Mask) -> optax.GradientTransformation:
     """`optax.add_decayed_weights`, but raises where parameters would broadcast silently."""
     decay = optax.add_decayed_weights(weight_decay, mask)
 
-    def update_fn(updates, state, params=None):
+    def update_fn(updates: optax.Updates, state: Any, params: Any = None):
         if params is not None:
             _check_params(updates, params)
         return decay.update(updates, state, params)
@@ -78,7 +78,7 @@ def _voted(
 def _check_params(updates: Any, params: Any) -> None:
     """Raises if parameters are not like their updates; an update may be `None`, as in Optax."""
 
-    def check(path, update, param):
+    def check(path: Any, update: Any, param: Any):
         if update is not None and jnp.shape(update) != jnp.shape(param):
             where = jax.tree_util.keystr(path)
             wrong.append(

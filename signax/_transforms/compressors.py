@@ -62,7 +62,7 @@ def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformati
     """
     block = check_block(block, ("leaf", "tree", "row"))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any):
         del params, extra_args
         check_floating(updates)
         if block == "tree":
@@ -174,11 +174,13 @@ def scale_by_stochastic_sign(
     if not isinstance(norm, str):
         check_number("norm", norm, low=0, ends="()")
 
-    def init_fn(params):
+    def init_fn(params: optax.Params):
         del params
         return ScaleByStochasticSignState(key=key)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, ScaleByStochasticSignState]:
         del params, extra_args
         check_floating(updates)
         next_key, drawn = jax.random.split(state.key)
@@ -242,11 +244,11 @@ def scale_by_top_k(fraction: float) -> optax.GradientTransformationExtraArgs:
     """
     check_number("fraction", fraction, low=0, high=1, ends="(]")
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any):
         del params, extra_args
         check_floating(updates)
 
-        def keep_largest(leaf):
+        def keep_largest(leaf: jax.Array):
             is_array = isinstance(fraction, jax.Array)
             most = leaf.size if is_array else _num_kept(fraction, leaf.size)
             _, order = lax.top_k(jnp.abs(leaf).reshape(-1), most)
@@ -300,11 +302,13 @@ def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransfor
     check_number("fraction", fraction, low=0, high=1, ends="(]")
     check_key(key)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params):
         del params
         return ScaleByRandomKState(key=key)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, ScaleByRandomKState]:
         del params, extra_args
         check_floating(updates)
         next_key, drawn = jax.random.split(state.key)

@@ -90,17 +90,17 @@ def scale_by_signum(
         )
     warmup_steps = _warmup_steps(float(beta)) if warmup else 0
 
-    def init_fn(params):
+    def init_fn(params: optax.Params):
         check_floating(params, "params", only_arrays=False)
         momentum = optax.tree.zeros_like(params, dtype=accumulator_dtype)
         return ScaleBySignumState(count=jnp.zeros([], jnp.int32), momentum=momentum)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any):
         del params, extra_args
         check_floating(updates)
         check_alike("updates", updates, "state.momentum", state.momentum)
 
-        def average(g, m):
+        def average(g: jax.Array, m: jax.Array):
             wide = common_dtype(g.dtype, m.dtype)
             return (((1 - beta) * g).astype(wide) + (beta * m).astype(wide)).astype(m.dtype)
 
@@ -214,13 +214,13 @@ def error_feedback(
     check_accumulator_dtype(accumulator_dtype)
     compressor = optax.with_extra_args_support(compressor)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params):
         check_floating(params, "params", only_arrays=False)
         error = optax.tree.zeros_like(params, dtype=accumulator_dtype)
         count = jnp.zeros([], jnp.int32)
         return ErrorFeedbackState(error=error, inner_state=compressor.init(error), count=count)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any):
         check_floating(updates)
         check_alike("updates", updates, "state.error", state.error)
         rate = current_rate(learning_rate, state.count)
@@ -255,7 +255,7 @@ def in_gradient_units(rate: Any, left: Any, scaled: Any, memory: Any) -> Any:
     if rate is None:
         return left
 
-    def divide(new, before, old):
+    def divide(new: jax.Array, before: jax.Array, old: jax.Array):
         divisor = jnp.asarray(rate, new.dtype)
         kept = (divisor == 0) | (new == before)
         quotient = new / jnp.where(divisor == 0, jnp.ones_like(divisor), divisor)
@@ -273,12 +273,12 @@ def checked(
     updates keep their dtypes.
     """
 
-    def init_fn(params):
+    def init_fn(params: optax.Params):
         if memory is not None:
             check_floating(params, "params", only_arrays=False)
         return inner.init(params)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any):
         del extra_args
         check_floating(updates)
         if memory is not None:

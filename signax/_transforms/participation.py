@@ -113,7 +113,7 @@ class Extras(NamedTuple):
             return None
         hidden, is_alike = [], True
 
-        def look(node, raw_node):
+        def look(node: Any, raw_node: Any):
             nonlocal is_alike
             if is_masked(node):
                 hidden.append(raw_node)
@@ -170,7 +170,14 @@ def leave_out_nonfinite(
     check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
-    def update_fn(updates, state, params=None, *, signax=NO_EXTRAS, **extra_args):
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: Any = None,
+        *,
+        signax: Extras = NO_EXTRAS,
+        **extra_args: Any,
+    ):
         extras = signax._replace(raw=updates)
         return inner.update(updates, state, params, signax=extras, **extra_args)
 
@@ -205,7 +212,7 @@ def hold_if_nonfinite(
     check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any):
         new_updates, new_state = inner.update(updates, state, params, **extra_args)
         marked = mark_nonfinite(new_updates, updates, new_state)
         elsewhere = extra_args.get("signax", NO_EXTRAS).finite_elsewhere(updates)
@@ -231,7 +238,7 @@ def mark_nonfinite(new_updates: Any, updates: Any, new_state: Any) -> Any:
             rest.append(node)
     rest_finite = jnp.where(all_finite(rest), 0.0, jnp.nan)
 
-    def mark(new, *others):
+    def mark(new: jax.Array, *others: jax.Array):
         floating = [other for other in others if jnp.issubdtype(other.dtype, jnp.floating)]
         for other in (rest_finite, *floating):
             new += (0 * other).astype(new.dtype)  # NaN, unless the other is finite
@@ -246,7 +253,7 @@ def mark_nonfinite(new_updates: Any, updates: Any, new_state: Any) -> Any:
 def hold(finite: jax.Array, state: Any, new_state: Any) -> Any:
     """The new state if it is finite, else the old state with the new counts and keys."""
 
-    def choose(old, new):
+    def choose(old: jax.Array, new: jax.Array):
         return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
     return jax.tree.map(choose, state, new_state)

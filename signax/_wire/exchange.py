@@ -143,7 +143,7 @@ def take_part(finite: Bool[Array, ""], active: Array | bool | None) -> Bool[Arra
     return finite & active
 
 
-def assign(array: list, positions: Sequence[int], values: Sequence) -> None:
+def assign(array: list[Any], positions: Sequence[int], values: Sequence[Any]) -> None:
     """Writes values to positions of a list. An empty list of values changes nothing."""
     if values:
         for position, value in zip(positions, values, strict=True):
@@ -154,7 +154,9 @@ def _leaves_of(group: ShardingGroup, values: Sequence[Array], like: Sequence[Arr
     return Leaves([values[n] for n in group.positions], [like[n] for n in group.positions])
 
 
-def _on_blocks(function: Callable, axes: Sequence[Hashable], in_specs: Any, out_specs: Any) -> Any:
+def _on_blocks(
+    function: Callable[..., Any], axes: Sequence[Hashable], in_specs: Any, out_specs: Any
+) -> Any:
     """Maps a function of one device's blocks over the devices of a worker."""
     if not axes:
         return function
@@ -173,7 +175,7 @@ def _encode_group(
 ) -> Encoded:
     """Encodes a group; the flag gets one element for each device."""
 
-    def encode(leaves, coin):
+    def encode(leaves: Leaves, coin: Array):
         if route.transport == "sum":
             num_workers = lax.axis_size(route.axis_name)
             encoded = cast(Summable, codec).encode_integers(leaves, coin, num_workers)
@@ -219,7 +221,9 @@ def _settle_group(
     whole, flat = PartitionSpec(), PartitionSpec(group.axes or None)
     split, position, position_spec = find_axis(route.split_over)
 
-    def settle(leaves, message, header, worker, position, memory):
+    def settle(
+        leaves: Leaves, message: Any, header: Array, worker: Worker, position: Array, memory: Any
+    ):
         if route.transport == "sum":
             sums = _sum(message, header, route.axis_name)
             updates, counts = cast(Summable, codec).decode_sums(sums, message, leaves)

@@ -56,7 +56,7 @@ class ScaledSignsMemory(NamedTuple):
         if self.server is None:
             return self._replace(worker=worker)
 
-        def cut_again(own, parts):
+        def cut_again(own: jax.Array, parts: jax.Array):
             if not parts.size:  # an empty leaf, which has no rows
                 return parts
             return cut_leaf(join_leaf(parts, own.shape[1:]), num_workers)
@@ -93,7 +93,7 @@ def scaled_signs_memory(
     check_floating(tree, "tree", only_arrays=False)
     check_count("num_workers", num_workers)
 
-    def zeros(leaf, shape):
+    def zeros(leaf: Any, shape: tuple[int, ...]):
         return jnp.zeros(shape, jnp.result_type(leaf) if dtype is None else dtype)
 
     worker = server = None
@@ -106,7 +106,7 @@ def scaled_signs_memory(
     return ScaledSignsMemory(worker, server)
 
 
-def check_memory(name: str, tree: Any, memory: ScaledSignsMemory, num_workers: int) -> None:
+def check_memory(name: str, tree: Any, memory: Any, num_workers: int) -> None:
     """Raises if a memory belongs to other values, or to another number of workers."""
     if not isinstance(memory, ScaledSignsMemory):
         raise TypeError(

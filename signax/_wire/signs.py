@@ -12,8 +12,7 @@ outnumber the other and decide dead coordinates, in either direction. Two remedi
 worker has missed a step, ranks are shuffled in every pair: ranks that only rotate would leave out
 the same parity in every step, and workers of that parity could never move a coordinate alone.
 
-No one-bit rule bounds the drift for every sequence of voters: a single voter decides alone, and its
-dithered zero looks like an opinion.
+No one-bit rule bounds the drift for every sequence of voters: the zero of a lone voter decides.
 """
 
 import dataclasses
@@ -97,7 +96,7 @@ class Rules(NamedTuple):
         """
         length = len(digits) // self.planes
 
-        def count(digits):
+        def count(digits: Sequence[Array]):
             weighted = [digit.astype(jnp.int32) << weight for weight, digit in enumerate(digits)]
             return sum(weighted, start=jnp.int32(0))
 
@@ -220,7 +219,7 @@ class _Signs:
     def encode_integers(self, leaves: Leaves, coin: Array, num_workers: int) -> Encoded:
         dtype = words.sum_dtype(num_workers)
 
-        def ballot(leaf, rules):
+        def ballot(leaf: Array, rules: Rules):
             plus, *minus = rules(leaf, packing.odd(leaf.shape), coin)
             against = minus[0] if minus else ~plus
             return plus.astype(dtype) - against.astype(dtype)
@@ -337,7 +336,7 @@ class MeanOfSigns(_Signs):
     def _means(self, totals: list[Array], leaves: Leaves, voters: Array) -> list[Array]:
         """The means of the voters' ballots, each rounded once, to its leaf's dtype."""
 
-        def mean(total, leaf):
+        def mean(total: Array, leaf: Array):
             wide = wide_dtype(leaf.dtype)
             return (total.astype(wide) / jnp.maximum(voters, 1).astype(wide)).astype(leaf.dtype)
 

@@ -96,7 +96,9 @@ class Outcome(NamedTuple):
     memory: list[Array]
 
 
-def make_route(axis_name: Hashable, transport: Transport, split_over: Hashable | None) -> Route:
+def make_route(
+    axis_name: Hashable, transport: Transport | Literal["int8"], split_over: Hashable | None
+) -> Route:
     """A route; raises if an option is unknown, or if options exclude one another."""
     check_axis_name(axis_name)
     if transport == "int8":

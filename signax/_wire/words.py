@@ -36,7 +36,7 @@ def count(rows: UInt32[Array, "M *n"], *more: UInt32[Array, "*n"]) -> list[UInt3
     missing = (len(more) + len(rows)).bit_length() - len(planes)
     planes += [jnp.zeros_like(rows[0])] * missing
 
-    def add_chunk(planes, chunk):
+    def add_chunk(planes: list[Array], chunk: Array):
         first, *heavier = ([plane] for plane in planes)
         # The carry out of the last plane is 0, since the whole sum fits.
         return _add([[*first, *chunk], *heavier])[: len(planes)], None
@@ -132,7 +132,7 @@ def compare(
 def _lead(plus: Sequence[Array], minus: Sequence[Array], least: int) -> tuple[Array, Array]:
     """Where votes for +1 lead by at least `least`, and where votes for -1 do: u32[1, n] each."""
 
-    def leads(counted, others):
+    def leads(counted: Sequence[Array], others: Sequence[Array]):
         return exceeds(add_number(counted, 0), add_number(others, least - 1))[None]
 
     return leads(plus, minus), leads(minus, plus)

@@ -198,7 +198,15 @@ def mean_quantized(
 def _mean_of_compressed(options: MeanOptions) -> optax.GradientTransformationExtraArgs:
     options = _checked(options)
 
-    def update_fn(updates, state, params=None, *, active=None, signax=NO_EXTRAS, **extra_args):
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: Any = None,
+        *,
+        active: Any = None,
+        signax: Extras = NO_EXTRAS,
+        **extra_args: Any,
+    ):
         del params, extra_args
         return _update_mean(updates, state, options, signax.admit(updates, active), signax)[:2]
 
@@ -256,10 +264,18 @@ def averaged(
     """
     options = _checked(options)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params):
         return momentum.init(params), _init_mean(params, options)
 
-    def update_fn(updates, state, params=None, *, active=None, signax=NO_EXTRAS, **extra_args):
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: Any = None,
+        *,
+        active: Any = None,
+        signax: Extras = NO_EXTRAS,
+        **extra_args: Any,
+    ):
         del params, extra_args
         elsewhere = signax.finite_elsewhere(updates)
         active = active if elsewhere is None else take_part(elsewhere, active)

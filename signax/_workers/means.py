@@ -12,6 +12,7 @@ from signax._core.checks import check_axis_name
 from signax._core.leaves import all_finite, check_votable, power_below, wide_dtype
 from signax._transforms.participation import (
     NO_EXTRAS,
+    Extras,
     Participation,
     next_participation,
     no_participation,
@@ -77,11 +78,19 @@ def mean_signs(
     codec, route = MeanOfSigns(Rules(zeros, "plus")), make_route(axis_name, transport, split_over)
     codec.rules.check()
 
-    def init_fn(params):
+    def init_fn(params: optax.Params):
         del params
         return MeanSignsState(jnp.zeros([], jnp.int32), no_participation())
 
-    def update_fn(updates, state, params=None, *, active=None, signax=NO_EXTRAS, **extra_args):
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: Any = None,
+        *,
+        active: Any = None,
+        signax: Extras = NO_EXTRAS,
+        **extra_args: Any,
+    ):
         del params, extra_args
         active = signax.admit(updates, active)
         specs = signax.specs(updates)
@@ -136,11 +145,19 @@ def average_updates(axis_name: Hashable) -> optax.GradientTransformationExtraArg
     """
     check_axis_name(axis_name)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params):
         del params
         return AverageUpdatesState(no_participation())
 
-    def update_fn(updates, state, params=None, *, active=None, signax=NO_EXTRAS, **extra_args):
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: Any = None,
+        *,
+        active: Any = None,
+        signax: Extras = NO_EXTRAS,
+        **extra_args: Any,
+    ):
         del params, extra_args
         check_votable(updates, axis_name)
         participates = take_part(all_finite(updates), signax.admit(updates, active))

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from signax._core.leaves import check_votable, is_like_tree, spec_axes, specs_like
 from signax._transforms.participation import (
     NO_EXTRAS,
+    Extras,
     Participation,
     hold,
     mark_nonfinite,
@@ -125,11 +127,19 @@ def majority_vote(
     """
     vote = make_vote(axis_name, zeros, ties, transport, split_over, agreement)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params):
         del params
         return _init_vote(vote)
 
-    def update_fn(updates, state, params=None, *, active=None, signax=NO_EXTRAS, **extra_args):
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: Any = None,
+        *,
+        active: Any = None,
+        signax: Extras = NO_EXTRAS,
+        **extra_args: Any,
+    ):
         del params, extra_args
         active = signax.admit(updates, active)
         outcome = _exchange(updates, state, vote, active, signax.specs(updates))
@@ -151,7 +161,7 @@ def make_vote(
     ties: Ties = "dither",
     transport: Transport = "auto",
     split_over: Hashable | None = None,
-    agreement: bool = False,
+    agreement: Any = False,
 ) -> Vote:
     """A vote; raises if an option is unknown."""
     rules = Rules(zeros, ties)
@@ -178,13 +188,8 @@ def _exchange(
     specs: list[Any] | None,
     like: Any = None,
 ) -> Outcome:
-    axis_name = vote.route.axis_name
-    check_votable(updates, axis_name, vote.route.split_over)
-    if vote.codec.agreement and lax.axis_size(axis_name) < LEAST_VOTERS:
-        raise ValueError(
-            f"agreement=True compares each worker with a clear majority of the others, which takes "
-            f"{LEAST_VOTERS} workers; {axis_name!r} has {lax.axis_size(axis_name)}: leave it out"
-        )
+    if vote.codec.agreement:
+        _check_enough_workers(updates, vote.route)
     return exchange(
         updates,
         vote.codec,
@@ -195,6 +200,17 @@ def _exchange(
         specs=specs,
         like=like,
     )
+
+
+def _check_enough_workers(updates: optax.Updates, route: Route) -> None:
+    """Raises if there are too few workers for a clear majority of the others."""
+    check_votable(updates, route.axis_name, route.split_over)
+    if lax.axis_size(route.axis_name) < LEAST_VOTERS:
+        raise ValueError(
+            f"agreement=True compares each worker with a clear majority of the others, which takes "
+            f"{LEAST_VOTERS} workers; {route.axis_name!r} has {lax.axis_size(route.axis_name)}: "
+            "leave it out"
+        )
 
 
 def _next_state(state: MajorityVoteState, outcome: Outcome, vote: Vote) -> MajorityVoteState:
@@ -260,10 +276,18 @@ def voted(signs: optax.GradientTransformation, vote: Vote) -> optax.GradientTran
     pass, which also finds values that are not finite and so decides whether the state is held.
     """
 
-    def init_fn(params):
+    def init_fn(params: optax.Params):
         return signs.init(params), _init_vote(vote)
 
-    def update_fn(updates, state, params=None, *, active=None, signax=NO_EXTRAS, **extra_args):
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: Any = None,
+        *,
+        active: Any = None,
+        signax: Extras = NO_EXTRAS,
+        **extra_args: Any,
+    ):
         del params, extra_args
         elsewhere = signax.finite_elsewhere(updates)
         # After a momentum, varying types can no longer reveal a reduced gradient.
@@ -293,7 +317,7 @@ def own_updates(axis_name: Hashable) -> optax.GradientTransformation:
     It belongs before a memory: after one, every worker's updates differ in any case.
     """
 
-    def update_fn(updates, state, params=None):
+    def update_fn(updates: optax.Updates, state: Any, params: Any = None):
         del params
         check_votable(updates, axis_name)
         return updates, state
@@ -310,13 +334,13 @@ def _in_slabs(updates: Any, state: Any, param_specs: Any) -> tuple[Any, Any]:
     specs = specs_like(updates, param_specs)
     is_like = is_like_tree(updates)
 
-    def slabs(leaf, spec):
+    def slabs(leaf: jax.Array, spec: PartitionSpec):
         slabbed = leaf if spec_axes(spec) else in_slabs(leaf)
         if slabbed is leaf:  # with an axis in front, TPUs need not copy DataParallel's rows
             return lax.optimization_barrier(leaf[None])[0]
         return lax.optimization_barrier(slabbed)
 
-    def tree_slabs(tree):
+    def tree_slabs(tree: Any):
         return jax.tree.map(slabs, tree, specs)
 
     state = jax.tree.map(lambda n: tree_slabs(n) if is_like(n) else n, state, is_leaf=is_like)
