@@ -13,8 +13,14 @@ OLDEST_PYTHON ?= $(firstword $(PYTHONS))
 OLDEST = $(shell sed -n '/^dependencies/,/^]/s/.*"\(.*\)>=\(.*\)".*/\1==\2/p' pyproject.toml)
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --upgrade
 PYTEST = -m pytest -n 2 --dist worksteal -q
+QUICK = not slow and not thorough
 
-.PHONY: help demo notebooks test check lint test-newest test-oldest test-accelerators clean
+# Without LLVM's optimisations programs compile faster; what they send and compute is the same.
+UNOPTIMISED = XLA_FLAGS=--xla_backend_optimization_level=0
+unexport PYTHONDONTWRITEBYTECODE  # pytest rewrites every module again where it cannot be stored
+
+.PHONY: help demo notebooks test test-all test-rest lint test-slow test-oldest test-accelerators \
+	mutants clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -26,28 +32,32 @@ demo: .venv/examples  ## train on eight simulated workers, averaged and voted, a
 notebooks: .venv/notebooks  ## run the notebooks' paired text, and write them with what it gives
 	cd notebooks && ../.venv/bin/jupytext --quiet --to ipynb --execute [0-9]*.py
 
-test: lint test-newest test-oldest test-accelerators  ## run everything, at the newest jax and at the oldest
+test: lint  ## lint, types and the tests that matter most, at the newest jax: 8 minutes on two cores
+	$(UNOPTIMISED) .venv/bin/python $(PYTEST) -m "$(QUICK)"
 
-check: lint  ## run what is quick of it, in eight minutes on two cores, for working
-	.venv/bin/python $(PYTEST) -m "not slow"
+test-all: test test-rest  ## run everything, at the newest jax and at the oldest
 
-lint: .venv/test  ## lint, check the format and the types
+test-rest: test-slow test-oldest test-accelerators  ## run what `make test` leaves out
+
+lint: .venv/test  ## lint, check the format, the direction of imports, and the types
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	.venv/bin/lint-imports --no-logo
 	.venv/bin/pyright --pythonpath .venv/bin/python
 
-test-newest: .venv/test
-	.venv/bin/python $(PYTEST)
+test-slow: .venv/test
+	.venv/bin/python $(PYTEST) -m "slow or thorough"
 
-# Without LLVM's optimisations programs compile faster; what they send and compute is the same.
-# Benchmarks, which are for developers, run at the newest.
+# Benchmarks, which are for developers, run at the newest jax.
 test-oldest: .venv-oldest/test
-	XLA_FLAGS=--xla_backend_optimization_level=0 .venv-oldest/bin/python $(PYTEST) -m "not slow" \
-		--ignore=tests/test_benchmarks.py
+	$(UNOPTIMISED) .venv-oldest/bin/python $(PYTEST) -m "not slow" --ignore=tests/test_benchmarks.py
 
 test-accelerators: .venv-accelerators/accelerators  ## compile for TPU pods and GPUs, and read the programs
 	JAX_PLATFORMS=cpu SIGNAX_ACCELERATORS=1 .venv-accelerators/bin/python -m pytest -q \
 		tests/test_accelerators.py
+
+mutants: .venv/test  ## break the library on purpose, and see whether `make test` notices
+	$(UNOPTIMISED) .venv/bin/python tests/mutants.py
 
 clean:  ## remove the environments and every cache
 	rm -rf .venv .venv-oldest .venv-accelerators .pytest_cache .ruff_cache .hypothesis

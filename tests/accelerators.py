@@ -1,12 +1,12 @@
-r"""TPU pods and GPUs that are not here: programs are compiled for them, and never run.
+r"""Programs compiled for absent TPU pods and GPUs, without running them.
 
-A topology describes devices to XLA's compiler for them, which libtpu and JAX's CUDA plugin bring
-along. What a step sends, how much memory it takes and what it reads stands in the program.
+A topology describes devices to XLA's compilers, which libtpu and JAX's CUDA plugin include. The
+compiled program shows the messages, the memory and the memory traffic of a step.
 
     JAX_PLATFORMS=cpu .venv-accelerators/bin/python tests/accelerators.py \
         --json benchmarks/results/accelerators.json
 
-prints it for every target, and how long compiling took.
+prints these numbers for every target, and the time of compilation.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import signax
 from signax import diagnostics
 
-# Whether to compile at all: it takes minutes, and packages that nothing else needs.
+# Compiling takes minutes and large packages, so it runs only on request.
 REQUESTED = "SIGNAX_ACCELERATORS" in os.environ
 
-# Without the first three libtpu asks the metadata server of a cloud that there may not be; the CUDA
-# plugin insists on a driver unless it is told not to check.
+# Without the first three variables libtpu asks a cloud's metadata server. Without the last one the
+# CUDA plugin needs a driver.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -94,9 +94,9 @@ TARGETS = {
 
 
 def _gpt2_small() -> dict[str, tuple[int, ...]]:
-    """124.5 M parameters in 196 leaves: queries, keys and values apart, the embedding tied.
+    """124.5 M parameters in 196 leaves: separate queries, keys and values, and a tied embedding.
 
-    Its vocabulary is padded to a multiple of 64, as is usual for accelerators.
+    The vocabulary is padded to a multiple of 64, as is usual for accelerators.
     """
     width, wide = 768, 3072
     shapes = {"wte": (50304, width), "wpe": (1024, width)}
@@ -115,15 +115,15 @@ TREES = {"leaf": {"kernel": (8192, 8192)}, "gpt2": _gpt2_small()}
 
 
 class Program(NamedTuple):
-    """What a compiled program tells.
+    """The costs of a compiled program.
 
     Attributes:
-      collectives: what one device sends.
-      num_partitions: devices that the program is for. Of a pod of slices those of one slice, so
-        that only what is sent by "megascale" operations can leave it.
-      temporary_bytes: memory beside arguments and results.
+      collectives: the collectives of one device.
+      num_partitions: the number of devices of the program; for a pod of slices, of one slice. Only
+        "megascale" operations leave a slice.
+      temporary_bytes: the memory besides arguments and results.
       bytes_accessed: reads and writes of memory by the compiler's cost model, NaN without one.
-      seconds: how long lowering and compiling took.
+      seconds: the time to lower and compile.
     """
 
     collectives: list[diagnostics.Collective]
@@ -137,7 +137,7 @@ class Program(NamedTuple):
 def mesh_of(target: str) -> Mesh:
     topology, axes = TARGETS[target]
     for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)  # compilers read it when they are loaded
+        os.environ.setdefault(name, value)  # compilers read the environment when they are loaded
     described = topologies.get_topology_desc(**topology)
     devices = np.array(described.devices).reshape(tuple(axes.values()))
     return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
@@ -149,13 +149,13 @@ def num_parameters(tree: str) -> int:
 
 @functools.cache
 def vote_program(target: str, tree: str) -> Program:
-    """A step of voted signum, from gradients that are there already to new parameters."""
+    """A step of voted signum, from gradients to new parameters."""
     return _update_program(_voted_signum(mesh_of(target)), tree)
 
 
 @functools.cache
 def feedback_program(target: str, tree: str) -> Program:
-    """The same of signSGD with momentum and error feedback in both directions."""
+    """A step of signSGD with momentum and error feedback in both directions."""
     optimizer = signax.ef_sign_sgd(1e-3, 0.9, axis_name="data")
     return _update_program(signax.DataParallel(optimizer, mesh_of(target)), tree)
 

@@ -1,4 +1,4 @@
-"""Sixteen simulated devices for every test: twice the workers of the mesh."""
+"""Sixteen simulated devices for every test, and a mesh of eight workers."""
 
 import hypothesis
 import jax

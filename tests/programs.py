@@ -1,7 +1,7 @@
 """Prints a digest of the program that each of a dozen configurations of signax builds.
 
-`test_programs.py` runs this file under several values of PYTHONHASHSEED, which decides the order of
-Python's sets: processes of one run have to build the same programs, or they wait for one another.
+`test_programs.py` runs this file with several values of PYTHONHASHSEED, which sets the order of
+Python's sets. Processes of one run must build the same programs, or they wait for one another.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""What a step costs on TPU pods and on H100s, read from programs that are compiled for them.
+"""Costs of a step on TPU pods and H100s, read from programs compiled for these devices.
 
-`make test-accelerators` runs these, in an environment that has the compilers.
+`make test-accelerators` runs these tests in an environment with the compilers.
 """
 
 import accelerators
@@ -25,7 +25,7 @@ WORDS = {"u32", "s32"}
 
 
 def packed_bytes(tree):
-    """One bit for each parameter."""
+    """The bytes of one bit for each parameter."""
     return num_parameters(tree) / 8
 
 
@@ -34,7 +34,7 @@ def sent(records):
 
 
 def apart(program):
-    """What goes between slices, and what stays inside one."""
+    """The collectives between slices, and the collectives inside a slice."""
     assert program.num_partitions == CHIPS
     crossing = [r for r in program.collectives if r.operation.startswith("megascale-")]
     return crossing, [record for record in program.collectives if record not in crossing]
@@ -42,14 +42,14 @@ def apart(program):
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_nothing_but_packed_words_is_sent(target, tree):
+def test_only_packed_words_are_sent(target, tree):
     found = vote_program(target, tree).collectives
     assert found
     assert {record.dtype for record in found} <= WORDS
 
 
-# Where XLA holds latency dearer than bytes, it turns the all-gather of the parts of the result into
-# an all-reduce of one part among zeros, and the way back costs twice as much.
+# If latency costs more than bytes, XLA replaces the all-gather of the result by an all-reduce of
+# parts padded with zeros, which sends twice the bytes.
 @pytest.mark.parametrize(
     ("target", "tree", "way_back"),
     [
@@ -73,7 +73,7 @@ def test_one_bit_is_sent_each_way(target, tree, way_back):
 
 
 @pytest.mark.parametrize("tree", TREES)
-def test_chips_of_a_slice_share_out_what_leaves_it(tree):
+def test_chips_of_a_slice_split_the_exchange_between_slices(tree):
     crossing, staying = apart(vote_program("v5e-4x16", tree))
     kinds = sorted(record.operation for record in crossing)
     assert kinds == ["megascale-all-gather", "megascale-all-to-all"]
@@ -89,7 +89,7 @@ def test_gradients_are_summed_inside_a_slice_and_voted_between_slices():
     crossing, staying = apart(train_program("v5e-4x16", width))
     summed = sum(record.elements for record in staying if record.is_floating)
     assert summed == pytest.approx(weights, rel=0.01)
-    # Between slices only the losses' sum and number, padded to a row of lanes.
+    # Only the sum and number of losses cross between slices, padded to a row of lanes.
     assert sum(record.elements for record in crossing if record.is_floating) <= 128
     votes = [record for record in crossing if not record.is_floating]
     assert {record.dtype for record in votes} <= WORDS
@@ -104,7 +104,7 @@ def test_temporary_memory_is_a_small_share_of_the_gradient(target, tree, share):
     assert temporary < share * 4 * num_parameters(tree)
 
 
-# XLA has no cost model to offer for a GPU that is not there.
+# XLA has no cost model for an absent GPU.
 @pytest.mark.parametrize("target", [each for each in TARGETS if each != "h100-8"])
 def test_memory_traffic_is_near_that_of_sgd_with_momentum(target):
     voted = vote_program(target, "leaf").bytes_accessed
@@ -112,11 +112,11 @@ def test_memory_traffic_is_near_that_of_sgd_with_momentum(target):
     assert voted < 1.5 * momentum
 
 
-# Momentum and two memories: an eighth of the gradient for the servers' and a whole one besides.
+# The server's memory takes an eighth of the gradient, and the worker's memory a whole gradient.
 @pytest.mark.parametrize(
     ("target", "tree"), [("v5e-8", "leaf"), ("v5e-8", "gpt2"), ("h100-8", "leaf")]
 )
-def test_error_feedback_sends_one_bit_each_way_in_memory_for_one_more_gradient(target, tree):
+def test_error_feedback_sends_one_bit_each_way_with_little_temporary_memory(target, tree):
     program = feedback_program(target, tree)
     operations = sorted(record.operation for record in program.collectives)
     assert operations == ["all-gather", "all-to-all"]
@@ -127,6 +127,6 @@ def test_error_feedback_sends_one_bit_each_way_in_memory_for_one_more_gradient(t
     assert program.temporary_bytes < 1.5 * 4 * num_parameters(tree)
 
 
-def test_error_feedback_takes_less_than_four_times_the_traffic_of_sgd_with_momentum():
+def test_error_feedback_has_less_than_four_times_the_memory_traffic_of_sgd():
     found = feedback_program("v5e-8", "leaf").bytes_accessed
     assert found < 4 * sgd_program("v5e-8", "leaf").bytes_accessed

@@ -1,4 +1,4 @@
-"""How far workers agree with the others: the measure, and the rule for who opposes them."""
+"""The agreement of a worker with the others, and the rule that flags opposing workers."""
 
 import functools
 
@@ -15,14 +15,13 @@ from workers import AXIS, auto_mesh, rows_of_workers
 
 import signax
 from signax import diagnostics, testing
-from signax._wire.exchange import add_up
 
-THRESHOLD = 1.25  # of diagnostics.opposes, by default
+THRESHOLD = 1.25  # the default of diagnostics.opposes
 SHAPES = {"odd": (5,), "matrix": (33, 31), "large": (141, 128), "number": (), "none": (0, 2)}
 
 
 def random_rows(num_workers, seed=0):
-    """Gradients that workers have in part in common, with zeros of one and of all."""
+    """Gradients with a common part, with zeros on one worker and on all workers."""
     rng = np.random.default_rng(seed)
     rows = {}
     for name, shape in SHAPES.items():
@@ -44,15 +43,15 @@ def expected_share(rows, active):
 @pytest.mark.parametrize("transport", ["packed", "gather", "sum"])
 @pytest.mark.parametrize("zeros", ["dither", "abstain", "plus"])
 @pytest.mark.parametrize("num_workers", [4, 5, 8])
-def test_shares_are_those_of_clear_majorities_of_the_others(num_workers, zeros, transport):
+def test_share_counts_clear_majorities_of_the_other_workers(num_workers, zeros, transport):
     tx = signax.majority_vote(AXIS, zeros=zeros, transport=transport, agreement=True)
 
     def update(gradient, active):
         return tx.update(gradient, tx.init(gradient), active=active)[1].agreement
 
     measure = rows_of_workers("vmap", update, num_workers)
-    for out in (0, 1, num_workers - 3):  # at last too few are left
-        rows, active = random_rows(num_workers, out), np.arange(num_workers) >= out
+    for absent in (0, 1, num_workers - 3):  # the last leaves too few voters to measure
+        rows, active = random_rows(num_workers, absent), np.arange(num_workers) >= absent
         share = measure(rows, active).share
         wanted = expected_share(rows, active)
         np.testing.assert_allclose(share[active], wanted[active], atol=1e-6)
@@ -60,7 +59,7 @@ def test_shares_are_those_of_clear_majorities_of_the_others(num_workers, zeros, 
 
 
 @pytest.mark.parametrize("kind", ["shard_map", "pmap"])
-def test_shares_are_the_same_under_every_map(kind):
+def test_share_is_the_same_under_every_map(kind):
     rows = random_rows(6)
     tx = signax.majority_vote(AXIS, agreement=True)
     measure = rows_of_workers(kind, lambda g: tx.update(g, tx.init(g))[1].agreement.share, 6)
@@ -70,7 +69,7 @@ def test_shares_are_the_same_under_every_map(kind):
 
 @pytest.mark.parametrize("zeros", ["dither", "abstain"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_blocks_of_sharded_leaves_are_measured_together(kind, zeros):
+def test_share_covers_all_blocks_of_sharded_leaves(kind, zeros):
     mesh = jax.make_mesh(
         (4, 2), ("data", "model"), axis_types=(kind, kind), devices=jax.devices()[:8]
     )
@@ -94,7 +93,7 @@ def test_blocks_of_sharded_leaves_are_measured_together(kind, zeros):
 
 
 @pytest.mark.parametrize("zeros", ["dither", "abstain"])
-def test_devices_that_share_an_exchange_measure_the_whole(zeros):
+def test_share_covers_the_whole_tree_when_the_exchange_is_split(zeros):
     mesh = auto_mesh({"data": 4, "chip": 2})
     vote = signax.majority_vote(
         "data", zeros=zeros, transport="packed", split_over="chip", agreement=True
@@ -106,7 +105,7 @@ def test_devices_that_share_an_exchange_measure_the_whole(zeros):
     np.testing.assert_allclose(optax.tree.get(state, "share"), wanted, atol=1e-6)
 
 
-def test_votes_are_the_same_and_take_no_more_collectives():
+def test_agreement_changes_neither_votes_nor_the_number_of_collectives():
     rows = random_rows(8)
     params = jax.tree.map(lambda leaf: leaf[0], rows)
     found = []
@@ -122,11 +121,11 @@ def test_votes_are_the_same_and_take_no_more_collectives():
     (without, kinds, sent), (measured, kinds_measured, sent_measured) = found
     jax.tree.map(np.testing.assert_array_equal, measured, without)
     assert kinds_measured == kinds == ["all-gather", "all-to-all"]
-    # A second plane goes up, of 75 words for each of 8 servers, which takes 128 words more.
+    # A second plane of 75 words goes to each of 8 servers, which pads the part by 128 words.
     assert sent_measured - sent == 7 * 512
 
 
-def test_a_second_bit_goes_up_and_none_comes_down():
+def test_agreement_sends_a_second_bit_up_and_none_down():
     rows, sent = jax.ShapeDtypeStruct((8, 1 << 20), jnp.float32), []
     for agreement in (False, True):
         vote = signax.majority_vote("data", agreement=agreement)
@@ -140,7 +139,7 @@ def test_a_second_bit_goes_up_and_none_comes_down():
 
 
 @pytest.mark.parametrize("size", [1, 4, 16, 100])
-def test_shares_of_few_coordinates_weigh_less(size):
+def test_a_share_of_few_coordinates_adds_less_opposition(size):
     tx = signax.majority_vote(AXIS, agreement=True)
     rows = jnp.ones((5, size)).at[0].multiply(-1).at[1].set(0)
     state = rows_of_workers("vmap", lambda g: tx.update(g, tx.init(g))[1], 5)(rows)
@@ -149,14 +148,14 @@ def test_shares_of_few_coordinates_weigh_less(size):
 
 
 def oppositions(shares):
-    """Page's test: what has been below .4, summed up, and never below 0."""
+    """Page's test: the sum of shortfalls below 0.4, kept at 0 or above."""
     sums = [np.zeros(len(shares[0]))]
     for share in shares:
         sums.append(np.maximum(0, sums[-1] + 0.5 - share - 0.1))
     return sums[1:]
 
 
-def test_opposition_adds_up_and_is_kept_by_who_is_out():
+def test_opposition_accumulates_and_an_excluded_worker_keeps_its_own():
     num_workers = 6
     tx = signax.DataParallel(
         signax.majority_vote("data", agreement=True), auto_mesh({"data": num_workers})
@@ -186,10 +185,10 @@ def test_opposition_adds_up_and_is_kept_by_who_is_out():
 
 @functools.partial(jax.jit, static_argnames="pattern")
 def flags_after(inverting, signal, dead, pattern):
-    """Who is flagged after 1,000 steps on which flagged workers are left out.
+    """The flags after 1,000 steps that exclude flagged workers.
 
-    Gradients of 400 coordinates are a common mean and noise. A share `dead` of them is zero: for
-    all workers alike, or for each worker coordinates of its own, for good or drawn in each step.
+    Gradients of 400 coordinates are a common mean plus noise. A share `dead` of the coordinates is
+    zero: the same for all workers, or other coordinates for each worker, fixed or drawn anew.
     """
     num_workers, tx = len(inverting), signax.majority_vote(AXIS, agreement=True)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -215,15 +214,17 @@ def flags_after(inverting, signal, dead, pattern):
     return jax.lax.scan(step, start, jax.random.split(keys[2], 1000))[0][1]
 
 
-@pytest.mark.parametrize("signal", [1.0, 0.1])  # against noise of 1; the second tells too little
+@pytest.mark.parametrize(
+    "signal", [1.0, 0.1]
+)  # the noise is 1, so the second is too weak to flag workers
 @pytest.mark.parametrize("pattern", ["alike", "own", "drawn"])
 @pytest.mark.parametrize("attackers", [[], [1], [1, 3], [1, 3, 5]])
-def test_no_honest_worker_is_flagged_where_coordinates_are_dead(attackers, pattern, signal):
+def test_no_honest_worker_is_flagged_when_coordinates_are_dead(attackers, pattern, signal):
     inverting = np.isin(np.arange(8), attackers)
     for dead in (0.0, 0.25, 0.5, 0.75, 0.9):
         flags = np.asarray(flags_after(inverting, signal, dead, pattern))
         assert not np.any(flags & ~inverting), dead
-        # Where each worker has a tenth of the coordinates, few are compared.
+        # If each worker has only a tenth of the coordinates, few can be compared.
         if signal == 1 and (dead < 0.9 or pattern == "alike"):
             np.testing.assert_array_equal(flags, inverting, err_msg=f"{dead} dead")
 
@@ -259,22 +260,20 @@ def opposition_on_digits(b1, attackers, steps, num_workers=8, images_each=16):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("b1", [0.0, 0.9])
-def test_who_inverts_is_found_within_twenty_steps(b1):
+def test_an_inverting_worker_is_flagged_within_twenty_steps(b1):
     found = opposition_on_digits(b1, [3], 20)[-1] > THRESHOLD
     np.testing.assert_array_equal(found, np.arange(8) == 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("b1", [0.0, 0.9])
-def test_nobody_is_suspected_in_a_thousand_clean_steps(b1):
+def test_no_worker_is_flagged_in_a_thousand_clean_steps(b1):
     found = opposition_on_digits(b1, [], 1000)
     assert found.max() < THRESHOLD
-    assert (
-        found.max() > 0
-    )  # late in training gradients are noise: there was something to tell apart
+    assert found.max() > 0  # late in training gradients are noise, so workers disagree at times
 
 
-def test_what_cannot_be_measured_is_refused():
+def test_rejects_agreement_that_cannot_be_measured():
     rows = random_rows(3)
     tx = signax.majority_vote(AXIS, agreement=True)
     with pytest.raises(ValueError, match="takes 4 workers; 'workers' has 3"):
@@ -288,10 +287,3 @@ def test_what_cannot_be_measured_is_refused():
     for threshold in (0, -1):
         with pytest.raises(ValueError, match=rf"threshold={threshold} is outside \(0"):
             diagnostics.opposes(tx.init(rows), threshold=threshold)
-
-
-def test_devices_may_count_more_coordinates_together_than_32_bits_hold():
-    counts = np.array([[2**32 - 1, 70_000], [2**32 - 2, 3], [5, 2**16]], np.uint32)
-    found = jax.jit(add_up)(counts)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, counts.astype(np.float64).sum(axis=0), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The benchmarks run as a user would run them, on something small, and their numbers add up."""
+"""The benchmarks run in small, and their numbers add up."""
 
 import contextlib
 import importlib
@@ -8,30 +8,28 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from processes import BENCHMARKS
 
 import signax
 from signax import diagnostics
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
 def load(monkeypatch):
-    """Imports a module of the benchmarks, which are programs and in no package."""
+    """Imports a module of the benchmarks, which are programs outside of any package."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 
 
 @pytest.fixture
 def start():
-    """Starts a benchmark, and ends it with the test so that it can tidy up."""
+    """Starts a benchmark, and terminates it at the end of the test so it can clean up."""
     with contextlib.ExitStack() as stack:
 
         def start(name, *options):
@@ -50,7 +48,7 @@ def namespaces_of(process):
     return []
 
 
-def test_candidates_take_turns_and_the_warmup_is_left_out(load):
+def test_candidates_take_turns_and_warmup_rounds_are_not_timed(load):
     calls = []
 
     def candidate(name):
@@ -78,7 +76,7 @@ def test_a_summary_has_the_median_and_the_spread(load):
     assert set(load("report").summary([2.0]).values()) == {2.0}
 
 
-def test_a_rate_is_read_or_refused(load):
+def test_parses_rates_and_rejects_others(load):
     bits_per_second = load("namespaces").bits_per_second
     assert [bits_per_second(rate) for rate in ("100mbit", "2.5gbit")] == [1e8, 2.5e9]
     assert bits_per_second("unlimited") == float("inf")
@@ -97,7 +95,7 @@ def test_a_rate_is_read_or_refused(load):
         (("--candidates", "f64 mean"), "invalid choice: 'f64 mean'"),
     ],
 )
-def test_wrong_options_are_refused(load, capsys, monkeypatch, options, message):
+def test_rejects_invalid_options(load, capsys, monkeypatch, options, message):
     monkeypatch.setattr(sys, "argv", ["network.py", *map(str, options)])
     with pytest.raises(SystemExit) as refusal:
         load("network").main()
@@ -106,7 +104,7 @@ def test_wrong_options_are_refused(load, capsys, monkeypatch, options, message):
 
 
 @pytest.mark.slow
-def test_network_reports_bytes_and_times_that_make_sense(start, tmp_path):
+def test_network_reports_plausible_bytes_and_times(start, tmp_path):
     workers, parameters, rate = 2, 300_001, 1e8
     process = start(
         *("network.py", "--workers", workers, "--parameters", parameters, "--rounds", 2),
@@ -147,12 +145,12 @@ def test_network_reports_bytes_and_times_that_make_sense(start, tmp_path):
         return
     assert result["rate_bits_per_second"] == rate
     for candidate in candidates.values():
-        # Headers, acknowledgements and a barrier come on top of what the program sends.
+        # Headers, acknowledgements and a barrier add to the program's bytes.
         overhead = candidate["counted_bytes"] - candidate["hlo_bytes"]
         assert 0 <= overhead <= 5_000 + 0.05 * candidate["hlo_bytes"]
         beyond_the_burst = candidate["hlo_bytes"] - result["burst_bytes"]
         assert candidate["min"] >= 8 * beyond_the_burst / rate
-    # The wire is what a mean waits for, with room for whatever else this machine does.
+    # A mean waits for the wire; the bound allows for a busy machine.
     assert candidates["f32 mean"]["min"] <= 5 * candidates["f32 mean"]["wire_seconds"]
 
 
@@ -164,7 +162,7 @@ def test_an_interrupted_run_leaves_no_namespaces(load, start, tmp_path, number):
     process = start("network.py", "--workers", 2, "--json", tmp_path / "network.json")
     while len(namespaces_of(process)) < 3 and process.poll() is None:
         time.sleep(0.05)
-    time.sleep(0.5)  # until workers run in them
+    time.sleep(0.5)  # until workers run inside
     assert len(namespaces_of(process)) == 3
     process.send_signal(number)
     process.communicate(timeout=60)
@@ -173,7 +171,7 @@ def test_an_interrupted_run_leaves_no_namespaces(load, start, tmp_path, number):
 
 
 def run(start, tmp_path, name, *options):
-    """Runs a benchmark to its end: its report, and what it printed."""
+    """Runs a benchmark, and returns its report and its output."""
     report, figure = tmp_path / "out" / "report.json", tmp_path / "out" / "figure.png"
     process = start(f"{name}.py", *options, "--json", report, "--figure", figure)
     printed, errors = process.communicate(timeout=300)
@@ -228,7 +226,7 @@ def test_kernels_reports_ratios_to_the_reference(start, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [2, 9, 64, 127, 128])
-def test_counting_and_its_references_give_the_majority_of_those_who_are_in(load, workers):
+def test_counting_and_its_references_give_the_majority_of_participants(load, workers):
     kernels, share = load("kernels"), 100
     out = np.arange(workers) % 3 == 1
     parts = kernels.ballot_box(workers, share, out=out)
@@ -237,7 +235,7 @@ def test_counting_and_its_references_give_the_majority_of_those_who_are_in(load,
     assert not words[out].any()
     assert words[~out].any(axis=1).all()
     sums = 2 * bits[~out].sum(axis=0).astype(int) - (~out).sum()
-    won = (sums > 0) | (sums == 0)  # a tie is won: its coin is 1
+    won = (sums > 0) | (sums == 0)  # the coin is 1, so a tie is +1
     expected = (won.astype(np.uint32) << np.arange(32, dtype=np.uint32)[:, None]).sum(0)
     np.testing.assert_array_equal(kernels.majority(parts, share), expected)
     for add_up in kernels.sums(workers).values():
@@ -245,7 +243,7 @@ def test_counting_and_its_references_give_the_majority_of_those_who_are_in(load,
         np.testing.assert_array_equal(by_sums, expected)
 
 
-def test_a_descent_along_words_follows_their_signs(load):
+def test_a_step_along_packed_words_follows_their_signs(load):
     kernels = load("kernels")
     case = kernels.applying((257, 99))
     start = np.asarray(case.candidates["p - a signs"].parameters)
@@ -254,7 +252,7 @@ def test_a_descent_along_words_follows_their_signs(load):
     assert 0.4 < (moved > 0).mean() < 0.6
 
 
-def test_default_shapes_are_of_about_one_size(load):
+def test_default_shapes_have_about_the_same_size(load):
     sizes = [np.prod(shape) for shape in load("kernels").default_shapes(10_000_000)]
     assert sizes == pytest.approx([10_000_000] * 4, rel=0.01)
 
@@ -263,7 +261,7 @@ def test_default_shapes_are_of_about_one_size(load):
 
 
 @pytest.mark.slow
-def test_scaling_reports_what_is_sent_counted_and_compiled(start, tmp_path):
+def test_scaling_reports_bytes_counting_and_compilation(start, tmp_path):
     options = ("--parameters", 100_000, "--most-workers", 8, "--devices", 4, "--leaves", 1, 2)
     options += ("--rounds", 2, "--compilations", 1)
     report, printed = run(start, tmp_path, "scaling", *options)
@@ -285,16 +283,16 @@ def test_scaling_reports_what_is_sent_counted_and_compiled(start, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["vote", "mean"])
 @pytest.mark.parametrize("workers", [2, 4, 8])
-def test_compiled_programs_send_what_the_formula_says(load, workers, scheme):
+def test_compiled_programs_send_the_bytes_of_the_formula(load, workers, scheme):
     tree = jax.ShapeDtypeStruct((1_000_000,), jnp.float32)
     expected = diagnostics.wire_bytes(tree, workers, scheme=scheme)
     compiled = load("scaling").compiled_bytes(tree, workers, scheme)
-    # Two workers gather whole messages, whose header is padded once, not for each part.
+    # Two workers gather whole messages, which pad the header once instead of once per part.
     assert compiled == pytest.approx(expected, abs=2048 if workers == 2 else 0)
 
 
 @pytest.mark.parametrize("leaves", [1, 2, 3, 25, 200])
-def test_a_transformer_has_the_leaves_asked_for(load, leaves):
+def test_a_transformer_has_the_requested_number_of_leaves(load, leaves):
     assert len(load("scaling").transformer(leaves)) == leaves
 
 
@@ -319,7 +317,7 @@ def test_step_reports_ratios_to_momentum(start, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["signum", "signum, voted", "lion"])
-def test_a_timed_step_is_a_step_of_the_optimizer(load, name):
+def test_a_timed_step_equals_a_step_of_the_optimizer(load, name):
     step = load("step")
     params, grads = {"a": jnp.ones((40, 50))}, {"a": jnp.linspace(-1.0, 1.0, 2000).reshape(40, 50)}
     stepper = step.Stepper(step.optimizers[name](), params, grads)
@@ -332,7 +330,7 @@ def test_a_timed_step_is_a_step_of_the_optimizer(load, name):
 
 
 @pytest.mark.parametrize("parameters", [60_000, 1_000_000, 10_000_000])
-def test_a_transformer_has_about_the_parameters_asked_for(load, parameters):
+def test_a_transformer_has_about_the_requested_number_of_parameters(load, parameters):
     step = load("step")
     assert step.count(step.transformer(parameters)) == pytest.approx(parameters, rel=0.01)
 
@@ -341,7 +339,7 @@ def test_a_transformer_has_about_the_parameters_asked_for(load, parameters):
 
 
 def modelled_sweep(machine, none=0.5):
-    """What network.py would measure on a machine for which the model is right."""
+    """The measurements of network.py on a machine that follows the model."""
     latency, memory_bandwidth, feed_rate = machine
     sweep = []
     for workers, parameters in [(w, p) for w in (2, 8) for p in (10**5, 10**6, 10**7)]:
@@ -369,24 +367,24 @@ def test_a_machine_that_follows_the_model_is_predicted_exactly(load):
     machines, predictions = crossover.predict(modelled_sweep(machine))
     assert len(predictions) == 2 * 3 * 2 * 2
     for found in machines.values():
-        # The smallest vote takes a little more than its collectives do.
+        # The smallest vote takes a little longer than its collectives.
         np.testing.assert_allclose(found, machine, rtol=0.15)
     for prediction in predictions:
         assert prediction["predicted"] == pytest.approx(prediction["measured"], rel=0.01)
 
 
-def test_crossover_prints_and_draws_what_a_sweep_says(start, tmp_path):
+def test_crossover_prints_and_plots_a_sweep(start, tmp_path):
     sweep = tmp_path / "sweep.json"
     sweep.write_text(json.dumps({"results": modelled_sweep((1e-3, 5e9, 3e9))}))
     report, printed = run(start, tmp_path, "crossover", "--sweep", sweep)
     by_model = report["results"]["bf16 mean over vote"]
     assert np.shape(by_model) == (len(report["results"]["rates"]), len(report["results"]["sizes"]))
     slow, *_, fast = by_model
-    assert slow[-1] > 15 > 1 > fast[0]  # one bit wins where there is much to send, and only there
+    assert slow[-1] > 15 > 1 > fast[0]  # one bit wins for large messages on slow links only
     assert "off by a factor of 1.0" in printed
 
 
-def test_crossover_asks_for_the_sweep_that_is_missing(start, tmp_path):
+def test_crossover_names_a_missing_sweep_and_the_command_to_make_it(start, tmp_path):
     process = start("crossover.py", "--sweep", tmp_path / "none.json")
     assert "network.py --sweep" in process.communicate()[1]
     assert process.returncode == 2

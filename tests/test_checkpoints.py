@@ -1,8 +1,13 @@
-"""Training that is stopped, saved with Orbax and restored, on as many workers or on others."""
+"""Training that is saved with Orbax and restored, also with another number of workers."""
 
+import pathlib
+import zipfile
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import old_checkpoint
 import optax
 import orbax.checkpoint as ocp
 import pytest
@@ -52,7 +57,7 @@ def data_parallel(name, num_workers):
 
 def train(tx, params, state, first, last):
     step, losses = tx.train_step(loss_fn), []
-    params, state = jax.tree.map(jnp.copy, (params, state))  # which a step takes over
+    params, state = jax.tree.map(jnp.copy, (params, state))  # a step donates them
     for number in range(first, last):
         chosen = np.random.default_rng(number).integers(len(IMAGES), size=144)
         params, state, loss = step(params, state, (IMAGES[chosen], LABELS[chosen]))
@@ -88,7 +93,7 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_restored_run_is_the_uninterrupted_one_bit_for_bit(name, tmp_path):
+def test_a_restored_run_equals_the_uninterrupted_run_bit_for_bit(name, tmp_path):
     tx = data_parallel(name, 8)
     params = initial_params()
     params, state, _ = train(tx, params, tx.init(params), 0, 5)
@@ -101,7 +106,7 @@ def test_a_restored_run_is_the_uninterrupted_one_bit_for_bit(name, tmp_path):
     assert_equal(train(tx, *found, 5, 10)[:2], expected[:2])
 
 
-def test_another_number_of_workers_has_to_be_asked_for(tmp_path):
+def test_restoring_with_another_number_of_workers_needs_resize(tmp_path):
     tx, other = data_parallel("ef_sign_sgd", 8), data_parallel("ef_sign_sgd", 4)
     params = initial_params()
     state = tx.init(params)
@@ -115,7 +120,9 @@ def test_another_number_of_workers_has_to_be_asked_for(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["signum", "ef_sign_sgd"])
 @pytest.mark.parametrize("num_workers", [4, 16])
-def test_training_goes_on_with_other_workers_and_no_jump_in_loss(name, num_workers, tmp_path):
+def test_training_continues_with_another_number_of_workers_without_a_jump_in_loss(
+    name, num_workers, tmp_path
+):
     tx = data_parallel(name, 8)
     params = initial_params()
     params, state, before = train(tx, params, tx.init(params), 0, 60)
@@ -124,6 +131,31 @@ def test_training_goes_on_with_other_workers_and_no_jump_in_loss(name, num_worke
     other = data_parallel(name, num_workers)
     params, state = restore(tmp_path, other, 8)
     _, _, after = train(other, params, other.resize(state, params), 60, 80)
-    # Batches are drawn anew at each step: ten of them scatter by a tenth or so.
+    # Every step draws another batch, so means of ten losses vary by about a tenth.
     assert np.mean(after[:10]) < 1.1 * np.mean(before[-10:])
     assert np.mean(after[10:]) < np.mean(before[-10:])
+
+
+@pytest.fixture(scope="module")
+def old_checkpoints(tmp_path_factory):
+    """The checkpoints of version 0.1.0."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    archive = pathlib.Path(__file__).parent / "checkpoint_0.1.0.zip"
+    zipfile.ZipFile(archive).extractall(folder)
+    like = {}
+    for name in old_checkpoint.OPTIMIZERS:
+        tx = old_checkpoint.data_parallel(name)
+        whole = NamedSharding(tx.mesh, PartitionSpec())
+        params = jax.device_put(old_checkpoint.initial_params(), whole)
+        like[name] = {"params": params, "state": tx.abstract_state(params)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        return [checkpointer.restore(folder / name, like) for name in ("saved", "expected")]
+
+
+@pytest.mark.parametrize("name", old_checkpoint.OPTIMIZERS)
+def test_a_run_of_version_0_1_0_goes_on(name, old_checkpoints):
+    saved, expected = (checkpoint[name] for checkpoint in old_checkpoints)
+    tx = old_checkpoint.data_parallel(name)
+    first, last = old_checkpoint.SAVED_AT, old_checkpoint.STOP
+    params, state = old_checkpoint.advance(tx, saved["params"], saved["state"], first, last)
+    chex.assert_trees_all_equal({"params": params, "state": state}, expected)

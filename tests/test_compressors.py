@@ -1,4 +1,4 @@
-"""Compressors against their references, and random ones against stated bounds."""
+"""Compressors against their references, and random compressors against stated bounds."""
 
 import math
 
@@ -16,7 +16,7 @@ import signax
 from signax import diagnostics
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
-# Relative to a value: its rounding to the dtype, plus that of a mean in f32 (f64 for f64).
+# Relative to a value: the rounding to the dtype, plus the rounding of a mean in f32 or f64.
 TOLERANCE = {"float16": 1.1e-3, "bfloat16": 8e-3, "float32": 1e-6, "float64": 1e-14}
 
 
@@ -91,20 +91,20 @@ def test_scaled_sign_of_zeros_is_zero(block):
     ("block", "spoilt"),
     [("leaf", [0, 1, 2, 3, 4, 5]), ("tree", [0, 1, 2, 3, 4, 5]), ("row", [0, 1, 2]), (2, [0, 1])],
 )
-def test_nan_reaches_what_shares_its_scale_and_nothing_else(block, spoilt):
+def test_nan_spreads_to_its_block_only(block, spoilt):
     leaf = jnp.ones((2, 3)).at[0, 1].set(jnp.nan)
     found = signax.scale_by_scaled_sign(block=block).update(leaf, ())[0]
     assert np.flatnonzero(np.isnan(found)).tolist() == spoilt
 
 
-def test_scaled_sign_sums_many_half_precision_magnitudes():
-    # In f16 the sum would be infinite; in bf16 it would stop growing at 256.
-    for dtype in (jnp.float16, jnp.bfloat16):
-        found = compress(signax.scale_by_scaled_sign(), jnp.full(10_000, -10.0, dtype))
-        np.testing.assert_array_equal(np.asarray(found, np.float32), np.full(10_000, -10.0))
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_scaled_sign_sums_many_half_precision_magnitudes(dtype):
+    # In f16 the sum would overflow; in bf16 the sum would stop growing at 256.
+    found = compress(signax.scale_by_scaled_sign(), jnp.full(10_000, -10.0, dtype))
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.full(10_000, -10.0))
 
 
-def test_a_block_far_larger_than_the_leaf_costs_no_memory():
+def test_a_block_larger_than_the_leaf_costs_no_memory():
     leaf = jax.ShapeDtypeStruct((10,), jnp.float32)
     tx = signax.scale_by_scaled_sign(block=2**26)
     program = jax.jit(lambda p: tx.update(p, ())[0]).lower(leaf).compile()
@@ -112,7 +112,7 @@ def test_a_block_far_larger_than_the_leaf_costs_no_memory():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_scaled_sign_loses_what_the_density_says(seed):
+def test_the_error_of_scaled_sign_follows_the_density(seed):
     p = jnp.asarray(normal(50, seed) ** 3, jnp.float32)
     lost = float(jnp.sum((compress(signax.scale_by_scaled_sign(), p) - p) ** 2))
     expected = (1 - float(diagnostics.density(p))) * float(jnp.sum(p**2))
@@ -133,13 +133,13 @@ def draw(tx, gradient, steps):
 
 
 def assert_mean(signs, expected):
-    """The mean of independent signs is within five standard deviations of what is expected."""
+    """The mean of independent signs is within five standard deviations of the expected mean."""
     deviation = np.sqrt((1 - expected**2) / len(signs))
     found = np.asarray(signs, np.float64).mean(axis=0)
     assert (np.abs(found - expected) <= 5 * deviation + 1e-6).all(), (found, expected)
 
 
-# The square of 1e30 overflows, that of 1e-30 vanishes; 3e38 times 2 overflows.
+# The squares overflow for 1e30, and underflow for 1e-30; near 3e38 a sum of two overflows.
 @pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30, 0.7e38])
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_the_mean_of_stochastic_signs_is_the_normalised_gradient(norm, scale):
@@ -150,7 +150,7 @@ def test_the_mean_of_stochastic_signs_is_the_normalised_gradient(norm, scale):
     assert_mean(signs, references.stochastic_sign_mean(gradient, norm))
 
 
-def test_a_bound_takes_the_place_of_the_norm_and_clips():
+def test_a_bound_replaces_the_norm_and_clips():
     gradient = np.array([1.0, -2.0, 8.0, -5.0, 0.0])
     tx = signax.scale_by_stochastic_sign(jax.random.key(2), norm=4.0)
     signs = draw(tx, jnp.asarray(gradient, jnp.float32), 4_000)
@@ -168,11 +168,11 @@ def test_stochastic_signs_are_unbiased_in_every_dtype(dtype):
     assert_mean(signs, expected)
 
 
-def test_leaves_have_norms_and_draws_of_their_own():
+def test_each_leaf_has_its_own_norm_and_draws():
     gradient = {"small": jnp.full(1_000, 1e-9), "large": jnp.full(1_000, 1e9)}
     signs = compress(signax.scale_by_stochastic_sign(jax.random.key(4)), gradient)
-    # Each mean is 1/sqrt(1000) = .03: two leaves that drew alike would agree everywhere, two
-    # that do not agree on half, with a standard deviation of .016.
+    # Each mean is 1/sqrt(1000) = .03. Leaves with the same draws would agree everywhere;
+    # independent leaves agree on half, with a standard deviation of .016.
     agreement = float(jnp.mean(signs["small"] == signs["large"]))
     assert abs(agreement - 0.5) < 0.08
 
@@ -188,7 +188,7 @@ def test_a_leaf_of_zeros_gives_zeros(norm, shape):
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-def test_with_a_norm_one_bad_coordinate_marks_its_leaf(norm, bad):
+def test_with_a_norm_one_nonfinite_coordinate_makes_its_leaf_nan(norm, bad):
     tx = signax.scale_by_stochastic_sign(jax.random.key(6), norm=norm)
     gradient = {"bad": jnp.array([1.0, bad, -2.0]), "good": jnp.array([1.0, -1.0])}
     found = tx.update(gradient, tx.init(None))[0]
@@ -197,7 +197,7 @@ def test_with_a_norm_one_bad_coordinate_marks_its_leaf(norm, bad):
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-def test_with_a_bound_a_bad_coordinate_marks_itself(bad):
+def test_with_a_bound_a_nonfinite_coordinate_becomes_nan_alone(bad):
     tx = signax.scale_by_stochastic_sign(jax.random.key(7), norm=1.0)
     found = tx.update(jnp.array([2.0, bad, -2.0]), tx.init(None))[0]
     np.testing.assert_array_equal(found, [1.0, np.nan, -1.0])
@@ -211,7 +211,7 @@ def over_workers(tx, gradient, num_workers):
     return np.asarray(signs), jax.random.key_data(state.key)
 
 
-def test_workers_of_an_axis_draw_independently_from_one_state():
+def test_workers_of_an_axis_draw_independently_from_a_shared_state():
     tx = signax.scale_by_stochastic_sign(jax.random.key(8), norm=1.0, axis_name="workers")
     signs, keys = over_workers(tx, jnp.full(10_000, 0.0).at[0].set(1.0), 4)
     # Fair coins: the correlation of two workers over 10,000 has a standard deviation of .01.
@@ -228,7 +228,7 @@ def test_workers_without_an_axis_draw_alike():
     assert set(np.unique(signs)) == {-1.0, 1.0}
 
 
-def test_a_raw_key_serves_as_well_as_a_typed_one():
+def test_raw_and_typed_keys_draw_the_same():
     gradient = jnp.asarray(normal(100), jnp.float32)
     typed, raw = (
         compress(signax.scale_by_stochastic_sign(key), gradient)
@@ -293,7 +293,7 @@ def test_sparsifiers_pass_scalars_and_empty_leaves(tx, shape):
     np.testing.assert_array_equal(found, leaf)
 
 
-def test_top_k_shows_nan():
+def test_top_k_keeps_nan():
     found = signax.scale_by_top_k(0.3).update(jnp.array([9.0, jnp.nan, 8.0]), ())[0]
     np.testing.assert_array_equal(found, [0.0, np.nan, 0.0])
 
@@ -316,14 +316,14 @@ def test_random_k_rounds_its_count_up(fraction, size, k):
     assert jnp.sum(found, axis=1).tolist() == [k, k, k]
 
 
-def test_random_k_keeps_values_as_they_are():
+def test_random_k_keeps_values_unchanged():
     leaf = jnp.asarray(normal((4, 5)), jnp.float32)
     found = compress(signax.scale_by_random_k(0.5, jax.random.key(1)), leaf)
     assert ((found == leaf) | (found == 0)).all()
     assert jnp.count_nonzero(found) == 10
 
 
-def test_random_k_draws_anew_for_each_step_and_leaf():
+def test_random_k_draws_other_coordinates_for_each_step_and_leaf():
     tx = signax.scale_by_random_k(0.5, jax.random.key(2))
     tree = [jnp.ones(100), jnp.ones(100)]
 
@@ -365,13 +365,13 @@ KEY = jax.random.key(0)
 
 
 @pytest.mark.parametrize("block", ["layer", "", 0, -3, 2.5, True, None])
-def test_an_unknown_block_is_refused(block):
+def test_rejects_an_unknown_block(block):
     with pytest.raises(ValueError, match=rf"block={block!r} is unknown.*'leaf', 'tree', 'row'"):
         signax.scale_by_scaled_sign(block=block)
 
 
 @pytest.mark.parametrize("size", [np.int64(3), np.int32(3)])
-def test_a_numpy_integer_is_a_block_size(size):
+def test_accepts_a_numpy_integer_as_block_size(size):
     found = signax.scale_by_scaled_sign(block=size).update(jnp.arange(1.0, 6.0), ())[0]
     np.testing.assert_allclose(found, [2, 2, 2, 4.5, 4.5])
 
@@ -382,7 +382,7 @@ def test_a_numpy_integer_is_a_block_size(size):
     [signax.scale_by_top_k, lambda fraction: signax.scale_by_random_k(fraction, KEY)],
     ids=["top-k", "random-k"],
 )
-def test_a_fraction_in_an_array_keeps_as_much_compiled_as_eagerly(make, dtype):
+def test_a_fraction_in_an_array_keeps_the_same_count_compiled_and_eagerly(make, dtype):
     for fraction in (0.1, 0.35, 1):
         tx = optax.inject_hyperparams(make)(fraction=jnp.asarray(fraction, dtype))
         for size in (10, 30, 100_000):
@@ -391,22 +391,24 @@ def test_a_fraction_in_an_array_keeps_as_much_compiled_as_eagerly(make, dtype):
                 int(jnp.sum(update(leaf, tx.init(leaf))[0] != 0))
                 for update in (tx.update, jax.jit(tx.update))
             )
-            assert eagerly == compiled
-            # A fraction is off by half a unit in its last place, which rounding must not lift.
+            assert eagerly == compiled, (fraction, size)
+            # A fraction is off by half a unit in its last place, which must not round the count up.
             exact = dtype == "float32" or fraction == 1
             lost = 0 if exact else 3 * float(jnp.finfo(dtype).eps) * size
             most = math.ceil(round(fraction * size, 6))
-            assert most - lost <= compiled <= most
+            assert most - lost <= compiled <= most, (fraction, size)
 
 
-def test_a_fraction_may_be_a_whole_number_or_a_flag():
-    for one in (1, True, np.int32(1), jnp.int32(1), jnp.bool_(True)):
-        assert int(jnp.sum(compress(signax.scale_by_top_k(one), jnp.ones(10)))) == 10
+@pytest.mark.parametrize("one", [1, True, np.int32(1), jnp.int32(1), jnp.bool_(True)], ids=repr)
+def test_accepts_a_whole_number_or_a_flag_as_fraction(one):
+    assert int(jnp.sum(compress(signax.scale_by_top_k(one), jnp.ones(10)))) == 10
 
 
-def test_a_fraction_of_numpys_is_the_decimal_that_it_prints():
-    for fraction in (np.float32(0.1), np.float16(0.1), np.array(0.1, np.float32)):
-        assert int(jnp.sum(compress(signax.scale_by_top_k(fraction), jnp.ones(10)))) == 1
+@pytest.mark.parametrize(
+    "fraction", [np.float32(0.1), np.float16(0.1), np.array(0.1, np.float32)], ids=repr
+)
+def test_a_numpy_fraction_counts_as_its_printed_decimal(fraction):
+    assert int(jnp.sum(compress(signax.scale_by_top_k(fraction), jnp.ones(10)))) == 1
 
 
 @pytest.mark.parametrize("fraction", [0, 0.0, -0.1, 1.5, math.nan, math.inf])
@@ -415,19 +417,19 @@ def test_a_fraction_of_numpys_is_the_decimal_that_it_prints():
     [signax.scale_by_top_k, lambda fraction: signax.scale_by_random_k(fraction, KEY)],
     ids=["top_k", "random_k"],
 )
-def test_a_fraction_that_keeps_nothing_or_too_much_is_refused(make, fraction):
+def test_rejects_a_fraction_outside_the_interval(make, fraction):
     with pytest.raises(ValueError, match=rf"fraction={fraction!r} is outside \(0, 1\]"):
         make(fraction)
 
 
 @pytest.mark.parametrize("fraction", ["half", None])
-def test_a_fraction_that_is_no_number_is_refused(fraction):
+def test_rejects_a_fraction_that_is_not_a_number(fraction):
     with pytest.raises(TypeError, match=f"fraction={fraction!r} is not a number"):
         signax.scale_by_top_k(fraction)
 
 
 @pytest.mark.parametrize("norm", ["l1", "L2", 0.0, -1.0, math.inf, math.nan])
-def test_an_unknown_norm_is_refused(norm):
+def test_rejects_an_unknown_norm(norm):
     with pytest.raises(ValueError, match=f"norm={norm!r} is"):
         signax.scale_by_stochastic_sign(KEY, norm=norm)
 
@@ -438,30 +440,30 @@ def test_an_unknown_norm_is_refused(norm):
     [signax.scale_by_stochastic_sign, lambda key: signax.scale_by_random_k(0.5, key)],
     ids=["stochastic_sign", "random_k"],
 )
-def test_what_is_no_key_is_refused(make, key):
+def test_rejects_an_invalid_key(make, key):
     with pytest.raises(TypeError, match=r"key=[\s\S]*is not a random key"):
         make(key)
 
 
-def test_an_unbound_axis_is_named():
+def test_rejects_an_unbound_axis():
     tx = signax.scale_by_stochastic_sign(KEY, axis_name="pods")
     with pytest.raises(NameError, match=r"axis_name='pods' is not bound"):
         tx.update(jnp.ones(2), tx.init(None))
 
 
 @pytest.mark.parametrize("axis_name", [(), ["data"]])
-def test_what_names_no_axis_is_refused(axis_name):
+def test_rejects_an_invalid_axis_name(axis_name):
     with pytest.raises(TypeError, match="must name one mapped axis"):
         signax.scale_by_stochastic_sign(KEY, axis_name=axis_name)
 
 
-def test_compressors_chain():
+def test_compressors_can_be_chained():
     tx = optax.chain(signax.scale_by_top_k(0.5), signax.scale_by_scaled_sign())
     found = compress(tx, jnp.array([1.0, -5.0, 3.0, 0.5]))
     assert found.tolist() == [0.0, -2.0, 2.0, 0.0]
 
 
-def test_a_gradient_far_beyond_its_bound_has_a_certain_sign():
+def test_a_gradient_far_beyond_the_bound_has_a_certain_sign():
     tx = signax.scale_by_stochastic_sign(jax.random.key(0), norm=1e-10)
     found, _ = tx.update(jnp.array([1e30, -1e30]), tx.init(None))
     np.testing.assert_array_equal(found, [1.0, -1.0])

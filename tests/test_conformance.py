@@ -1,10 +1,7 @@
-"""What every transformation and optimiser must do, whatever it computes: one matrix for all."""
+"""One conformance matrix for every transformation and optimiser."""
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,158 +9,9 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from registry import OPTAXS, OTHERS, REGISTRY
 
 import signax
-
-AXIS = "workers"
-KEY = jax.random.key(0)
-NOTHING = MappingProxyType({})
-
-
-class Case(NamedTuple):
-    """One entry of the registry."""
-
-    factory: Callable[..., optax.GradientTransformation]
-    numbers: Mapping[str, float] = NOTHING  # what inject_hyperparams may trace
-    others: Mapping[str, Any] = NOTHING
-    voted: bool = False  # runs inside a mapped axis
-    needs_params: bool = False
-    num_workers: int = 2
-
-    def make(self, **changes):
-        return self.wrap(self.factory(**{**self.numbers, **self.others, **changes}))
-
-    def wrap(self, tx):
-        return (
-            over_workers(tx, self.num_workers) if self.voted else optax.with_extra_args_support(tx)
-        )
-
-
-def over_workers(tx, num_workers):
-    """`tx` on workers with the same updates each, as a transformation of one worker's."""
-    tx = optax.with_extra_args_support(tx)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        def worker(own):
-            return tx.update(own, state, params, **extra_args)
-
-        rows = jax.tree.map(lambda u: jnp.broadcast_to(u, (num_workers, *u.shape)), updates)
-        mapped = jax.vmap(worker, axis_name=AXIS, axis_size=num_workers)
-        return jax.tree.map(lambda row: row[0], mapped(rows))
-
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
-
-
-RATE = {"learning_rate": 0.1}
-VOTE = {"axis_name": AXIS}
-REGISTRY = {
-    "scale_by_sign": Case(signax.scale_by_sign),
-    "scale_by_scaled_sign": Case(signax.scale_by_scaled_sign),
-    "scale_by_scaled_sign tree": Case(signax.scale_by_scaled_sign, others={"block": "tree"}),
-    "scale_by_scaled_sign row": Case(signax.scale_by_scaled_sign, others={"block": "row"}),
-    "scale_by_scaled_sign blocks": Case(signax.scale_by_scaled_sign, others={"block": 4}),
-    "scale_by_stochastic_sign": Case(signax.scale_by_stochastic_sign, others={"key": KEY}),
-    "scale_by_stochastic_sign bound": Case(
-        signax.scale_by_stochastic_sign, {"norm": 2.0}, {"key": KEY}
-    ),
-    "scale_by_stochastic_sign axis": Case(
-        signax.scale_by_stochastic_sign, others={"key": KEY, "norm": "linf", **VOTE}, voted=True
-    ),
-    "scale_by_top_k": Case(signax.scale_by_top_k, {"fraction": 0.4}),
-    "scale_by_random_k": Case(signax.scale_by_random_k, {"fraction": 0.4}, {"key": KEY}),
-    "scale_by_signum": Case(signax.scale_by_signum, {"beta": 0.8}),
-    "scale_by_signum wide": Case(
-        signax.scale_by_signum,
-        {"beta": 0.8},
-        {"nesterov": True, "accumulator_dtype": jnp.float32},
-    ),
-    "scale_by_signum warmup": Case(signax.scale_by_signum, others={"beta": 0.8, "warmup": True}),
-    "error_feedback": Case(
-        signax.error_feedback, {"decay": 0.9}, {"compressor": signax.scale_by_scaled_sign()}
-    ),
-    "error_feedback after a rate": Case(
-        signax.error_feedback,
-        {"learning_rate": 0.1},
-        {"compressor": signax.scale_by_scaled_sign()},
-    ),
-    "error_feedback wide": Case(
-        signax.error_feedback,
-        others={
-            "compressor": signax.scale_by_random_k(0.4, KEY),
-            "accumulator_dtype": jnp.float32,
-        },
-    ),
-    "hold_if_nonfinite": Case(signax.hold_if_nonfinite, others={"inner": signax.scale_by_signum()}),
-    "leave_out_nonfinite": Case(
-        signax.leave_out_nonfinite, others={"inner": signax.majority_vote(AXIS)}, voted=True
-    ),
-    "majority_vote": Case(signax.majority_vote, others=VOTE, voted=True),
-    "majority_vote abstain": Case(
-        signax.majority_vote, others={**VOTE, "zeros": "abstain"}, voted=True
-    ),
-    "majority_vote agreement": Case(
-        signax.majority_vote, others={**VOTE, "agreement": True}, voted=True, num_workers=4
-    ),
-    "mean_signs": Case(signax.mean_signs, others=VOTE, voted=True),
-    "mean_scaled_signs": Case(
-        signax.mean_scaled_signs, others={**VOTE, "num_workers": 2}, voted=True
-    ),
-    "mean_scaled_signs worker": Case(
-        signax.mean_scaled_signs,
-        {"decay": 0.9, "learning_rate": 0.1},
-        {**VOTE, "feedback": "worker", "block": 4, "accumulator_dtype": jnp.float32},
-        voted=True,
-    ),
-    "mean_quantized": Case(signax.mean_quantized, others={**VOTE, "num_workers": 2}, voted=True),
-    "mean_quantized worker": Case(
-        signax.mean_quantized,
-        {"decay": 0.9},
-        {**VOTE, "bits": 4, "feedback": "worker", "block": 4},
-        voted=True,
-    ),
-    "average_updates": Case(signax.average_updates, others=VOTE, voted=True),
-    "adversary": Case(
-        signax.testing.adversary,
-        others={**VOTE, "workers": [0], "attack": "invert", "key": KEY},
-        voted=True,
-    ),
-    "sign_sgd": Case(signax.sign_sgd, RATE),
-    "sign_sgd voted": Case(signax.sign_sgd, RATE, VOTE, voted=True),
-    "signum": Case(signax.signum, RATE),
-    "signum voted": Case(
-        signax.signum,
-        {**RATE, "beta": 0.8, "weight_decay": 0.1},
-        VOTE,
-        voted=True,
-        needs_params=True,
-    ),
-    "lion": Case(signax.lion, {**RATE, "b1": 0.8, "weight_decay": 0.1}, needs_params=True),
-    "lion wide": Case(signax.lion, RATE, {"mu_dtype": jnp.float32, "weight_decay": 0.0}),
-    "lion voted": Case(signax.lion, RATE, {**VOTE, "weight_decay": 0.0}, voted=True),
-    "ssdm": Case(
-        signax.ssdm,
-        {**RATE, "beta": 0.8, "weight_decay": 0.1},
-        {"key": KEY},
-        needs_params=True,
-    ),
-    "ssdm over workers": Case(signax.ssdm, RATE, {"key": KEY, **VOTE}, voted=True),
-    "ef_sign_sgd": Case(signax.ef_sign_sgd, {**RATE, "weight_decay": 0.1}, needs_params=True),
-    "ef_sign_sgd over workers": Case(
-        signax.ef_sign_sgd,
-        {**RATE, "momentum": 0.9},
-        {"nesterov": True, **VOTE, "num_workers": 2},
-        voted=True,
-    ),
-}
-# What is exported and is no transformation of one worker's updates. DataParallel is one of global
-# arrays, which its own tests cover.
-OTHERS = {
-    "DataParallel", "diagnostics", "participation", "pmean_quantized", "pmean_scaled_signs",
-    "pmean_signs", "pvote", "pvote_scatter", "scaled_signs_memory", "state_specs", "testing",
-}  # fmt: skip
-
-# Optax's own, re-exported: it takes any dtype, and Optax documents it.
-OPTAXS = {"scale_by_sign"}
 
 every = pytest.mark.parametrize("name", REGISTRY)
 ours = pytest.mark.parametrize("name", [name for name in REGISTRY if name not in OPTAXS])
@@ -183,7 +31,7 @@ def small_tree(dtype="float32", seed=0):
 
 
 def awkward_tree(dtype="float32"):
-    """Everything a pytree of parameters may hold, among it no leaf at all."""
+    """Every kind of node that parameters may have, among them nodes without leaves."""
     return {
         "kernel": jnp.asarray(normal((2, 3)), dtype),
         "none": None,
@@ -231,7 +79,7 @@ def is_state(export):
     return isinstance(export, type) and issubclass(export, tuple) and hasattr(export, "_fields")
 
 
-def test_every_export_is_in_the_registry_or_known_to_be_something_else():
+def test_every_export_is_in_the_registry_or_in_the_list_of_others():
     tested = {case.factory for case in REGISTRY.values()}
     for name in signax.__all__:
         export = getattr(signax, name)
@@ -326,7 +174,7 @@ def test_updates_and_state_keep_their_shapes_and_dtypes(name, dtype):
 
 
 @every
-def test_leaves_of_several_dtypes_keep_each_its_own(name):
+def test_each_leaf_keeps_its_dtype(name):
     with jax.enable_x64(True):
         tree = {
             dtype: jnp.asarray(normal(6), dtype)
@@ -347,7 +195,7 @@ def test_no_dtype_is_promoted_by_accident(name, dtypes):
 
 @pytest.mark.parametrize("leaf", [jnp.ones(2, jnp.int32), jnp.ones(2, jnp.complex64)])
 @ours
-def test_integer_and_complex_updates_are_refused_by_name(name, leaf):
+def test_rejects_integer_and_complex_updates_by_name(name, leaf):
     tx, params = REGISTRY[name].make(), {"good": jnp.ones(2), "bad": jnp.ones(2)}
     with pytest.raises(TypeError, match=rf"updates\['bad'\] has dtype {leaf.dtype}"):
         tx.update({**params, "bad": leaf}, tx.init(params), params)
@@ -357,7 +205,7 @@ def test_integer_and_complex_updates_are_refused_by_name(name, leaf):
 
 
 @every
-def test_state_is_stable_enough_to_be_carried_by_scan(name):
+def test_scan_can_carry_the_state(name):
     tx, params = REGISTRY[name].make(), small_tree()
 
     def step(state, _):
@@ -370,7 +218,7 @@ def test_state_is_stable_enough_to_be_carried_by_scan(name):
 
 
 @every
-def test_state_is_stable_enough_for_both_branches_of_cond(name):
+def test_both_branches_of_cond_can_return_the_state(name):
     tx, params = REGISTRY[name].make(), small_tree()
 
     def maybe(skip, state):
@@ -398,18 +246,18 @@ def test_states_are_named_tuples(name):
 
 
 @every
-def test_map_params_finds_what_is_shaped_like_the_parameters(name):
+def test_map_params_finds_the_state_in_the_shape_of_the_parameters(name):
     tx, params = REGISTRY[name].make(), small_tree()
     found = optax.tree.map_params(
         tx, lambda leaf: True, tx.init(params), transform_non_params=lambda leaf: False
     )
-    # Counts and keys are scalars, and no parameter is.
+    # Counts and keys are scalars, and parameters are not.
     expected = jax.tree.map(lambda leaf: leaf.ndim > 0, tx.init(params))
     assert found == expected
 
 
 @case_names(lambda case: "accumulator_dtype" in inspect.signature(case.factory).parameters)
-def test_a_state_of_another_tree_is_refused(name):
+def test_rejects_a_state_of_another_tree(name):
     tx = REGISTRY[name].make()
     params = {"a": jnp.ones(2)}
     state = tx.init(params)
@@ -422,7 +270,7 @@ def test_a_state_of_another_tree_is_refused(name):
 
 
 @every
-def test_trees_may_hold_anything_that_is_no_array(name):
+def test_trees_may_hold_nodes_without_arrays(name):
     tree = awkward_tree()
     updates, state, after = abstract_update(REGISTRY[name].make(), tree)
     assert updates == jax.tree.map(lambda a: (a.shape, a.dtype), tree)
@@ -485,20 +333,20 @@ def test_multi_steps_updates_with_the_mean_of_its_micro_steps(name):
 
 
 @case_names(lambda case: case.numbers)
-def test_injected_numbers_do_what_constants_do(name):
+def test_injected_numbers_act_like_constants(name):
     case, tree = REGISTRY[name], small_tree()
     static = [p for p in inspect.signature(case.factory).parameters if p not in case.numbers]
     inject = optax.inject_hyperparams(case.factory, static_args=static)
     tx = case.wrap(inject(**case.numbers, **case.others))
     state = tx.init(tree)
     assert set(optax.tree.get(state, "hyperparams")) == set(case.numbers)
-    updates, _ = jax.jit(tx.update)(tree, state, tree)  # the numbers are traced
+    updates, _ = jax.jit(tx.update)(tree, state, tree)  # here the numbers are traced
     expected, _ = case.make().update(tree, case.make().init(tree), tree)
     assert_trees_equal(updates, expected, rtol=1e-6)
 
 
 @case_names(lambda case: case.numbers)
-def test_injected_numbers_keep_the_dtypes(name):
+def test_injected_numbers_keep_dtypes(name):
     case, tree = REGISTRY[name], small_tree("bfloat16")
     static = [p for p in inspect.signature(case.factory).parameters if p not in case.numbers]
     inject = optax.inject_hyperparams(case.factory, static_args=static)
@@ -516,7 +364,7 @@ def test_unknown_extra_arguments_are_ignored(name):
 
 
 @case_names(lambda case: not case.needs_params)
-def test_no_parameters_are_needed_where_none_are_used(name):
+def test_update_works_without_parameters_where_none_are_used(name):
     tx, tree = REGISTRY[name].make(), small_tree()
     without, _ = tx.update(tree, tx.init(tree))
     given, _ = tx.update(tree, tx.init(tree), tree)
@@ -524,7 +372,7 @@ def test_no_parameters_are_needed_where_none_are_used(name):
 
 
 @every
-def test_a_chain_may_hold_it(name):
+def test_works_in_a_chain(name):
     tree = small_tree()
     tx = optax.chain(optax.identity(), REGISTRY[name].make(), optax.scale(1.0))
     updates, state, after = abstract_update(tx, tree, value=1.0)
@@ -532,12 +380,12 @@ def test_a_chain_may_hold_it(name):
     assert after == state
 
 
-# --- the written law -------------------------------------------------------------------------
+# --- documentation and signatures --------------------------------------------------------------
 
 EXPORTS = [name for name in signax.__all__ if not inspect.ismodule(getattr(signax, name))]
 STATES = [name for name in EXPORTS if is_state(getattr(signax, name)) and name not in OTHERS]
 FACTORIES = [name for name in EXPORTS if name not in (*STATES, *OPTAXS)]
-# Hyperparameters that come second and third in Optax's signatures too.
+# Optax too takes these hyperparameters second or third.
 POSITIONAL = {"beta", "b1", "b2", "momentum"}
 
 
@@ -580,7 +428,7 @@ def test_options_are_spelled_out(name):
 
 
 @pytest.mark.parametrize("name", [name for name in FACTORIES if name != "DataParallel"])
-def test_options_are_given_by_keyword(name):
+def test_options_are_keyword_only(name):
     for parameter in inspect.signature(getattr(signax, name)).parameters.values():
         optional = parameter.default is not inspect.Parameter.empty
         if optional and parameter.name not in POSITIONAL:

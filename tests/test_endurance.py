@@ -1,4 +1,4 @@
-"""A thousand steps with somebody out in each: all stays finite, and the same on every worker."""
+"""A thousand steps with an excluded worker in each stay finite, and equal on every worker."""
 
 from functools import partial
 
@@ -24,35 +24,35 @@ OPTIMISERS = {
 }
 
 
-class Dealt:
-    """Who is out of which step, and how: somebody of each, and everybody of every hundredth."""
+class Absences:
+    """The excluded workers of each step: at least one, and all workers at a hundredth of steps."""
 
     def __init__(self, seed):
         rng = np.random.default_rng(seed)
         each = np.arange(STEPS)
-        self.nobody = np.zeros(STEPS, bool)
-        self.nobody[rng.permutation(STEPS)[: STEPS // 100]] = True
-        self.out = np.zeros((STEPS, NUM_WORKERS), bool)
-        self.out[each, rng.integers(NUM_WORKERS, size=STEPS)] = True
-        self.out[self.nobody] = True
-        inactive = self.out & (rng.random(self.out.shape) < 0.25)
+        self.empty = np.zeros(STEPS, bool)
+        self.empty[rng.permutation(STEPS)[: STEPS // 100]] = True
+        self.absent = np.zeros((STEPS, NUM_WORKERS), bool)
+        self.absent[each, rng.integers(NUM_WORKERS, size=STEPS)] = True
+        self.absent[self.empty] = True
+        inactive = self.absent & (rng.random(self.absent.shape) < 0.25)
         self.active = ~inactive
-        # One coordinate of one leaf is spoilt for those who are out and do not say so themselves.
+        # Absent workers that are not inactive get one nonfinite coordinate.
         size = {name: int(np.prod(shape)) for name, shape in SHAPES.items()}
-        place = rng.integers(sum(size.values()), size=self.out.shape)
-        value = rng.choice(BAD, size=self.out.shape)
-        spoilt = np.zeros((*self.out.shape, sum(size.values())), np.float32)
-        step, worker = np.nonzero(self.out & self.active)
+        place = rng.integers(sum(size.values()), size=self.absent.shape)
+        value = rng.choice(BAD, size=self.absent.shape)
+        spoilt = np.zeros((*self.absent.shape, sum(size.values())), np.float32)
+        step, worker = np.nonzero(self.absent & self.active)
         spoilt[step, worker, place[step, worker]] = value[step, worker]
         starts = np.cumsum([0, *size.values()])
         self.spoilt = {
-            name: spoilt[..., start : start + size[name]].reshape(*self.out.shape, *shape)
+            name: spoilt[..., start : start + size[name]].reshape(*self.absent.shape, *shape)
             for start, (name, shape) in zip(starts, SHAPES.items(), strict=False)
         }
 
 
-def train(tx, dealt):
-    """Parameters of all steps, the state, and what it said of every step, by a scan."""
+def train(tx, absences):
+    """Scans all steps: the parameters, the state, the parameters and the voters of each step."""
     target = jax.tree.map(lambda s: jnp.ones(s), SHAPES, is_leaf=lambda s: isinstance(s, tuple))
 
     def step(carry, given):
@@ -70,7 +70,7 @@ def train(tx, dealt):
         return (params, state, key), (params, optax.tree.get(state, "voters"))
 
     params = jax.tree.map(jnp.zeros_like, target)
-    given = {"spoilt": dealt.spoilt, "active": dealt.active}
+    given = {"spoilt": absences.spoilt, "active": absences.active}
     run = jax.jit(lambda *carry: lax.scan(step, carry, given))
     (params, state, _), (path, voters) = run(params, tx.init(params), jax.random.key(0))
     return params, state, path, np.asarray(voters)
@@ -81,7 +81,7 @@ def bits(array):
 
 
 def assert_replicas_are_identical(tree, num_devices):
-    """Compares bit for bit what lies on each device, and counts the arrays that are replicated."""
+    """Compares the devices' copies bit for bit, and counts the replicated arrays."""
     replicated = 0
     for leaf in jax.tree.leaves(tree):
         if leaf.is_fully_replicated and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -97,25 +97,25 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OPTIMISERS if nam
 
 
 @pytest.mark.parametrize("name", ["signum", *SLOW])
-def test_a_thousand_steps_with_somebody_out_of_each(name):
-    dealt = Dealt(seed=len(name))
+def test_a_thousand_steps_with_an_excluded_worker_in_each(name):
+    absences = Absences(seed=len(name))
     mesh = auto_mesh({"data": NUM_WORKERS})
     tx = signax.DataParallel(OPTIMISERS[name](axis_name="data"), mesh)
-    params, state, path, voters = train(tx, dealt)
+    params, state, path, voters = train(tx, absences)
 
     floating = [x for x in jax.tree.leaves((params, state)) if jnp.issubdtype(x.dtype, np.floating)]
     assert all(np.all(np.isfinite(leaf)) for leaf in floating)
     assert assert_replicas_are_identical(params, NUM_WORKERS) == len(SHAPES)
     assert assert_replicas_are_identical(state, NUM_WORKERS) > 0
 
-    np.testing.assert_array_equal(voters, NUM_WORKERS - dealt.out.sum(axis=1))
+    np.testing.assert_array_equal(voters, NUM_WORKERS - absences.absent.sum(axis=1))
     assert np.sum(voters == 0) == STEPS // 100
-    np.testing.assert_array_equal(optax.tree.get(state, "missed"), dealt.out.sum(axis=0))
+    np.testing.assert_array_equal(optax.tree.get(state, "missed"), absences.absent.sum(axis=0))
 
     for leaf in jax.tree.leaves(path):
         rows = np.asarray(leaf)
         stayed = (rows[1:] == rows[:-1]).reshape(STEPS - 1, -1).all(axis=1)
-        assert np.all(stayed[dealt.nobody[1:]])  # nobody is left: nothing moves
+        assert np.all(stayed[absences.empty[1:]])  # without voters nothing moves
         if leaf.ndim > 1:
-            assert not np.any(stayed[~dealt.nobody[1:]])
+            assert not np.any(stayed[~absences.empty[1:]])
         np.testing.assert_allclose(rows[-1], 1, atol=0.5)  # where the mean gradient is zero

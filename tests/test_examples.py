@@ -1,45 +1,38 @@
-"""The examples run as a user would run them: in a process of their own."""
+"""The digits example runs in a process of its own, as a user would run it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def run_example(name, *options):
-    # The test session's own choice of devices must not reach the example.
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "XLA"))}
-    command = [sys.executable, str(EXAMPLES / name), *map(str, options)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+from processes import EXAMPLES, run_program
 
 
 def train_digits(folder, *options):
-    finished = run_example(
-        "train_digits.py", "--json", folder / "out.json", "--figure", folder / "out.png", *options
+    finished = run_program(
+        EXAMPLES / "train_digits.py",
+        "--json",
+        folder / "out.json",
+        "--figure",
+        folder / "out.png",
+        *options,
     )
     assert finished.returncode == 0, finished.stderr
     return json.loads((folder / "out.json").read_text()), finished
 
 
-def test_help_tells_the_commands_and_the_options():
-    finished = run_example("train_digits.py", "--help")
+def test_help_lists_commands_and_options():
+    finished = run_program(EXAMPLES / "train_digits.py", "--help")
     assert finished.returncode == 0
     for text in ("python examples/train_digits.py", "--seed", "--steps", "--json", "--figure"):
         assert text in finished.stdout
 
 
-def test_an_uneven_batch_is_refused():
-    finished = run_example("train_digits.py", "--batch-size", 100)
+def test_rejects_an_uneven_batch():
+    finished = run_program(EXAMPLES / "train_digits.py", "--batch-size", 100)
     assert finished.returncode == 2
     assert "--batch-size 100 is no multiple of --workers 8" in finished.stderr
 
 
-def test_a_short_run_reports_what_it_did_and_the_vote_sends_little(tmp_path):
+def test_a_short_run_writes_its_report_and_the_vote_sends_few_bytes(tmp_path):
     report, finished = train_digits(tmp_path, "--steps", 12, "--batch-size", 16, "--seed", 3)
 
     settings = {name: report[name] for name in ("workers", "steps", "batch_size", "seed")}
@@ -53,7 +46,7 @@ def test_a_short_run_reports_what_it_did_and_the_vote_sends_little(tmp_path):
         assert run["name"] in finished.stdout
         assert f"{run['bytes_per_step']:,}" in finished.stdout
         assert "12/12" in finished.stderr  # the progress bar
-    # A ring's mean of 60,522 parameters in f32, and a few scalars besides, over eight workers.
+    # A ring of eight workers averages 60,522 parameters in f32, and a few scalars.
     averaged, voted = report["averaged"]["bytes_per_step"], report["voted"]["bytes_per_step"]
     assert 0 <= averaged - 2 * 7 * 4 * 60_522 // 8 <= 64
     assert 0 < 25 * voted <= averaged

@@ -1,9 +1,8 @@
-"""Packing, counting, sealing and ballots on ten thousand random cases each, against NumPy.
+"""Ten thousand random cases each of packing, counting, sealing and voting, against NumPy.
 
-Many cases of one shape go through one compiled call, and all of them are compared.
+One compiled call runs many cases of one shape, and every case is compared.
 """
 
-import functools
 import math
 from functools import partial
 
@@ -12,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
+from special_values import as_seen, special_values
 
 from signax._wire import packing
 from signax._wire import words as wire
 from signax._wire.signs import Rules, toss
 
-# NumPy warns of NaNs that signal.
+# NumPy warns of signalling NaNs.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 CASES = 10_000
@@ -25,27 +25,14 @@ RULES = [
     Rules(zeros, ties) for zeros in ("dither", "plus", "abstain") for ties in ("dither", "plus")
 ]
 LAYOUTS = {
-    "neighbours": (packing.pack_consecutive, packing.unpack_consecutive),
+    "consecutive": (packing.pack_consecutive, packing.unpack_consecutive),
     "blocks": (packing.pack_slabs, packing.unpack_slabs),
 }
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
-def special_values(dtype):
-    """Zeros of both signs, the ends of the range, what is below it, infinities, and NaNs."""
-    info = jnp.finfo(dtype)
-    ends = [info.max, info.tiny, info.smallest_subnormal, info.tiny / 2, 1.0, np.inf]
-    words = {2: np.uint16, 4: np.uint32}[jnp.dtype(dtype).itemsize]
-    infinity = int(np.array(np.inf, dtype).view(words))
-    quiet = 1 << (info.nmant - 1)
-    # With payloads, one signalling and one negative.
-    nans = [infinity | quiet | 1, infinity | 1, infinity | quiet | 1 << (info.bits - 1)]
-    numbers = np.array([0.0, *ends], dtype)
-    return np.concatenate([numbers, -numbers, np.array(nans, words).view(dtype)])
-
-
 def random_values(rng, shape, dtype):
-    """Random numbers with special ones among them; every other row of the first axis is finite."""
+    """Random and special numbers; every other row of the first axis is finite."""
     values = rng.standard_normal(shape).astype(dtype)
     special = special_values(dtype)
     share = rng.choice([0.0, 0.05, 0.7], size=(shape[0], *[1] * (len(shape) - 1)))
@@ -54,23 +41,8 @@ def random_values(rng, shape, dtype):
     return values
 
 
-@functools.cache
-def is_flushed(dtype):
-    """Whether the platform takes what is below the range of a dtype for zero."""
-    least = jnp.asarray(jnp.finfo(dtype).smallest_subnormal, dtype)
-    return not jax.jit(lambda x: x > 0)(least)
-
-
-def as_seen(values):
-    """In f64, with zeros for what the platform takes for zero."""
-    if is_flushed(values.dtype):
-        tiny = jnp.finfo(values.dtype).tiny
-        values = np.where(np.abs(values) < tiny, np.array(0, values.dtype), values)
-    return values.astype(np.float64)
-
-
 def random_shape(rng):
-    """A shape of at most two thousand coordinates, each length on a boundary or beside it."""
+    """A shape of at most two thousand coordinates, with lengths on boundaries or beside them."""
 
     def length(boundaries):
         return max(1, rng.choice(boundaries) + rng.choice([-1, 0, 0, 1]))
@@ -89,7 +61,7 @@ SHAPES = [(), (1,), (33,), (256, 128), (64, 256), (8, 32, 16)]
 
 
 @pytest.mark.slow
-def test_ten_thousand_arrays_are_packed_and_unpacked():
+def test_packing_and_unpacking_of_ten_thousand_arrays():
     rng, seen, each = np.random.default_rng(0), 0, 320
     while seen < CASES:
         shape = (
@@ -130,8 +102,8 @@ def test_ten_thousand_arrays_are_packed_and_unpacked():
 def expected_words(bits, cut, layout):
     """The words of some arrays, bool[sets, ...] to u32[sets, words]."""
     sets = len(bits)
-    if layout == "neighbours":
-        rows = np.stack([references.packed_neighbours(row.ravel()) for row in bits])
+    if layout == "consecutive":
+        rows = np.stack([references.packed_consecutive(row.ravel()) for row in bits])
         return np.pad(rows, ((0, 0), (0, cut.words - rows.shape[1])))
     words = references.packed(bits.reshape(sets, *cut.shape), cut.axis + 1, cut.rows)
     shape = cut.word_shape
@@ -141,7 +113,7 @@ def expected_words(bits, cut, layout):
 
 
 @pytest.mark.slow
-def test_ten_thousand_trees_come_back_from_one_message():
+def test_packing_and_unpacking_of_ten_thousand_trees():
     rng, seen, each = np.random.default_rng(1), 0, 1700
     while seen < CASES:
         rules = RULES[seen // each % len(RULES)]
@@ -177,7 +149,7 @@ def bits_of(words):
     return np.unpackbits(words.astype("<u4").view(np.uint8), axis=-1, bitorder="little") == 1
 
 
-def test_ten_thousand_sums_are_counted_and_compared():
+def test_counting_and_comparing_of_ten_thousand_sums():
     rng, seen, each = np.random.default_rng(2), 0, 2000
     workers = [1, 3, 8, 33, 129]
     for num_workers in workers:
@@ -209,7 +181,7 @@ def test_ten_thousand_sums_are_counted_and_compared():
     assert seen >= CASES
 
 
-def test_ten_thousand_messages_are_sealed_and_unsealed():
+def test_sealing_and_unsealing_of_ten_thousand_messages():
     rng, seen, each = np.random.default_rng(3), 0, 2000
     while seen < CASES:
         planes, rows = int(rng.integers(1, 9)), int(rng.integers(1, 4))
@@ -235,7 +207,7 @@ def test_ten_thousand_messages_are_sealed_and_unsealed():
     assert seen >= CASES
 
 
-def test_ten_thousand_votes_follow_the_rules():
+def test_decisions_of_ten_thousand_votes():
     rng, seen, each, size = np.random.default_rng(4), 0, 1700, 23
     number = 0
     while seen < CASES:
@@ -276,7 +248,7 @@ def test_ten_thousand_votes_follow_the_rules():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_special_values_are_what_they_are_called(dtype):
+def test_special_values_include_zeros_infinities_subnormals_and_nans(dtype):
     special = special_values(dtype)
     assert np.isnan(special).sum() == 3
     assert np.isinf(special).sum() == 2

@@ -1,9 +1,8 @@
-"""The language model, its example and its benchmark, on something small."""
+"""The language model: its example and its benchmark in small, and the committed results."""
 
 import importlib
 import json
 import math
-import os
 import runpy
 import subprocess
 import sys
@@ -15,35 +14,27 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from processes import BENCHMARKS, EXAMPLES, ROOT, run_program
 
 from signax import diagnostics
 
-ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "train_language_model.py"
-BENCHMARKS = ROOT / "benchmarks"
-PARAMETERS = 998_784  # of the default size
+EXAMPLE = EXAMPLES / "train_language_model.py"
+PARAMETERS = 998_784  # of the default model
 METHODS = ("adamw", "signum", "lion", "mixed", "ef")
-MOMENTA = (0.6, 0.8, 0.9)  # that were tuned
+MOMENTA = (0.6, 0.8, 0.9)  # the tuned values
 
 small = ("--layers", 1, "--heads", 2, "--width", 16, "--context", 16, "--validation-windows", 16)
 short = ("--steps", 6, "--evaluate-every", 3, "--batch-size", 8, "--workers", 4, "--seed", 3)
 
 
-def run(program, *options):
-    # The test session's own choice of devices must not reach the program.
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "XLA"))}
-    command = [sys.executable, str(program), *map(str, options)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-
-
 def train(folder, *options):
-    finished = run(EXAMPLE, *small, *short, "--json", folder / "out.json", *options)
+    finished = run_program(EXAMPLE, *small, *short, "--json", folder / "out.json", *options)
     assert finished.returncode == 0, finished.stderr
     return json.loads((folder / "out.json").read_text()), finished
 
 
 def parse(monkeypatch, program, *options):
-    """Runs a program in this process, up to where it ends by itself."""
+    """Runs a program in this process until it exits."""
     monkeypatch.setattr(sys, "argv", [program.name, *options])
     monkeypatch.syspath_prepend(str(program.parent))
     with pytest.raises(SystemExit) as stopped:
@@ -52,7 +43,7 @@ def parse(monkeypatch, program, *options):
 
 
 @pytest.mark.parametrize("program", [EXAMPLE, BENCHMARKS / "language_model.py"])
-def test_help_tells_the_commands(monkeypatch, capsys, program):
+def test_help_lists_the_commands(monkeypatch, capsys, program):
     assert parse(monkeypatch, program, "--help") == 0
     assert f"python {program.parent.name}/{program.name}" in capsys.readouterr().out
 
@@ -76,12 +67,12 @@ def test_help_tells_the_commands(monkeypatch, capsys, program):
         ("--method sgd", "invalid choice: 'sgd'"),
     ],
 )
-def test_what_does_not_fit_is_refused(monkeypatch, capsys, options, message):
+def test_rejects_options_that_do_not_fit(monkeypatch, capsys, options, message):
     assert parse(monkeypatch, EXAMPLE, *options.split()) == 2
     assert message in capsys.readouterr().err
 
 
-def test_processes_need_not_divide_simulated_workers_where_none_are(monkeypatch):
+def test_accelerators_are_not_divided_into_simulated_workers(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLE.parent))
     example = importlib.import_module("train_language_model")
     options = "--coordinator a:1 --processes 3 --process-id 0 --accelerators"
@@ -89,8 +80,8 @@ def test_processes_need_not_divide_simulated_workers_where_none_are(monkeypatch)
     assert example.parse_arguments(example.make_parser("")).processes == 3
 
 
-def test_a_batch_that_workers_cannot_share_is_refused():
-    finished = run(EXAMPLE, "--workers", 3)
+def test_rejects_a_batch_that_workers_cannot_share():
+    finished = run_program(EXAMPLE, "--workers", 3)
     assert finished.returncode == 2
     assert "--batch-size 32 is no multiple of 3 workers" in finished.stderr
 
@@ -99,7 +90,7 @@ def test_a_batch_that_workers_cannot_share_is_refused():
     "method",
     [pytest.param(name, marks=() if name == "lion" else pytest.mark.slow) for name in METHODS],
 )
-def test_a_short_run_reports_what_it_did(tmp_path, method):
+def test_a_short_run_writes_its_report(tmp_path, method):
     report, finished = train(tmp_path, "--method", method, "--figure", tmp_path / "out.png")
     assert (report["method"], report["workers"], report["seed"]) == (method, 4, 3)
     # Embeddings of 128 characters and 16 positions, four matrices of the width, three of 40 gated
@@ -110,7 +101,7 @@ def test_a_short_run_reports_what_it_did(tmp_path, method):
     assert 0 < curve["seconds"][0] < curve["seconds"][1]
     assert all(0 < loss < 10 for loss in curve["loss"])
     assert report["validation_loss"] == curve["validation_loss"][-1] < 10
-    mean = 2 * 3 * report["parameters"]  # of f32 in a ring of four
+    mean = 2 * 3 * report["parameters"]  # f32 in a ring of four
     least, most = (mean, mean + 64) if method == "adamw" else (1, mean / 2)
     assert least <= report["bytes_per_step"] <= most
     assert f"{report['bytes_per_step']:,} bytes" in finished.stdout
@@ -130,7 +121,7 @@ def test_a_vote_on_every_leaf_sends_31_times_fewer_bytes(monkeypatch, size, mill
 
 
 def load_arrays(folder):
-    """Every array of a checkpoint by its name, as NumPy's, for there are other devices here."""
+    """Every array of a checkpoint by name, as NumPy arrays, since devices differ here."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         saved = checkpointer.metadata(folder).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
@@ -139,7 +130,7 @@ def load_arrays(folder):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
+def test_a_stopped_and_continued_run_equals_an_uninterrupted_run(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     expected, _ = train(tmp_path, "--checkpoint", whole)
     train(tmp_path, "--checkpoint", stopped, "--stop-at", 3)
@@ -152,7 +143,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
     for name, leaf in leaves[0].items():
         np.testing.assert_array_equal(leaf, leaves[1][name], strict=True)
 
-    other = run(EXAMPLE, *small, *short, "--checkpoint", stopped, "--step-size", 0.5)
+    other = run_program(EXAMPLE, *small, *short, "--checkpoint", stopped, "--step-size", 0.5)
     assert other.returncode == 1
     assert "holds a run with step_size = " in other.stderr
 
@@ -172,7 +163,7 @@ def finished_run(method, step_size, seed, loss, curve=None, momentum=0.9):
     return {**run, **costs, "validation_loss": loss, "curve": curve}
 
 
-def test_the_search_ends_where_the_best_has_a_worse_neighbour_on_either_side(benchmark):
+def test_the_search_ends_when_the_best_has_worse_neighbours_on_both_sides(benchmark):
     for lowest in (-3, 0, 4):
         exponent, losses = 0, {}
         while exponent is not None:
@@ -183,7 +174,7 @@ def test_the_search_ends_where_the_best_has_a_worse_neighbour_on_either_side(ben
         assert losses[best - 1] > losses[best] < losses[best + 1]
 
 
-def test_the_search_goes_down_from_where_everything_diverges(benchmark):
+def test_the_search_descends_from_sizes_that_diverge(benchmark):
     losses, exponent = {4: float("inf")}, 4
     while exponent is not None and len(losses) < 20:
         losses[exponent] = float("inf") if exponent > 1 else 2.0 + exponent**2
@@ -192,7 +183,7 @@ def test_the_search_goes_down_from_where_everything_diverges(benchmark):
     assert {-1, 0, 1} <= set(losses)
 
 
-def test_a_run_that_is_there_is_not_mixed_with_another(benchmark):
+def test_rejects_mixing_runs_of_different_settings(benchmark):
     args = types.SimpleNamespace(json="out.json")
     runs = [{**finished_run("lion", 2.0, 0, 2.1), "link": "namespaces"}]
     wanted = {"method": "lion", "step_size": 2.0, "seed": 0, "link": "namespaces"}
@@ -203,7 +194,7 @@ def test_a_run_that_is_there_is_not_mixed_with_another(benchmark):
             benchmark.is_finished(args, runs, {**wanted, name: value})
 
 
-def test_the_best_is_chosen_by_the_first_seed_and_judged_by_all(benchmark):
+def test_the_best_size_is_chosen_by_the_first_seed_and_reported_for_all_seeds(benchmark):
     runs = [
         *(finished_run("adamw", 2.0, seed, loss) for seed, loss in enumerate((2.0, 2.2, 2.4))),
         finished_run("lion", 1.0, 0, 2.3),
@@ -222,7 +213,7 @@ def test_the_best_is_chosen_by_the_first_seed_and_judged_by_all(benchmark):
     assert lion["times_fewer_bytes"] == 32
 
 
-def test_time_counts_up_to_the_loss_that_adamw_ends_with(benchmark):
+def test_times_run_until_the_final_loss_of_adamw(benchmark):
     slow = {"seconds": [10.0, 20.0, 30.0], "validation_loss": [3.0, 2.5, 2.0]}
     fast = {"seconds": [2.0, 4.0, 6.0], "validation_loss": [2.9, 2.0, 1.9]}
     never = {"seconds": [2.0, 4.0], "validation_loss": [2.9, 2.1]}
@@ -230,7 +221,7 @@ def test_time_counts_up_to_the_loss_that_adamw_ends_with(benchmark):
         finished_run("adamw", 1.0, 0, 2.0, slow),
         finished_run("lion", 1.0, 0, 1.9, fast),
         finished_run("ef", 1.0, 0, 2.1, never),
-        finished_run("lion", 1.0, 1, 1.9, fast),  # whose AdamW has not run yet
+        finished_run("lion", 1.0, 1, 1.9, fast),  # AdamW has not run with this seed
     ]
     rows = benchmark.times(runs)
     assert [row["seconds"] for row in rows] == [30.0, 4.0, None]
@@ -239,7 +230,7 @@ def test_time_counts_up_to_the_loss_that_adamw_ends_with(benchmark):
 
 @pytest.fixture
 def tune(benchmark, monkeypatch, tmp_path):
-    """Runs `tune` with an example that does not train; gives the command lines it was called by."""
+    """Runs `tune` with a stub for the example, and returns the options of each call."""
 
     def tune(*options):
         called = []
@@ -269,7 +260,7 @@ def tune(benchmark, monkeypatch, tmp_path):
     return tune
 
 
-def test_tune_searches_one_grid_runs_all_seeds_and_goes_on_where_it_was(tune, tmp_path, capsys):
+def test_tune_searches_one_grid_with_all_seeds_and_resumes(tune, tmp_path, capsys):
     called = tune("--seeds", 5, 6)
     results = tmp_path / "out.json"
     report = json.loads(results.read_text())
@@ -290,13 +281,13 @@ def test_tune_searches_one_grid_runs_all_seeds_and_goes_on_where_it_was(tune, tm
 
 
 @pytest.mark.slow
-def test_processes_on_links_train_and_their_times_are_compared(tmp_path):
+def test_network_trains_in_processes_and_compares_times(tmp_path):
     tuned = {
         "adamw": {"step_size": 4e-3, "momentum": 0.9},
         "signum": {"step_size": 1e-3, "momentum": 0.5},
     }
     (tmp_path / "tuned.json").write_text(json.dumps({"results": {"tuned": tuned}}))
-    finished = run(
+    finished = run_program(
         BENCHMARKS / "language_model.py",
         *("network", "--methods", "adamw", "signum", "--steps", 4, "--voted-steps", 6),
         *("--evaluate-every", 2, "--seeds", 0, "--workers", 2, "--batch-size", 4, *small),
@@ -317,7 +308,7 @@ def test_processes_on_links_train_and_their_times_are_compared(tmp_path):
     assert 0 < first["seconds"] <= averaged["curve"]["seconds"][-1]
 
 
-# What is committed.
+# The committed results.
 
 
 def load_results(name):
@@ -333,10 +324,10 @@ def at(runs, momentum):
     return [run for run in runs if run["momentum"] == momentum]
 
 
-def test_every_method_was_tuned_alike_and_ran_three_times(benchmark, results):
+def test_every_method_has_the_same_tuning_and_three_seeds(benchmark, results):
     runs = results["runs"]
     assert results["tuned"] == benchmark.tuned(runs)
-    # One text, one model, one number of steps for all.
+    # All runs share the text, the model and the number of steps.
     assert len({json.dumps(run["settings"], sort_keys=True) for run in runs}) == 1
     assert len({run["steps"] for run in runs}) == 1
     assert {run["parameters"] for run in runs} == {PARAMETERS}
@@ -349,7 +340,7 @@ def test_every_method_was_tuned_alike_and_ran_three_times(benchmark, results):
             first = {run["step_size"]: run["validation_loss"] for run in own if run["seed"] == 0}
             best = one["step_size"]
             for neighbour in (best / 2, best * 2):
-                assert not first[neighbour] < first[best]  # it may be no number at all
+                assert not first[neighbour] < first[best]  # the loss may be NaN
             assert {run["seed"] for run in own if run["step_size"] == best} == {0, 1, 2}
 
 
@@ -361,7 +352,7 @@ def test_a_vote_is_within_two_percent_of_adamw_with_31_times_fewer_bytes(results
     assert 31 * voted["bytes_per_step"] <= averaged["bytes_per_step"]
 
 
-def test_the_table_in_the_readme_is_what_tuning_gave(benchmark, results):
+def test_the_table_in_the_readme_matches_the_results(benchmark, results):
     readme = (ROOT / "README.md").read_text().replace("**", "")
     found = [benchmark.tuned(at(results["runs"], momentum)) for momentum in MOMENTA]
     for method, best in results["tuned"].items():
@@ -378,7 +369,7 @@ def test_the_table_in_the_readme_is_what_tuning_gave(benchmark, results):
     assert f"voted Lion ends {results['tuned']['lion']['over_adamw']:.1%} above AdamW" in readme
 
 
-def test_over_slow_links_a_vote_comes_to_the_loss_of_adamw_in_a_third_of_the_time(benchmark):
+def test_over_slow_links_a_vote_reaches_the_loss_of_adamw_in_a_third_of_the_time(benchmark):
     results = load_results("language_model_network")
     assert results["times"] == benchmark.times(results["runs"])
     assert {run["link"] for run in results["runs"]} == {"namespaces"}

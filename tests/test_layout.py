@@ -1,7 +1,7 @@
-"""Which leaves of a state every worker has of its own, for each wrapper that Optax has.
+"""The per-worker leaves of a state, for every wrapper of Optax.
 
-Each case states them. Two other answers must agree: where `DataParallel` puts the leaves, and
-what differs when eight workers run the transformation under `jax.vmap` on gradients of their own.
+Each case lists the leaves. The list must equal the layout of `DataParallel`, and the leaves that
+differ when eight workers run the transformation under `jax.vmap` on different gradients.
 """
 
 import jax
@@ -38,7 +38,7 @@ def voted_and_averaged(partition):
 
 
 def injected(**hyperparams):
-    """signum with everything numeric injected, where options of the vote are no hyperparameters."""
+    """Signum with injected numbers; the options of the vote are static."""
     static = ("axis_name", "zeros", "ties", "transport", "warmup", "nesterov")
     build = optax.inject_hyperparams(signax.signum, static_args=static)
     return build(**hyperparams, axis_name="data")
@@ -51,7 +51,7 @@ def under(prefix, leaves=MOMENTUM):
     return {prefix + leaf for leaf in leaves}
 
 
-# name: transformation, the leaves each worker has of its own, and the shared ones
+# name: (transformation, per-worker leaves, shared leaves)
 CASES = {
     "chain": (
         optax.chain(optax.clip(1.0), signax.scale_by_signum(), VOTE, optax.scale(-0.1)),
@@ -111,14 +111,14 @@ CASES = {
         optax.chain(signax.scale_by_random_k(0.5, jax.random.PRNGKey(0)), VOTE),
         set(), {"[0].key", "[1].count"},
     ),
-    # The worker's index is folded into what is drawn, not into what is kept.
+    # The worker's index is folded into the key of a draw, not into the stored key.
     "key folded with the worker": (
         optax.chain(
             signax.scale_by_stochastic_sign(jax.random.key(0), axis_name="data"), VOTE
         ),
         set(), {"[0].key", "[1].count"},
     ),
-    # Whether a gradient was finite differs between workers, and so do the counts of it.
+    # Workers differ in whether their gradient was finite, and in the counts of such gradients.
     "apply_if_finite before the vote": (
         optax.chain(optax.apply_if_finite(signax.scale_by_signum(), 3), VOTE),
         under("[0].inner_state") | {"[0].inner_state.count"}
@@ -156,12 +156,12 @@ CASES = {
 if hasattr(optax, "multi_transform"):  # the older name of partition
     CASES["multi_transform"] = (voted_and_averaged(optax.multi_transform), *CASES["partition"][1:])
 
-# Whether frozen leaves are held depends on the worker, though both choices are the same.
-EQUAL_ALL_THE_SAME = {"set_to_zero before the vote": {"[1][0][0].momentum['b']"}}
+# Holding a frozen leaf depends on the worker, although both choices are equal.
+ALWAYS_EQUAL = {"set_to_zero before the vote": {"[1][0][0].momentum['b']"}}
 
 
 def placed(tx, mesh, params=PARAMS, **options):
-    """The paths of the leaves that are per worker, and of those that are shared."""
+    """The paths of per-worker leaves, and the paths of shared leaves."""
     shardings = signax.DataParallel(tx, mesh, **options).state_shardings(params)
     own, shared = set(), set()
     for path, sharding in jax.tree.leaves_with_path(shardings):
@@ -169,20 +169,22 @@ def placed(tx, mesh, params=PARAMS, **options):
         (own if sharding.spec else shared).add(jax.tree_util.keystr(path))
     assert not memories(own, "dither")
     shared -= memories(shared, "dither")
-    told = [memories(paths, "participation") for paths in (own, shared)]
-    if any(leaf.size for leaf in jax.tree.leaves(params)):  # else nothing is exchanged
-        missed, voters = ({path.rpartition(".")[0] for path in paths} for paths in told)
+    participations = [memories(paths, "participation") for paths in (own, shared)]
+    if any(
+        leaf.size for leaf in jax.tree.leaves(params)
+    ):  # without coordinates nothing is exchanged
+        missed, voters = ({path.rpartition(".")[0] for path in paths} for paths in participations)
         assert missed == voters
-    return own - told[0], shared - told[1]
+    return own - participations[0], shared - participations[1]
 
 
 def memories(paths, field):
-    """The paths of leaves that every vote has in a field of its state."""
+    """The paths that lie in one field of the states of votes."""
     return {path for path in paths if f".{field}." in path}
 
 
 def differing(tx):
-    """The leaves that ever differ in four steps of eight workers, one of them bad in the third."""
+    """The leaves that differ at some of four steps; one worker is nonfinite at the third."""
     tx = optax.with_extra_args_support(tx)
     grads = {
         name: jax.random.normal(jax.random.key(position), (4, WORKERS, *leaf.shape))
@@ -212,16 +214,16 @@ def raw(leaf):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_leaves_that_workers_have_of_their_own(name, mesh):
+def test_per_worker_leaves_are_found(name, mesh):
     tx, own, shared = CASES[name]
     assert placed(tx, mesh) == (own, shared)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_leaves_of_their_own_are_those_that_differ_when_workers_run(name):
+def test_per_worker_leaves_are_the_leaves_that_differ_when_workers_run(name):
     tx, own, _ = CASES[name]
-    assert differing(tx) == own - EQUAL_ALL_THE_SAME.get(name, set())
+    assert differing(tx) == own - ALWAYS_EQUAL.get(name, set())
 
 
 @pytest.mark.parametrize(
@@ -237,8 +239,8 @@ def test_leaves_of_their_own_are_those_that_differ_when_workers_run(name):
         ),
     ],
 )
-def test_exchange_that_some_workers_would_skip_is_refused_by_name(wrapped, wrapper, mesh):
-    """At run time those who skip it would leave the others waiting for ever."""
+def test_rejects_an_exchange_that_some_workers_would_skip(wrapped, wrapper, mesh):
+    """At run time the workers that skip the exchange would leave the others waiting."""
     tx = signax.DataParallel(wrapped, mesh)
     with pytest.raises(ValueError, match=wrapper) as error:
         tx.init(PARAMS)
@@ -246,8 +248,8 @@ def test_exchange_that_some_workers_would_skip_is_refused_by_name(wrapped, wrapp
     assert "signax.hold_if_nonfinite" in str(error.value)
 
 
-def test_multi_steps_trains_as_on_the_mean_of_its_gradients(mesh):
-    # Whole numbers, so that the running mean is exact.
+def test_multi_steps_equals_a_step_on_the_mean_gradient(mesh):
+    # With whole numbers the running mean is exact.
     first, second = (
         {
             name: jax.random.randint(jax.random.key(seed), (WORKERS, *leaf.shape), -4, 5) * 1.0
@@ -275,7 +277,7 @@ def test_override_gives_every_worker_a_copy(mesh):
     assert shared == {"[1].count"}
 
 
-def test_overridden_leaf_has_a_row_for_each_worker_and_is_kept_up(mesh):
+def test_overridden_leaf_has_a_row_for_each_worker_and_is_updated(mesh):
     inner = optax.chain(signax.scale_by_signum(), VOTE)
     tx = signax.DataParallel(inner, mesh, per_worker=lambda path, _: path == "[0].count" or None)
     grads = jax.tree.map(lambda leaf: jnp.ones((WORKERS, *leaf.shape)), PARAMS)
@@ -291,7 +293,7 @@ def test_overridden_key_has_a_row_for_each_worker(mesh):
     assert state[0].key.shape == (WORKERS,)
 
 
-def test_override_is_asked_with_each_leaf_and_its_shape_on_one_worker(mesh):
+def test_override_is_called_with_each_leafs_path_and_shape_on_one_worker(mesh):
     asked = {}
     tx = optax.chain(signax.scale_by_signum(), VOTE)
     placed(tx, mesh, per_worker=lambda path, leaf: asked.update({path: (leaf.shape, leaf.dtype)}))
@@ -307,7 +309,7 @@ def test_override_is_asked_with_each_leaf_and_its_shape_on_one_worker(mesh):
     }
 
 
-def test_leaf_that_differs_cannot_be_shared(mesh):
+def test_rejects_sharing_a_leaf_that_differs(mesh):
     inner = optax.chain(signax.scale_by_signum(), VOTE)
     tx = signax.DataParallel(
         inner, mesh, per_worker=lambda path, _: False if path == "[0].momentum['b']" else None
@@ -327,22 +329,68 @@ def indexed():
     return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
 
 
-def test_state_that_differs_from_init_on_has_a_row_for_each_worker(mesh):
+def test_state_that_differs_at_init_has_a_row_for_each_worker(mesh):
     state = signax.DataParallel(optax.chain(indexed(), VOTE), mesh).init(PARAMS)
     np.testing.assert_array_equal(state[0], np.arange(WORKERS))
 
 
-def test_initial_state_that_differs_cannot_be_shared(mesh):
+def test_rejects_sharing_an_initial_state_that_differs(mesh):
     inner = optax.chain(indexed(), VOTE)
     tx = signax.DataParallel(inner, mesh, per_worker=lambda *_: False)
     with pytest.raises(ValueError, match=r"state\[0\] differs.*per_worker"):
         tx.init(PARAMS)
 
 
+# `state_specs`, for a `shard_map` written by hand.
+
+OWN, WHOLE = PartitionSpec("data"), PartitionSpec()
+
+
+def test_state_specs_of_a_voted_chain(mesh):
+    direction, vote = signax.state_specs(SIGNUM, PARAMS, "data", dict(mesh.shape))[0]
+    assert direction.momentum == {"w": OWN, "b": OWN}
+    assert vote.participation.missed == OWN
+    assert [direction.count, vote.count, vote.participation.voters] == [WHOLE] * 3
+
+
+def test_state_specs_run_in_a_handwritten_shard_map(mesh):
+    specs = signax.state_specs(SIGNUM, PARAMS, "data", dict(mesh.shape))
+    state = jax.tree.map(
+        lambda leaf, spec: jnp.stack([leaf] * WORKERS) if spec == OWN else leaf,
+        SIGNUM.init(PARAMS),
+        specs,
+    )
+
+    def step(grads, state, params):
+        grads = jax.tree.map(lambda leaf: leaf[0], grads)
+        state = jax.tree.map(lambda leaf, spec: leaf[0] if spec == OWN else leaf, state, specs)
+        updates, state = SIGNUM.update(grads, state, params)
+        rows = jax.tree.map(lambda leaf, spec: leaf[None] if spec == OWN else leaf, state, specs)
+        return updates, rows
+
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(OWN, specs, WHOLE), out_specs=(WHOLE, specs))
+    grads = {
+        name: jax.random.normal(jax.random.key(n), (WORKERS, *leaf.shape))
+        for n, (name, leaf) in enumerate(PARAMS.items())
+    }
+    found = jax.jit(mapped)(grads, state, PARAMS)
+    tx = signax.DataParallel(SIGNUM, mesh)
+    expected = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize(
+    ("axis_name", "missing"), [("workers", "workers"), (("slice", "data"), "slice")]
+)
+def test_state_specs_rejects_a_missing_axis(axis_name, missing):
+    with pytest.raises(ValueError, match=rf"lacks '{missing}': pass dict\(mesh\.shape\)"):
+        signax.state_specs(SIGNUM, PARAMS, axis_name, {"data": WORKERS})
+
+
 @pytest.mark.parametrize(
     "params", [{}, {"w": jnp.ones(2), "none": None}, jnp.ones(()), (jnp.ones(0),)]
 )
-def test_layout_of_any_tree_of_parameters(params, mesh):
+def test_layout_works_for_any_tree_of_parameters(params, mesh):
     own, shared = placed(optax.chain(signax.scale_by_signum(), VOTE), mesh, params)
     assert len(own) == len(jax.tree.leaves(params))
     assert shared == {"[0].count", "[1].count"}

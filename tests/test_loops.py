@@ -1,36 +1,26 @@
-"""The examples of training loops run as a user would run them, and learn the digits."""
+"""The example training loops run in processes of their own, and learn the digits."""
 
 import importlib
-import os
 import re
 import runpy
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import EXAMPLES, run_program
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 LOOPS = ("loop_linen.py", "loop_nnx.py", "loop_pmap.py", "loop_shard_map.py")
 
 every_loop = pytest.mark.parametrize("name", LOOPS)
 
 
-def run_loop(name, *options):
-    # The test session's own choice of devices must not reach the example.
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "XLA"))}
-    command = [sys.executable, str(EXAMPLES / name), *map(str, options)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-
-
 def train(name, *options):
     """The loss of the first step and of the last, the test accuracy, and the progress bar."""
-    finished = run_loop(name, *options)
+    finished = run_program(EXAMPLES / name, *options)
     assert finished.returncode == 0, finished.stderr
     assert "Warning" not in finished.stderr
     printed = re.fullmatch(
-        r"Loss: ([\d.]+) in the first step, ([\d.]+) in the last\.\n"  # digits, hence finite
+        r"Loss: ([\d.]+) in the first step, ([\d.]+) in the last\.\n"  # digits only: finite
         r"Test accuracy: ([\d.]+)%\n",
         finished.stdout,
     )
@@ -43,11 +33,11 @@ def train(name, *options):
 def test_a_short_run_lowers_the_loss(name):
     first, last, accuracy, progress = train(name, "--workers", 4, "--steps", 12)
     assert last < 0.9 * first
-    assert accuracy > 0.2  # twice what guessing gives
+    assert accuracy > 0.2  # twice the accuracy of guessing
     assert "12/12" in progress
 
 
-def test_statistics_are_the_mean_of_those_that_are_finite(monkeypatch):
+def test_batch_statistics_are_averaged_over_finite_workers(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     mean_of_finite = importlib.import_module("loop_nnx").mean_of_finite
     rows = np.array([[1.0, np.nan, 5.0], [np.inf, np.nan, 7.0]], np.float32)
@@ -64,8 +54,8 @@ def test_a_whole_run_learns_the_digits(name):
 
 
 @pytest.mark.slow
-def test_pmap_and_shard_map_compute_the_same():
-    """Parameters that the one proves alike, and the other keeps alike, are the same ones."""
+def test_pmap_and_shard_map_give_the_same_results():
+    """`shard_map` proves that parameters stay equal, and `pmap` keeps them equal."""
     by_pmap = train("loop_pmap.py", "--steps", 40)
     by_shard_map = train("loop_shard_map.py", "--steps", 40)
     assert by_pmap[:3] == pytest.approx(by_shard_map[:3], rel=0.01)
@@ -81,8 +71,8 @@ def test_pmap_and_shard_map_compute_the_same():
         ("--steps", "many", "argument --steps: invalid int value: 'many'"),
     ],
 )
-def test_a_bad_option_is_refused(monkeypatch, capsys, name, option, value, message):
-    # In this process, since options are read before JAX is touched: sixteen imports less.
+def test_rejects_invalid_options(monkeypatch, capsys, name, option, value, message):
+    # Options are read before JAX is used, so this process can run the program, which is faster.
     monkeypatch.setattr(sys, "argv", [name, option, value])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
@@ -91,7 +81,7 @@ def test_a_bad_option_is_refused(monkeypatch, capsys, name, option, value, messa
 
 
 @every_loop
-def test_help_tells_the_command_and_the_options(monkeypatch, capsys, name):
+def test_help_lists_command_and_options(monkeypatch, capsys, name):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")

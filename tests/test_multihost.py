@@ -1,4 +1,4 @@
-"""The example of several processes, in processes of its own: how they end, and with what."""
+"""The example of several processes: its parameters, its checkpoints, and its failures."""
 
 import contextlib
 import os
@@ -6,31 +6,30 @@ import re
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import EXAMPLES, environment, free_address
 
-PROGRAM = Path(__file__).parents[1] / "examples" / "multihost.py"
-SECONDS = 600  # a machine that does other things as well is slow, and not at fault
+PROGRAM = EXAMPLES / "multihost.py"
+SECONDS = 600  # generous, since the machine may be busy
 
 slow = pytest.mark.slow
 
 
 class Run:
-    """A run of the example under way, which writes what it prints into a folder."""
+    """A running example, which writes its output into a folder."""
 
     def __init__(self, folder, options):
         self.outputs = [folder / "stdout", folder / "stderr"]
-        # The test session's own choice of devices must not reach the example.
-        env = {name: value for name, value in os.environ.items() if name[:3] not in ("JAX", "XLA")}
         command = [sys.executable, str(PROGRAM), *map(str, options)]
         with self.outputs[0].open("w") as stdout, self.outputs[1].open("w") as stderr:
-            self.process = subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr)
+            self.process = subprocess.Popen(
+                command, env=environment(), stdout=stdout, stderr=stderr
+            )
 
     @property
     def stdout(self):
@@ -44,7 +43,7 @@ class Run:
         return self.process.wait(SECONDS)
 
     def wait_for(self, text, times=1):
-        """Waits until it has printed what `text` matches so many times, and returns the match."""
+        """Waits until the output matches a pattern `times` times, and returns the last match."""
         deadline = time.monotonic() + SECONDS
         while len(found := list(re.finditer(text, self.stdout + self.stderr))) < times:
             assert self.process.poll() is None, self.stderr
@@ -53,7 +52,7 @@ class Run:
         return found[times - 1]
 
     def workers(self, restarts=0):
-        """The process ids of what the launcher has started, the last of so many times."""
+        """The process ids that the launcher started after a number of restarts."""
         return [
             int(number) for number in self.wait_for("processes:(.*)\n", restarts + 1)[1].split()
         ]
@@ -61,13 +60,13 @@ class Run:
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts the example, and ends it with the test."""
+    """Starts the example, and terminates it at the end of the test."""
     with contextlib.ExitStack() as stack:
 
         def start(*options):
             run = Run(tmp_path, options)
             stack.callback(run.wait)
-            stack.callback(run.process.terminate)  # upon which the launcher ends its processes
+            stack.callback(run.process.terminate)  # then the launcher ends its processes
             return run
 
         yield start
@@ -97,12 +96,6 @@ def assert_same(actual, expected):
         np.testing.assert_array_equal(actual[name], expected[name], strict=True)
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def is_running(number):
     try:
         os.kill(number, 0)
@@ -111,7 +104,7 @@ def is_running(number):
     return True
 
 
-def test_help_tells_the_commands_and_the_options(monkeypatch, capsys):
+def test_help_lists_commands_and_options(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [PROGRAM.name, "--help"])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(PROGRAM), run_name="__main__")
@@ -143,8 +136,8 @@ def test_help_tells_the_commands_and_the_options(monkeypatch, capsys):
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(monkeypatch, capsys, options, message):
-    # In this process, since options are read before JAX is touched: nine imports less.
+def test_rejects_options_that_do_not_fit(monkeypatch, capsys, options, message):
+    # Options are read before JAX is used, so this process can run the program, which is faster.
     monkeypatch.setattr(sys, "argv", [PROGRAM.name, *options.split()])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(PROGRAM), run_name="__main__")
@@ -152,16 +145,16 @@ def test_what_does_not_fit_is_refused(monkeypatch, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_batch_that_devices_cannot_share_is_refused(start):
+def test_rejects_a_batch_that_devices_cannot_share(start):
     run = start("--devices", 3, "--batch-size", 128)
     assert run.wait() == 2
     assert "--batch-size 128 is no multiple of 3 workers" in run.stderr
 
 
-# What is the same, bit for bit.
+# Runs that must be equal, bit for bit.
 
 
-def test_two_processes_stopped_and_continued_end_as_one_process_does(train, tmp_path):
+def test_two_stopped_and_continued_processes_equal_one_process(train, tmp_path):
     short = "--steps", 12, "--batch-size", 16, "--seed", 3
     expected = train("--devices", 2, *short)
     two = "--processes", 2, "--checkpoint", tmp_path / "saved", *short
@@ -179,7 +172,7 @@ def test_two_processes_stopped_and_continued_end_as_one_process_does(train, tmp_
         (("--devices", 8), ("--processes", 2, "--devices", 4)),
     ],
 )
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, tmp_path, workers, alike):
+def test_a_stopped_and_continued_run_equals_an_uninterrupted_run(train, tmp_path, workers, alike):
     expected = train(*alike, "--steps", 100)
     saving = "--steps", 100, "--checkpoint", tmp_path / "saved", "--checkpoint-every", 20
     train(*workers, *saving, "--stop-at", 50)
@@ -187,8 +180,8 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, tmp_path, worker
 
 
 @slow
-def test_a_cluster_that_takes_a_machine_away_loses_no_step(start, train, tmp_path):
-    """Twice: nobody starts the processes anew after the first time, the program does after that."""
+def test_a_preempted_cluster_loses_no_step(start, train, tmp_path):
+    """The test restarts the run after the first signal, and the launcher after the second."""
     steps, params = ("--steps", 1000), tmp_path / "stopped.npz"
     options = "--processes", 2, "--checkpoint", tmp_path / "saved", "--checkpoint-every", 5000
     run = start(*options, *steps, "--params", params)
@@ -210,7 +203,7 @@ def test_a_cluster_that_takes_a_machine_away_loses_no_step(start, train, tmp_pat
 
 
 @slow
-def test_a_run_of_other_settings_is_not_continued(start, tmp_path):
+def test_rejects_continuing_a_run_of_other_settings(start, tmp_path):
     settings = {"--devices": 2, "--steps": 4, "--batch-size": 8, "--seed": 0}
 
     def run_with(**changes):
@@ -234,7 +227,7 @@ def test_a_run_of_other_settings_is_not_continued(start, tmp_path):
 
 
 @slow
-def test_another_number_of_workers_continues_if_asked_to(start, train, tmp_path):
+def test_resize_continues_with_another_number_of_workers(start, train, tmp_path):
     options = "--steps", 8, "--batch-size", 24, "--checkpoint"
     train("--devices", 2, *options, tmp_path / "saved", "--stop-at", 4)
     shutil.copytree(tmp_path / "saved", tmp_path / "copy")
@@ -246,17 +239,17 @@ def test_another_number_of_workers_continues_if_asked_to(start, train, tmp_path)
 
     resized = train("--processes", 3, *options, tmp_path / "saved", "--resize")
     assert_same(resized, train("--devices", 3, *options, tmp_path / "copy", "--resize"))
-    # What it saved is of three workers, and nothing is left to ask for.
+    # The new checkpoint has three workers, so it needs no resize.
     assert_same(train("--devices", 3, *options, tmp_path / "saved"), resized)
 
 
 def freeze_in_a_save(worker, saved):
-    """Stops a process while a checkpoint is being written, which stays half written."""
+    """Stops a process while it writes a checkpoint, which stays incomplete."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         if half_written(saved):
             os.kill(worker, signal.SIGSTOP)
-            time.sleep(0.2)  # for other processes to come to an end of it, if they can
+            time.sleep(0.2)  # so that the other processes can finish, if they can
             if half_written(saved):
                 return
             os.kill(worker, signal.SIGCONT)
@@ -273,7 +266,7 @@ def newest(saved):
 
 
 @slow
-def test_kills_at_any_moment_leave_the_parameters_as_they_were(start, train, tmp_path):
+def test_kills_at_any_moment_do_not_change_the_parameters(start, train, tmp_path):
     """Processes are killed while they start, between steps, and while a checkpoint is written.
 
     Four times; the environment variable SIGNAX_KILLS sets another number.
@@ -306,14 +299,14 @@ def test_kills_at_any_moment_leave_the_parameters_as_they_were(start, train, tmp
         assert run.stderr.count("was killed by signal 9") == restarts + 1
     continued.append(newest(saved))
     assert run.wait() == 0, run.stderr
-    for number in filter(None, continued):  # where a progress bar begins
+    for number in filter(None, continued):  # a progress bar begins at the restored step
         assert f" {number}/{steps} [00:00<?" in run.stderr
     assert not half_written(saved)
     with np.load(tmp_path / "params.npz") as found:
         assert_same(dict(found), expected)
 
 
-# How a run ends that does not reach its last step.
+# Runs that fail or are interrupted.
 
 
 def test_a_process_that_dies_ends_the_run(start):
@@ -327,10 +320,10 @@ def test_a_process_that_dies_ends_the_run(start):
     assert not any(map(is_running, workers))
 
 
-def test_a_process_that_never_comes_is_not_waited_for_for_ever(start):
+def test_a_missing_process_times_out(start):
     run = start(
         "--coordinator",
-        f"127.0.0.1:{free_port()}",
+        free_address(),
         "--processes",
         2,
         "--process-id",
@@ -340,7 +333,7 @@ def test_a_process_that_never_comes_is_not_waited_for_for_ever(start):
     )
     assert run.wait() == -signal.SIGALRM
     assert "Timeout (0:00:02)!" in run.stderr
-    assert "in initialize" in run.stderr  # where it was
+    assert "in initialize" in run.stderr  # the traceback
 
 
 @slow
@@ -357,7 +350,7 @@ def test_a_process_that_hangs_ends_the_run(start):
 
 
 @slow
-def test_what_a_process_died_of_is_shown(start, tmp_path):
+def test_shows_the_error_of_a_process_that_died(start, tmp_path):
     (tmp_path / "file").touch()
     run = start("--processes", 2, "--checkpoint", tmp_path / "file" / "folder")
     assert run.wait() == 1

@@ -1,4 +1,4 @@
-"""The notebooks: they hold their paired text, show what it gives, and their claims still hold."""
+"""Notebooks equal their paired text, show its outputs, and their claims hold."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 @each
-def test_a_notebook_holds_its_paired_text(path):
+def test_a_notebook_equals_its_paired_text(path):
     cells, text = jupytext.read(path).cells, jupytext.read(path.with_suffix(".py")).cells
     assert [(cell.cell_type, cell.source) for cell in cells] == [
         (cell.cell_type, cell.source) for cell in text
@@ -22,7 +22,7 @@ def test_a_notebook_holds_its_paired_text(path):
 
 
 @each
-def test_what_it_shows_comes_from_one_run_without_errors(path):
+def test_outputs_come_from_one_run_without_errors(path):
     code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, 1 + len(code)))
     outputs = [output for cell in code for output in cell.outputs]
@@ -33,7 +33,7 @@ def test_what_it_shows_comes_from_one_run_without_errors(path):
 
 @pytest.mark.slow
 @each
-def test_it_runs_and_its_claims_hold(path):
+def test_a_notebook_runs_and_its_claims_hold(path):
     notebook = nbformat.read(path, 4)
     where = {"metadata": {"path": str(FOLDER)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()

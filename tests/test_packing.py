@@ -1,4 +1,4 @@
-"""Packed words against NumPy: the CPU's way to pack, the accelerators', and the way back."""
+"""Packing and unpacking, in the order of CPUs and in the order of accelerators, against NumPy."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ PACKERS = [packing.pack_consecutive, packing.pack_slabs]
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 COIN = 1
 
-# What is cut, and how: each shape with the cut that it should get, (axis, rows of a block).
+# Each shape with its expected cut: the folded shape, the axis, and the rows of a block.
 CUTS = {
     (): ((1,), 0, 1),
     (1,): ((1,), 0, 1),
@@ -50,11 +50,11 @@ def random_values(shape, seed=0, dtype=np.float64):
 
 
 def expected_words(values, rules, packer):
-    """The planes of an array, in the order of who packs."""
+    """The planes of an array, in the order of a packer."""
     bits = references.ballots(values, *rules, COIN)
     shape, axis, rows = CUTS[values.shape]
     word_shape = (*shape[:axis], rows, *shape[axis + 1 :])
-    if packer is packing.pack_consecutive:  # the cut may leave words to spare
+    if packer is packing.pack_consecutive:  # the cut may have more words
         words = [references.packed_consecutive(plane.ravel()) for plane in bits]
         return [np.pad(plane, (0, math.prod(word_shape) - plane.size)) for plane in words]
     words = [references.packed(plane.reshape(shape), axis, rows) for plane in bits]
@@ -70,7 +70,7 @@ def packed_by(array, packer, rules):
 
 
 @every_cut
-def test_an_array_is_cut_where_a_tpu_need_not_lay_it_out_anew(shape):
+def test_fold_cuts_arrays_without_a_new_layout_on_tpus(shape):
     assert packing.fold(shape) == CUTS[shape]
 
 
@@ -94,7 +94,7 @@ def test_blocks_cover_an_array_and_waste_little(shape):
     ],
     ids=str,
 )
-def test_words_are_made_of_consecutive_or_of_blocks(shape, rules, packer):
+def test_words_hold_consecutive_coordinates_or_blocks(shape, rules, packer):
     values = random_values(shape)
     planes, finite = packed_by(jnp.asarray(values, jnp.float32), packer, rules)
     assert finite
@@ -105,7 +105,7 @@ def test_words_are_made_of_consecutive_or_of_blocks(shape, rules, packer):
 
 @pytest.mark.parametrize("packer", PACKERS)
 @pytest.mark.parametrize(("dtype", "rules"), list(zip(DTYPES, RULES, strict=True)), ids=str)
-def test_every_dtype_packs_alike(dtype, rules, packer):
+def test_every_dtype_packs_to_the_same_words(dtype, rules, packer):
     values = random_values((5003, 4))
     values[17, 3] = np.nan
     with jax.enable_x64(True):
@@ -116,7 +116,7 @@ def test_every_dtype_packs_alike(dtype, rules, packer):
 
 @pytest.mark.parametrize("packer", PACKERS)
 @every_cut
-def test_one_value_that_is_not_finite_is_found_wherever_it_is(shape, packer):
+def test_packing_finds_a_nonfinite_value_anywhere(shape, packer):
     values = random_values(shape, dtype=np.float32)
     _, axis, rows = CUTS[shape]
     last_of_block = min(rows, values.size) * (values.size // max(shape, default=1)) - 1
@@ -135,7 +135,7 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(shape, packer):
     ],
 )
 @every_cut
-def test_unpacking_returns_what_was_packed(shape, packer, unpacker):
+def test_unpacking_inverts_packing(shape, packer, unpacker):
     values = random_values(shape)
     (plane,), _ = packed_by(jnp.asarray(values, jnp.float32), packer, RULES[0])
     bits = jax.jit(lambda words: unpacker(words, shape))(plane)
@@ -145,7 +145,7 @@ def test_unpacking_returns_what_was_packed(shape, packer, unpacker):
 
 @pytest.mark.parametrize("packer", PACKERS)
 @pytest.mark.parametrize("shape", [(256, 128), (512, 40), (64, 16, 17), (4, 128, 384)], ids=str)
-def test_an_array_in_slabs_is_packed_as_if_it_were_whole(shape, packer):
+def test_an_array_in_slabs_packs_to_the_same_words(shape, packer):
     values = jnp.asarray(random_values(shape), jnp.float32)
     blocks = packing.in_slabs(values)
     assert blocks.shape[0] == 32
@@ -157,7 +157,7 @@ def test_an_array_in_slabs_is_packed_as_if_it_were_whole(shape, packer):
     assert not packed_by(blocks.at[(-1,) * blocks.ndim].set(jnp.nan), packer, RULES[0])[1]
 
 
-def test_blocks_and_whole_arrays_make_one_message():
+def test_arrays_in_slabs_and_whole_arrays_make_the_same_message():
     shapes = [(512, 40), (3,), (64, 16, 17), (128, 255)]
     leaves = [jnp.asarray(random_values(shape), jnp.float32) for shape in shapes]
     pack = jax.jit(lambda leaves: packing.pack(leaves, RULES[0], jnp.uint32(COIN)))
@@ -168,7 +168,7 @@ def test_blocks_and_whole_arrays_make_one_message():
 
 
 @pytest.mark.parametrize("shape", [(), (1 << 14,), (128, 127), (5003, 4), (128, 255), (45, 367)])
-def test_what_is_small_or_padded_or_cut_elsewhere_is_not_put_in_slabs(shape):
+def test_small_or_padded_arrays_are_not_put_in_slabs(shape):
     assert packing.in_slabs(jnp.zeros(shape)).shape == shape
 
 
@@ -183,7 +183,7 @@ TREES = {
 
 
 def as_arrays(values):
-    """The dtypes in turn."""
+    """Arrays of values, with the dtypes in turn."""
     return [jnp.asarray(v, DTYPES[n % len(DTYPES)]) for n, v in enumerate(values)]
 
 
@@ -196,7 +196,7 @@ def as_arrays(values):
     ],
     ids=str,
 )
-def test_trees_come_back_from_one_message(name, rules):
+def test_unpacking_a_message_inverts_packing_a_tree(name, rules):
     values = [random_values(shape, seed=n) for n, shape in enumerate(TREES[name])]
 
     @jax.jit
@@ -217,7 +217,7 @@ def test_trees_come_back_from_one_message(name, rules):
             np.testing.assert_array_equal(plane, wanted)
 
 
-def test_a_value_that_is_not_finite_is_found_in_every_leaf_of_a_tree():
+def test_packing_finds_a_nonfinite_value_in_every_leaf():
     values = [random_values(shape) for shape in TREES["mixed"]]
     pack = jax.jit(lambda leaves: packing.pack(leaves, RULES[0], jnp.uint32(0))[1])
     for n, leaf in enumerate(values):
@@ -228,7 +228,7 @@ def test_a_value_that_is_not_finite_is_found_in_every_leaf_of_a_tree():
                 assert not pack(as_arrays([*values[:n], spoilt, *values[n + 1 :]])), (n, place)
 
 
-def test_the_largest_and_the_smallest_numbers_vote():
+def test_the_largest_and_the_smallest_numbers_have_a_ballot():
     values = np.array([np.finfo(np.float32).max, -np.finfo(np.float32).tiny], np.float32)
     (plane,), finite = packing.pack([jnp.asarray(values)], Rules("plus", "plus"), jnp.uint32(0))
     assert finite
@@ -236,7 +236,7 @@ def test_the_largest_and_the_smallest_numbers_vote():
 
 
 @given(st.lists(st.integers(0, 70) | st.integers(SMALL - 3, SMALL + 70), min_size=1, max_size=6))
-def test_a_message_wastes_at_most_one_coordinate_a_small_leaf(sizes):
+def test_a_message_pads_each_small_leaf_by_at_most_one_coordinate(sizes):
     leaves = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes]
     small = [size for size in sizes if size < SMALL]
     large = sum(-(-size // 32) for size in sizes if size >= SMALL)
@@ -245,6 +245,6 @@ def test_a_message_wastes_at_most_one_coordinate_a_small_leaf(sizes):
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5), (4, 6), (5, 4, 3), (3, 5, 7, 9)])
-def test_odd_coordinates_are_those_of_odd_row_major_index(shape):
+def test_odd_coordinates_have_an_odd_row_major_index(shape):
     expected = np.arange(math.prod(shape)).reshape(shape) % 2 == 1
     np.testing.assert_array_equal(packing.odd(shape), expected)

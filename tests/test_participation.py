@@ -1,4 +1,4 @@
-"""Who takes part: the same in every vote and mean of a step, and remembered in their states."""
+"""Participation: the same in every vote and mean of a step, and kept in their states."""
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +42,12 @@ def partitioned(kernel, others):
     ("before", "voters"),
     [
         (optax.identity(), 2),
-        (optax.clip(1.0), 3),  # makes a 1 of an infinity, so that nobody knows
+        (optax.clip(1.0), 3),  # the vote sees 1 instead of infinity
         (signax.hold_if_nonfinite(optax.clip(1.0)), 2),
     ],
-    ids=["as it is", "clipped", "held"],
+    ids=["unchanged", "clipped", "held"],
 )
-def test_a_vote_sees_what_reaches_it(before, voters):
+def test_a_vote_excludes_workers_by_the_values_that_reach_it(before, voters):
     tx = signax.leave_out_nonfinite(optax.chain(before, signax.majority_vote(AXIS)))
     rows = jnp.array([[1.0, 2.0], [-1.0, 3.0], [jnp.inf, 1.0]])
     _, state = jax.vmap(lambda g: tx.update(g, tx.init(g)), axis_name=AXIS)(rows)
@@ -72,7 +72,7 @@ def test_voters_and_missed_steps_are_in_the_state(name):
         missed += ~votes
         voters = optax.tree.get(state, "voters")
         assert voters == votes.sum()
-        assert voters.shape == ()  # one for all, as types have proved
+        assert voters.shape == ()  # shared by all workers, as types prove
         np.testing.assert_array_equal(optax.tree.get(state, "missed"), missed)
         moved = any(np.any(leaf) for leaf in jax.tree.leaves(updates))
         assert moved == (voters > 0)
@@ -80,7 +80,7 @@ def test_voters_and_missed_steps_are_in_the_state(name):
 
 @pytest.mark.parametrize("leaf", PARAMS)
 @pytest.mark.parametrize("kernel", ["vote", "sum", "both memories", "mean of signs"])
-def test_a_worker_is_out_of_all_groups_if_it_is_of_one(leaf, kernel):
+def test_a_worker_excluded_from_one_group_is_excluded_from_all(leaf, kernel):
     num_workers = 3
     tx = partitioned(MEANS[kernel](), MEANS["mean"]())
     parallel = signax.DataParallel(tx, auto_mesh({"data": num_workers}))
@@ -100,22 +100,22 @@ def test_a_worker_is_out_of_all_groups_if_it_is_of_one(leaf, kernel):
 
 
 @pytest.mark.parametrize("kind", ["shard_map", "vmap"])
-def test_loops_of_your_own_have_one_verdict_too(kind):
+def test_leave_out_nonfinite_excludes_a_worker_from_all_groups(kind):
     others = optax.chain(optax.clip_by_global_norm(1.0), signax.average_updates(AXIS))
     tx = partitioned(signax.majority_vote(AXIS), others)
     rows = jax.tree.map(lambda leaf: np.ones((4, *leaf.shape), np.float32), PARAMS)
     for leaf in rows.values():
-        leaf[2:] = -1  # two against two, or against one
+        leaf[2:] = -1  # two against two, or two against one
     rows["bias"][2, 0] = np.nan
 
     def update(tx):
         return rows_of_workers(kind, lambda g: tx.update(g, tx.init(g))[0], 4)(rows)["kernel"]
 
     assert np.all(update(signax.leave_out_nonfinite(tx)) == 1)
-    assert not np.all(update(tx) == 1)  # without it the worker votes
+    assert not np.all(update(tx) == 1)  # otherwise the worker votes
 
 
-def test_masks_of_extra_arguments_hide_no_updates():
+def test_masked_extra_arguments_hide_no_updates():
     def masked(tx, *names):
         mask = {name: name in names for name in PARAMS}
         return optax.masked(tx, mask, mask_compatible_extra_args=True)
@@ -132,7 +132,7 @@ def test_masks_of_extra_arguments_hide_no_updates():
         np.testing.assert_array_equal(voters, 2)
 
 
-def test_whoever_rearranges_the_tree_is_judged_on_all_of_it():
+def test_a_vote_on_a_flattened_tree_checks_all_raw_updates():
     tx = optax.flatten(optax.chain(optax.identity(), signax.majority_vote(AXIS)))
     masked = optax.masked(tx, {"kernel": True, "bias": False, "scale": False})
     rows = random_rows(3)
@@ -146,7 +146,73 @@ def test_whoever_rearranges_the_tree_is_judged_on_all_of_it():
     np.testing.assert_array_equal(optax.tree.get(state, "missed"), [1, 0, 0])
 
 
-def test_a_common_verdict_takes_no_more_collectives_than_the_groups_do():
+def test_leave_out_nonfinite_passes_an_extra_argument_named_raw_on():
+    def add_raw(updates, state, params=None, *, raw, **extra_args):
+        del params, extra_args
+        return jax.tree.map(lambda u: u + raw, updates), state
+
+    shift = optax.GradientTransformationExtraArgs(optax.init_empty_state, add_raw)
+    tx = signax.leave_out_nonfinite(optax.chain(signax.majority_vote(AXIS), shift))
+
+    def update(g):
+        return tx.update(g, tx.init(g), raw=jnp.float32(10.0))[0]
+
+    rows = jnp.array([[1.0, -1.0], [2.0, -3.0], [jnp.nan, 5.0]])
+    np.testing.assert_array_equal(rows_of_workers("vmap", update, 3)(rows), [[11.0, 9.0]] * 3)
+
+
+# Reading it from a state.
+
+
+def test_participation_of_one_vote_is_read_from_the_state():
+    tx = signax.DataParallel(signax.signum(0.1, axis_name="data"), auto_mesh({"data": 3}))
+    state = tx.init(PARAMS)
+    assert signax.participation(state).voters == 0
+    _, state = jax.jit(tx.update)(
+        random_rows(3), state, PARAMS, active=jnp.array([True, False, True])
+    )
+    found = signax.participation(state)
+    assert found.voters == optax.tree.get(state, "voters") == 2
+    np.testing.assert_array_equal(found.missed, [0, 1, 0])
+
+
+def test_participation_of_a_partition_is_read_from_the_state():
+    """`optax.tree.get` finds several numbers of voters, and raises."""
+    tx = partitioned(signax.majority_vote("data"), signax.average_updates("data"))
+    parallel = signax.DataParallel(tx, auto_mesh({"data": 3}))
+    rows = random_rows(3)
+    rows["scale"][2, 1] = np.nan
+    _, state = jax.jit(parallel.update)(rows, parallel.init(PARAMS), PARAMS)
+    with pytest.raises(KeyError, match="voters"):
+        optax.tree.get(state, "voters")
+    found = signax.participation(state)
+    assert found.voters == 2
+    np.testing.assert_array_equal(found.missed, [0, 0, 1])
+
+
+def test_participation_of_disagreeing_votes_has_the_fewest_voters_and_the_most_missed_steps():
+    # Without leave_out_nonfinite the vote on the kernel does not see the NaN in the bias.
+    tx = partitioned(signax.majority_vote(AXIS), signax.average_updates(AXIS))
+    rows = random_rows(3)
+    rows["bias"][1, 0] = np.nan
+    state = rows_of_workers("vmap", lambda g: tx.update(g, tx.init(g))[1], 3)(rows)
+    voters = [int(found[0]) for _, found in optax.tree.get_all_with_path(state, "voters")]
+    assert sorted(voters) == [2, 3]
+    found = signax.participation(state)
+    np.testing.assert_array_equal(found.voters, [2, 2, 2])
+    np.testing.assert_array_equal(found.missed, [0, 1, 0])
+
+
+@pytest.mark.parametrize("tx", [optax.adam(0.1), signax.signum(0.1)], ids=["adam", "no axis"])
+def test_participation_rejects_a_state_without_votes(tx):
+    with pytest.raises(ValueError, match=r"state holds no vote.*signax\.majority_vote.*axis_name="):
+        signax.participation(tx.init(PARAMS))
+
+
+# The cost.
+
+
+def test_groups_need_no_extra_collective_to_agree_on_participants():
     tx = partitioned(MEANS["packed"](), MEANS["mean"]())
     parallel = signax.DataParallel(tx, auto_mesh({"data": 4}))
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, random_rows(4)))
@@ -157,7 +223,7 @@ def test_a_common_verdict_takes_no_more_collectives_than_the_groups_do():
     assert found.count("all-gather") == found.count("all-to-all") == 1
 
 
-def test_one_vote_on_everything_is_judged_once():
+def test_one_vote_on_all_leaves_checks_finiteness_once():
     tx = signax.DataParallel(signax.majority_vote("data"), auto_mesh({"data": 2}))
     bare = jax.make_jaxpr(tx.update)(random_rows(2), tx.init(PARAMS), PARAMS)
     groups = signax.DataParallel(
@@ -170,15 +236,15 @@ def test_one_vote_on_everything_is_judged_once():
     assert str(bare).count(" is_finite ") == str(alone).count(" is_finite ") > 0
 
 
-def test_a_loss_scale_is_lowered_when_somebody_is_out():
-    """Half precision: unscale first, and lower the scale where a gradient overflowed."""
+def test_a_loss_scale_can_follow_the_number_of_voters():
+    """Half precision: unscale gradients before the vote, and halve the scale after an overflow."""
     num_workers = 4
     target = jnp.linspace(-1, 1, 6)
     tx = signax.DataParallel(signax.signum(0.05, 0.5, axis_name="data"), auto_mesh({"data": 4}))
 
     def loss_fn(params, noise, scale):
         error = params["x"] - target + noise.mean(axis=0)
-        # The gradient is an f16 as it flows back through the scaled loss.
+        # The gradient is f16 on its way back through the scaled loss.
         return (jnp.sum(error.astype(jnp.float16) ** 2) * scale.astype(jnp.float16)).astype(
             jnp.float32
         )
@@ -190,11 +256,11 @@ def test_a_loss_scale_is_lowered_when_somebody_is_out():
         _, grads = gradient(params, noise, scale)
         grads = jax.tree.map(lambda g: g / scale, grads)
         updates, state = tx.update(grads, state, params)
-        somebody_out = optax.tree.get(state, "voters") < num_workers
+        overflowed = optax.tree.get(state, "voters") < num_workers
         return (
             optax.apply_updates(params, updates),
             state,
-            jnp.where(somebody_out, scale / 2, scale),
+            jnp.where(overflowed, scale / 2, scale),
         )
 
     params = {"x": jnp.zeros(6)}
@@ -204,8 +270,8 @@ def test_a_loss_scale_is_lowered_when_somebody_is_out():
         noise = 0.3 * rng.standard_normal((num_workers, 6)).astype(np.float32)
         params, state, scale = step(params, state, noise, scale)
         scales.append(float(scale))
-    assert 2.0 < scales[-1] == scales[-20] < 2.0**15  # it has settled
-    np.testing.assert_allclose(params["x"], target, atol=0.25)  # a few steps
+    assert 2.0 < scales[-1] == scales[-20] < 2.0**15  # the scale has settled
+    np.testing.assert_allclose(params["x"], target, atol=0.25)  # within a few steps
     assert np.all(np.isfinite(optax.tree.get(state, "momentum")["x"]))
     assert np.sum(optax.tree.get(state, "missed")) > 0
 
@@ -221,7 +287,7 @@ REMEMBERING = {
 
 
 @pytest.mark.parametrize("name", REMEMBERING)
-def test_a_bad_leaf_of_another_group_leaves_no_trace_in_momenta_and_memories(name):
+def test_a_nonfinite_leaf_of_another_group_leaves_momenta_and_memories_unchanged(name):
     num_workers = 3
     tx = partitioned(REMEMBERING[name](), MEANS["mean"]())
     parallel = signax.DataParallel(tx, auto_mesh({"data": num_workers}))
@@ -249,7 +315,7 @@ def test_a_bad_leaf_of_another_group_leaves_no_trace_in_momenta_and_memories(nam
     ],
     ids=["signum", "lion", "ef_sign_sgd", "ssdm"],
 )
-def test_who_is_left_out_by_a_flag_goes_on_with_its_momentum(optimizer, momentum):
+def test_an_inactive_worker_keeps_updating_its_momentum(optimizer, momentum):
     tx = signax.DataParallel(optimizer, auto_mesh({"data": 2}))
     flags = jnp.array([True, False])
     _, state = jax.jit(tx.update)(random_rows(2), tx.init(PARAMS), PARAMS, active=flags)
@@ -261,8 +327,8 @@ def test_who_is_left_out_by_a_flag_goes_on_with_its_momentum(optimizer, momentum
 
 
 @pytest.mark.parametrize("name", [name for name in MEANS if name != "both memories"])
-def test_one_bad_block_of_a_sharded_leaf_leaves_its_worker_out(name):
-    """As a flag does; the second device along `model` alone holds the NaN."""
+def test_one_nonfinite_block_of_a_sharded_leaf_excludes_its_worker(name):
+    """The result equals an inactive worker's. Only one device of the worker holds the NaN."""
     mesh = auto_mesh({"data": 3, "model": 2})
     specs = {"kernel": PartitionSpec("model"), "bias": PartitionSpec(), "scale": PartitionSpec()}
     tx = signax.DataParallel(MEANS[name](), mesh, param_specs=specs)

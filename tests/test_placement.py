@@ -1,7 +1,6 @@
-"""The state of some workers as that of others: what is kept, what is cut anew, what is refused."""
+"""State on a mesh, and `resize`: states for another number of workers."""
 
 import itertools
-import socket
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import optax
 import pytest
 import references
 from jax.sharding import AxisType, PartitionSpec
+from processes import free_address
 from workers import auto_mesh
 
 import signax
@@ -40,7 +40,7 @@ def state_after_steps(tx, steps=3):
 
 
 def dealt_out(rows, num_workers):
-    """Means of what falls to each worker of a line on which old ones have equal shares."""
+    """Means over equal parts of a line on which each old row has an equal part."""
     edges = np.linspace(0, len(rows), num_workers + 1)
     new = []
     for start, stop in itertools.pairwise(edges):
@@ -51,21 +51,21 @@ def dealt_out(rows, num_workers):
 
 @pytest.mark.parametrize("old", [1, 2, 3, 8])
 @pytest.mark.parametrize("new", [1, 4, 6, 16])
-def test_numbers_are_dealt_out_and_their_mean_is_kept(old, new):
+def test_resized_numbers_keep_their_mean(old, new):
     rows = np.random.default_rng(old).standard_normal((old, 3, 2))
     found = np.asarray(resize_rows(jnp.asarray(rows, jnp.float32), new), np.float64)
     np.testing.assert_allclose(found, dealt_out(rows, new), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found.mean(axis=0), rows.mean(axis=0), rtol=1e-5, atol=1e-6)
 
 
-def test_doubled_workers_are_copies():
+def test_doubled_workers_start_as_copies():
     rows = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5)), jnp.float32)
     np.testing.assert_array_equal(resize_rows(rows, 6), np.repeat(rows, 2, axis=0))
 
 
 @pytest.mark.parametrize("raw", [True, False])
 @pytest.mark.parametrize("new", [2, 4, 9])
-def test_keys_become_distinct(raw, new):
+def test_resized_keys_are_distinct(raw, new):
     keys = jax.random.split(jax.random.key(0), 4)
     rows = jax.random.key_data(keys) if raw else keys
     found = resize_rows(rows, new)
@@ -79,18 +79,18 @@ def test_keys_become_distinct(raw, new):
     assert len(np.unique(together, axis=0)) == new + 4
 
 
-def test_counters_of_two_workers_are_no_keys():
-    """u32[2] is two numbers, and not one raw key."""
+def test_two_uint32_counters_do_not_count_as_a_key():
+    """u32[2] holds two numbers of two workers, not one raw key."""
     np.testing.assert_array_equal(resize_rows(jnp.array([3, 5], jnp.uint32), 4), [3, 3, 5, 5])
 
 
-def test_integers_are_taken_over():
+def test_resized_integers_are_copied():
     np.testing.assert_array_equal(resize_rows(jnp.array([3, 5]), 4), [3, 3, 5, 5])
     np.testing.assert_array_equal(resize_rows(jnp.array([True, False, False, True]), 2), [1, 0])
 
 
 @pytest.mark.parametrize("new", [1, 4, 6, 9])
-def test_memories_momentum_and_servers_survive_another_number_of_workers(new):
+def test_resize_keeps_momentum_and_the_memories_of_workers_and_servers(new):
     old = data_parallel(8)
     state = state_after_steps(old)
     tx = data_parallel(new)
@@ -117,7 +117,7 @@ def test_memories_momentum_and_servers_survive_another_number_of_workers(new):
     jax.jit(tx.update)(gradients(new, 5), resized, PARAMS)
 
 
-def test_memories_of_workers_alone_are_resized_too():
+def test_resize_works_without_memories_of_servers():
     optimizer = signax.ef_sign_sgd(0.1, axis_name="data", feedback="worker")
     old, tx = data_parallel(8, optimizer), data_parallel(4, optimizer)
     state = state_after_steps(old)
@@ -130,13 +130,13 @@ def test_memories_of_workers_alone_are_resized_too():
     jax.jit(tx.update)(gradients(4, 5), resized, PARAMS)
 
 
-def test_the_same_number_changes_nothing():
+def test_resize_to_the_same_number_changes_nothing():
     tx = data_parallel(4)
     state = state_after_steps(tx)
     jax.tree.map(np.testing.assert_array_equal, tx.resize(state, PARAMS), state)
 
 
-def test_one_row_is_the_small_checkpoint_and_grows_again():
+def test_resize_to_one_row_and_back_keeps_the_mean():
     tx = data_parallel(4, signax.signum(0.1, axis_name="data"))
     state = state_after_steps(tx)
     small = tx.resize(state, PARAMS, 1)
@@ -146,7 +146,7 @@ def test_one_row_is_the_small_checkpoint_and_grows_again():
     np.testing.assert_allclose(back, np.broadcast_to(mean, (4, 5, 7)), rtol=1e-6)
 
 
-def test_shared_keys_and_state_without_rows_are_left_alone():
+def test_resize_leaves_shared_state_unchanged():
     tx = data_parallel(2, signax.ssdm(0.1, jax.random.key(3), axis_name="data"))
     state = tx.init(PARAMS)
     resized = data_parallel(5, signax.ssdm(0.1, jax.random.key(3), axis_name="data")).resize(
@@ -160,7 +160,7 @@ def test_shared_keys_and_state_without_rows_are_left_alone():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_parameters_stay_sharded(kind):
+def test_resize_keeps_parameters_sharded(kind):
     def make(num_workers):
         mesh = jax.make_mesh(
             (num_workers, 2),
@@ -177,7 +177,7 @@ def test_sharded_parameters_stay_sharded(kind):
     assert jax.tree.map(lambda leaf: leaf.sharding, resized) == tx.state_shardings(params)
 
 
-def test_what_to_restore_into_has_the_shapes_and_the_places_of_the_state():
+def test_abstract_state_has_the_shapes_and_shardings_of_the_state():
     tx = data_parallel(4)
     state = tx.init(PARAMS)
     abstract = tx.abstract_state(PARAMS)
@@ -191,7 +191,7 @@ def test_what_to_restore_into_has_the_shapes_and_the_places_of_the_state():
     assert jax.tree.map(lambda leaf: leaf.shape, other) == shapes
 
 
-def test_what_does_not_fit_is_refused():
+def test_rejects_a_state_that_does_not_fit():
     tx = data_parallel(4)
     state = tx.init(PARAMS)
     with pytest.raises(ValueError, match="num_workers=0 must be at least 1"):
@@ -227,10 +227,8 @@ for num_workers in (8, 2):
 
 
 @pytest.mark.slow
-def test_state_that_lies_in_several_processes_is_resized():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+def test_resize_works_across_processes():
+    coordinator = free_address()
     processes = [
         subprocess.Popen([sys.executable, "-c", ONE_OF_TWO_PROCESSES, coordinator, index])
         for index in "01"
@@ -243,7 +241,7 @@ def test_state_that_lies_in_several_processes_is_resized():
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 16])
-def test_a_state_is_resized_to_numbers_for_which_its_transformation_cannot_run(num_workers):
+def test_resize_works_for_numbers_that_the_transformation_does_not_support(num_workers):
     attack = signax.testing.adversary("data", [7], "invert")
     tx = data_parallel(8, optax.chain(attack, signax.signum(0.1, axis_name="data", agreement=True)))
     state = state_after_steps(tx)

@@ -1,19 +1,17 @@
-"""The example of slices that vote, each sharded inside: what it learns and what it sends."""
+"""The example of voting slices that are sharded inside: its losses and its messages."""
 
 import contextlib
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 
 import pytest
-from test_examples import EXAMPLES, run_example
+from processes import EXAMPLES, environment, free_address, run_program
 
 SMALL = ("--layers", 1, "--heads", 2, "--width", 32, "--context", 16)
 SMALL += ("--steps", 40, "--evaluate-every", 8, "--batch-size", 24, "--validation-windows", 24)
-SECONDS = 600  # a machine that does other things as well is slow, and not at fault
+SECONDS = 600  # generous, since the machine may be busy
 
 
 def report_of(folder, output):
@@ -34,37 +32,35 @@ def options_of(folder):
 @pytest.fixture(scope="module")
 def of_one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pod")
-    finished = run_example("pod.py", *options_of(folder))
+    finished = run_program(EXAMPLES / "pod.py", *options_of(folder))
     assert finished.returncode == 0, finished.stderr
     return report_of(folder, finished.stdout)
 
 
-def test_slices_learn_and_bits_alone_cross_them(of_one_process):
+def test_slices_learn_and_only_bits_cross_between_them(of_one_process):
     (first, last), sent, needed = of_one_process
     assert last < first - 0.8
     assert set(sent["between"]) == {"u32", "f32"}
-    # Vectors, which lie whole on every device, are voted on in a message of 128 words of their own.
+    # Vectors are replicated within a slice, and take a message of 128 words each way.
     assert needed <= sent["between"]["u32"] <= needed + 2 * 128 * 4
-    assert sent["between"]["f32"] <= 16  # the loss, and how many are finite
-    # Inside a slice gradients are averaged and parameters gathered in full precision.
+    assert sent["between"]["f32"] <= 16  # the loss, and the number of finite losses
+    # Inside a slice, gradients are averaged and parameters are gathered in full precision.
     assert sent["inside"]["f32"] > 100 * sent["between"]["u32"]
 
 
 @pytest.mark.slow
-def test_a_process_for_each_slice_learns_and_sends_the_same(tmp_path, of_one_process):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    env = {name: value for name, value in os.environ.items() if name[:3] not in ("JAX", "XLA")}
-    env["JAX_COORDINATOR_BIND_ADDRESS"] = coordinator  # else it listens to the whole network
+def test_one_process_for_each_slice_gives_the_same_losses_and_bytes(tmp_path, of_one_process):
+    coordinator = free_address()
+    # Without an address to bind, the coordinator listens to the whole network.
+    env = environment() | {"JAX_COORDINATOR_BIND_ADDRESS": coordinator}
     command = [sys.executable, str(EXAMPLES / "pod.py"), *map(str, options_of(tmp_path))]
     command += ["--coordinator", coordinator, "--processes", "3", "--process-id"]
     with contextlib.ExitStack() as stack:
         processes = []
         for index in range(3):
             pipes = {"stdout": subprocess.PIPE if index == 0 else subprocess.DEVNULL}
-            # String hashes differ between the processes, as they do on a cluster: the order of a
-            # set must not reach the program.
+            # String hashes differ between processes, as on a cluster. The order of a set must not
+            # affect the program.
             process = subprocess.Popen(
                 [*command, str(index)],
                 env={**env, "PYTHONHASHSEED": str(index + 1)},
@@ -83,7 +79,7 @@ def test_a_process_for_each_slice_learns_and_sends_the_same(tmp_path, of_one_pro
     assert sent["between"] == expected_sent["between"]
 
 
-def test_an_uneven_batch_is_refused():
-    finished = run_example("pod.py", "--batch-size", 100)
+def test_rejects_an_uneven_batch():
+    finished = run_program(EXAMPLES / "pod.py", "--batch-size", 100)
     assert finished.returncode == 2
     assert "--batch-size 100 is no multiple of 6 devices that share it" in finished.stderr

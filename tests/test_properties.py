@@ -1,4 +1,4 @@
-"""Any tree of any values: the right answer, or an error that names what is wrong."""
+"""Any tree of any values gives the right answer, or an error that names the problem."""
 
 import functools
 import inspect
@@ -13,14 +13,14 @@ import pytest
 import references
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_conformance import AXIS, OPTAXS, REGISTRY
-from test_fuzz import as_seen, special_values
+from registry import AXIS, OPTAXS, REGISTRY
+from special_values import as_seen, special_values
 from workers import auto_mesh
 
 import signax
 from signax import diagnostics
 
-# NumPy warns of NaNs that signal.
+# NumPy warns of signalling NaNs.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 NUM_WORKERS, STEPS = 3, 2
@@ -45,7 +45,7 @@ def awkward(leaf):
     }
 
 
-# Values of a leaf, from rare to all of them out of the ordinary.
+# The kinds of values of a leaf.
 KINDS = ("normal", "zeros", "huge", "below the range", "special", "one NaN", "one infinity")
 FINITE_KINDS = KINDS[:4]
 
@@ -69,7 +69,7 @@ def values(kind, shape, dtype, rng):
 
 @st.composite
 def trees(draw, kinds=KINDS):
-    """Awkward trees of values, each leaf of a kind of its own."""
+    """Awkward trees of values, with another kind for each leaf."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     return awkward(lambda shape, dtype: values(draw(st.sampled_from(kinds)), shape, dtype, rng))
 
@@ -98,7 +98,7 @@ def numbers(array):
 
 SIGNS = ("scale_by_stochastic_sign", "scale_by_signum", "hold_if_nonfinite", "leave_out_nonfinite",
          "majority_vote")  # fmt: skip
-# What passes a worker's own values on, so that what is not finite comes out.
+# These pass a worker's own values on, so nonfinite values come out.
 PASSES_ON = {"adversary", "scale_by_stochastic_sign axis"}
 
 
@@ -112,7 +112,7 @@ def compiled(name):
 @pytest.mark.parametrize("name", OURS)
 @given(st.data())
 @few
-def test_steps_keep_shapes_and_dtypes_and_what_is_finite(name, data):
+def test_steps_keep_shapes_dtypes_and_finiteness(name, data):
     kinds = data.draw(st.sampled_from([FINITE_KINDS, KINDS]))
     init, update = compiled(name)
     params = awkward(lambda shape, dtype: jnp.ones(shape, dtype))
@@ -124,7 +124,7 @@ def test_steps_keep_shapes_and_dtypes_and_what_is_finite(name, data):
         new_updates, state = update(updates, state, params)
         assert like(new_updates) == like(updates)
         assert like(state) == expected
-        # A worker in trouble is left out, and remembers nothing of it.
+        # A nonfinite worker is excluded, and its state does not change.
         if finite or (REGISTRY[name].voted and name not in PASSES_ON):
             assert is_finite(new_updates)
             assert is_finite(state)
@@ -135,17 +135,21 @@ def test_steps_keep_shapes_and_dtypes_and_what_is_finite(name, data):
 
 @given(trees(FINITE_KINDS))
 @few
-def test_scaled_signs_are_those_of_the_paper_to_the_end_of_the_range(tree):
+def test_scaled_signs_equal_the_reference_up_to_the_end_of_the_range(tree):
     for block in ("leaf", "row", 4):
         tx = signax.scale_by_scaled_sign(block=block)
         found, _ = tx.update(jax.tree.map(jnp.asarray, tree), tx.init(None))
         for leaf, scaled in zip(jax.tree.leaves(tree), jax.tree.leaves(found), strict=True):
             expected = references.scaled_sign(as_seen(leaf), block)
             info = jnp.finfo(leaf.dtype)
-            # Means of what is just within the range may be flushed to zero.
+            # Means of numbers just within the normal range may be flushed to zero.
             least = 64 * float(jnp.finfo(jnp.float32).tiny) + 2 * float(info.tiny)
             np.testing.assert_allclose(
-                numbers(scaled), expected, rtol=4 * float(info.eps), atol=least
+                numbers(scaled),
+                expected,
+                rtol=4 * float(info.eps),
+                atol=least,
+                err_msg=f"block={block!r}, {leaf.dtype}{leaf.shape}",
             )
 
 
@@ -175,7 +179,7 @@ def compiled_vote(collective, name):
 
 
 def votes_in(tree, active):
-    """Who takes part, from the rows of all."""
+    """The workers that take part, from the rows of all workers."""
     finite = [
         np.isfinite(as_seen(leaf)).reshape(NUM_WORKERS, -1).all(axis=1)
         for leaf in jax.tree.leaves(tree)
@@ -196,7 +200,7 @@ def assert_rows_equal(found, expected, **tolerance):
 @pytest.mark.parametrize("name", VOTES)
 @given(tree=rows, active=flags, step=steps)
 @few
-def test_votes_and_means_of_signs_are_those_of_the_reference(collective, name, tree, active, step):
+def test_votes_and_means_of_signs_equal_the_reference(collective, name, tree, active, step):
     vote = compiled_vote(collective, name)
     found = vote(tree, jnp.full(NUM_WORKERS, step), jnp.asarray(active))
     assert like(found) == like(tree)
@@ -222,7 +226,7 @@ def compiled_scatter():
 
 @given(seed=st.integers(0, 10**6), kinds=st.tuples(*[st.sampled_from(KINDS)] * 2), active=flags)
 @few
-def test_scattered_votes_are_those_of_the_reference(seed, kinds, active):
+def test_scattered_votes_equal_the_reference(seed, kinds, active):
     rng = np.random.default_rng(seed)
     tree = [values(kind, (NUM_WORKERS, 6, 3), "float32", rng) for kind in kinds]
     tree.append(np.zeros((NUM_WORKERS, 0, 2), np.float32))
@@ -243,7 +247,7 @@ def compiled_mean():
 
 @given(tree=rows, active=flags)
 @few
-def test_means_are_those_of_the_reference_and_finite(tree, active):
+def test_means_equal_the_reference_and_are_finite(tree, active):
     found, state = compiled_mean()(tree, jnp.asarray(active))
     active = votes_in(tree, active)
     np.testing.assert_array_equal(state.participation.voters, active.sum())
@@ -268,7 +272,9 @@ def compiled_scaled_mean():
 
 @given(tree=rows, active=flags, step=steps)
 @few
-def test_means_of_scaled_signs_are_bounded_and_whoever_is_out_remembers_nothing(tree, active, step):
+def test_means_of_scaled_signs_are_bounded_and_excluded_workers_keep_their_memory(
+    tree, active, step
+):
     one = jax.tree.map(lambda leaf: leaf[0], tree)
     memory = signax.scaled_signs_memory(one, NUM_WORKERS)
     before = jax.tree.map(lambda leaf: jnp.stack([leaf] * NUM_WORKERS), memory)
@@ -292,7 +298,7 @@ def test_means_of_scaled_signs_are_bounded_and_whoever_is_out_remembers_nothing(
 
 
 @pytest.mark.parametrize("tree", [{}, (), None, [jnp.zeros((NUM_WORKERS, 0, 3))]], ids=str)
-def test_collectives_take_trees_with_nothing_in_them(tree):
+def test_collectives_accept_trees_without_coordinates(tree):
     def local(index, tree):
         memory = signax.scaled_signs_memory(tree, NUM_WORKERS)
         mean = signax.average_updates(AXIS)
@@ -309,7 +315,7 @@ def test_collectives_take_trees_with_nothing_in_them(tree):
     assert all(jax.tree.structure(result) == jax.tree.structure(tree) for result in results)
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------
 
 WRONG = {
     "int32": jnp.ones(2, jnp.int32),
@@ -333,7 +339,7 @@ COLLECTIVES = {
 @pytest.mark.parametrize("name", [*OURS, *COLLECTIVES])
 @given(st.data())
 @few
-def test_a_leaf_of_another_kind_is_refused_by_its_name(name, data):
+def test_rejects_a_leaf_of_another_kind_by_name(name, data):
     wrong = data.draw(st.sampled_from(list(WRONG)))
     number = data.draw(st.integers(0, 4))
     tree = awkward(lambda shape, dtype: jnp.ones(shape, dtype))
@@ -342,7 +348,7 @@ def test_a_leaf_of_another_kind_is_refused_by_its_name(name, data):
     spoilt = structure.unflatten([*leaves[:number], WRONG[wrong], *leaves[number + 1 :]])
     if name in COLLECTIVES:
         refuse = COLLECTIVES[name]
-    else:  # not through the registry's workers, which want arrays themselves
+    else:  # without the registry's workers, which need arrays
         case = REGISTRY[name]
         tx = case.factory(**case.numbers, **case.others)
         refuse = functools.partial(tx.update, state=tx.init(tree), params=tree)
@@ -359,7 +365,7 @@ def test_a_leaf_of_another_kind_is_refused_by_its_name(name, data):
     lambda tree: signax.scaled_signs_memory(tree, 2),
 ], ids=["density", "wire_bytes", "exchange_seconds", "scaled_signs_memory"])  # fmt: skip
 @pytest.mark.parametrize("wrong", [name for name in WRONG if "1.5" not in name])
-def test_functions_of_trees_name_the_leaf_too(function, wrong):
+def test_functions_of_trees_reject_a_leaf_of_another_kind_by_name(function, wrong):
     with pytest.raises(TypeError, match=r"tree\['bad'\]"):
         function({"good": jnp.ones(2), "bad": WRONG[wrong]})
 
@@ -374,7 +380,7 @@ def reshaped(tree):
 
 
 def widened(tree):
-    """With a leaf that broadcasts to the one in its place."""
+    """The tree with a leaf that broadcasts to the original leaf."""
     return {**tree, "matrix": jnp.ones((2, 3, 5))}
 
 
@@ -387,7 +393,7 @@ REMEMBERS = [
 
 
 def two_trees(change, swap):
-    """A tree and one that is not like it, in either order."""
+    """A tree and a changed tree, in either order."""
     tree = awkward(lambda shape, dtype: jnp.ones(shape, dtype))
     return (change(tree), tree) if swap else (tree, change(tree))
 
@@ -395,7 +401,7 @@ def two_trees(change, swap):
 @pytest.mark.parametrize("name", REMEMBERS)
 @given(change=st.sampled_from(CHANGES), swap=st.booleans())
 @few
-def test_a_state_of_another_tree_is_refused_by_name(name, change, swap):
+def test_rejects_a_state_of_another_tree_by_name(name, change, swap):
     mine, other = two_trees(change, swap)
     tx = REGISTRY[name].make()
     with pytest.raises(ValueError, match=r"updates.*(state|memory)\."):
@@ -405,7 +411,7 @@ def test_a_state_of_another_tree_is_refused_by_name(name, change, swap):
 @pytest.mark.parametrize("name", [name for name in OURS if REGISTRY[name].needs_params])
 @given(change=st.sampled_from(CHANGES), swap=st.booleans())
 @few
-def test_parameters_of_another_tree_are_refused_by_name(name, change, swap):
+def test_rejects_parameters_of_another_tree_by_name(name, change, swap):
     mine, other = two_trees(change, swap)
     tx = REGISTRY[name].make()
     with pytest.raises(ValueError, match=r"updates.*params"):
@@ -417,14 +423,14 @@ def test_parameters_of_another_tree_are_refused_by_name(name, change, swap):
 
 @functools.cache
 def parallel(num_workers):
-    """signum, whose momentum is a tree like the parameters, and its steps."""
+    """Signum under `DataParallel`, and its compiled update."""
     tx = signax.DataParallel(signax.signum(0.5, axis_name="data"), auto_mesh({"data": num_workers}))
     return tx, jax.jit(tx.update)
 
 
 @given(tree=rows, active=flags)
 @few
-def test_data_parallel_votes_like_the_reference_and_stays_finite(tree, active):
+def test_data_parallel_equals_the_reference_and_stays_finite(tree, active):
     tx, update = parallel(NUM_WORKERS)
     params = awkward(lambda shape, dtype: jnp.ones(shape, dtype))
     updates, state = update(tree, tx.init(params), params, active=jnp.asarray(active))
@@ -437,7 +443,7 @@ def test_data_parallel_votes_like_the_reference_and_stays_finite(tree, active):
     leaves = map(jax.tree.leaves, (tree, updates))
     for leaf, update, momentum in zip(*leaves, momenta, strict=True):
         assert not np.any(numbers(momentum)[~finite])
-        # A tenth of a number just above the range's lower end is below it.
+        # A tenth of the smallest normal number is subnormal.
         seen = as_seen((leaf * np.array(0.1, leaf.dtype)).astype(leaf.dtype))
         flat = np.where(finite[:, None], seen.reshape(NUM_WORKERS, -1), 0)
         expected = -0.5 * references.vote(flat, 0, active=votes)
@@ -463,9 +469,9 @@ def gradient():
 
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(KINDS))
 @few
-def test_gradients_are_those_of_each_share_and_the_loss_that_of_the_finite(seed, kind):
+def test_gradients_belong_to_shares_and_the_loss_averages_finite_losses(seed, kind):
     batch = values(kind, (NUM_WORKERS, 4), "float16", np.random.default_rng(seed))
-    batch = batch / np.array(4, batch.dtype)  # so that a loss is finite if its share is
+    batch = batch / np.array(4, batch.dtype)  # so a loss is finite if its share is
     loss, grads = gradient()(jnp.ones(4, jnp.float16), batch)
     np.testing.assert_array_equal(numbers(grads), numbers(batch))
     losses = numbers(batch).sum(axis=1)
@@ -488,7 +494,7 @@ def test_gradients_are_those_of_each_share_and_the_loss_that_of_the_finite(seed,
     rows=st.integers(1, 9),
 )
 @few
-def test_rows_and_batches_that_do_not_fit_are_refused_by_name(shape, num_workers, rows):
+def test_rejects_rows_and_batches_that_do_not_fit(shape, num_workers, rows):
     tx, _ = parallel(NUM_WORKERS)
     params = {"a": jnp.ones(shape)}
     updates = {"a": jnp.ones((num_workers, *shape))}
@@ -505,10 +511,10 @@ def test_rows_and_batches_that_do_not_fit_are_refused_by_name(shape, num_workers
 
 @given(trees())
 @few
-def test_densities_lie_between_those_of_one_coordinate_and_of_equal_ones(tree):
+def test_densities_lie_between_one_coordinate_and_equal_magnitudes(tree):
     found = diagnostics.density(tree)
     for leaf, density in zip(jax.tree.leaves(tree), jax.tree.leaves(found), strict=True):
-        # In units of the largest, so that squares stay in the range of f64 too.
+        # Relative to the largest value, so squares stay in the range of f64 too.
         seen = as_seen(leaf)
         if not np.isfinite(seen).all():
             assert np.isnan(density)
@@ -527,7 +533,7 @@ def test_densities_lie_between_those_of_one_coordinate_and_of_equal_ones(tree):
     scheme=st.sampled_from(["vote", "abstain", "mean_signs", "scaled_signs", "mean"]),
 )
 @settings(max_examples=60)
-def test_bytes_and_seconds_are_those_of_bits_and_headers(shapes, num_workers, scheme):
+def test_bytes_and_seconds_are_bounded_by_the_bits(shapes, num_workers, scheme):
     tree = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     size = sum(math.prod(shape) for shape in shapes)
     sent = diagnostics.wire_bytes(tree, num_workers, scheme=scheme)

@@ -1,4 +1,4 @@
-"""README's Python runs as it stands, and its figures follow from the library."""
+"""The README's code runs, and its tables follow from the results and the library."""
 
 import functools
 import json
@@ -18,10 +18,10 @@ README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_the_code_blocks_run_one_after_the_other(tmp_path):
+def test_code_blocks_run_in_order(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 6
-    # In a process of its own, since the first block says how many devices there are.
+    # The first block sets the number of devices, so the code needs a process of its own.
     program = "\n".join(blocks) + "\nprint(float(loss))\ntx.init({'w': jnp.ones((3, 2))})\n"
     command = [sys.executable, "-c", program]
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -41,12 +41,12 @@ def row_of(*cells):
 
 
 def number(value, bold_below=0.0):
-    """Two digits or more, and no more than three."""
+    """A number with two or three digits."""
     text = f"{value:,.1f}" if value < 9.95 else f"{value:,.0f}"
     return f"**{text}**" if value < bold_below else text
 
 
-def test_the_measured_table_is_what_the_sweep_gave():
+def test_the_measured_table_matches_the_sweep():
     sweep = json.loads((RESULTS / "network-sweep.json").read_text())["results"]
     names = {"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s", "10gbit": "10 Gbit/s"}
     sizes = {100_000: "100 k", 1_000_000: "1 M", 10_000_000: "10 M"}
@@ -63,7 +63,7 @@ def test_the_measured_table_is_what_the_sweep_gave():
     assert set(printed) <= set(rows)
 
 
-def test_the_modelled_table_is_what_the_model_gives():
+def test_the_modelled_table_matches_the_model():
     table = README[README.index("each worker's link") :]
     printed = re.findall(r"^\| (\S+) ([GT])bit/s.*\|$", table, re.MULTILINE)
     assert len(printed) == 5
@@ -83,7 +83,7 @@ def test_the_modelled_table_is_what_the_model_gives():
         assert f"| {cells} |" in table
 
 
-def test_every_figure_is_there():
+def test_every_figure_exists():
     shown = re.findall(r"!\[.*?\]\((.*?)\)", README)
     assert len(shown) >= 2
     for name in shown:

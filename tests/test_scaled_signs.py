@@ -1,4 +1,4 @@
-"""Means of scaled signs against their reference, what they send, and what they remember."""
+"""`pmean_scaled_signs`: results, memories and messages, against the reference."""
 
 import itertools
 import math
@@ -23,12 +23,12 @@ SHAPES = {
 
 
 def random_values(num_steps, num_workers, seed=0):
-    """Rows of values for each step, a share of them zeros, and one leaf of nothing else."""
+    """Rows of values for each step, many of them zero, and one leaf of zeros."""
     rng = np.random.default_rng(seed)
 
     def leaf(shape):
         scale = rng.choice([0.01, 1.0], size=(num_steps, num_workers, math.prod(shape)))
-        # Where a whole block were zero twice, its sign would be that of a rounding error.
+        # A block that is zero at two steps would have the sign of a rounding error.
         scale[..., ::2] *= rng.choice([0.0, 1.0], size=scale[..., ::2].shape)
         return (rng.standard_normal(scale.shape) * scale).reshape(num_steps, num_workers, *shape)
 
@@ -101,8 +101,8 @@ def test_fifty_steps_with_both_memories_equal_the_reference(kind, num_workers, b
     rng = np.random.default_rng(num_workers)
     values = random_values(num_steps, num_workers)
     active = rng.random((num_steps, num_workers)) > 0.1
-    active[20:25, 0] = False  # out in the middle
-    active[30] = False  # nobody is left
+    active[20:25, 0] = False  # one worker is absent for a while
+    active[30] = False  # no worker takes part
     values["matrix"][40, -1, 3, 2] = np.nan
     with jax.enable_x64(True):
         options = {} if block is None else {"block": block}
@@ -117,7 +117,7 @@ def test_fifty_steps_with_both_memories_equal_the_reference(kind, num_workers, b
 
 @pytest.mark.parametrize("feedback", ["worker", "none"])
 @pytest.mark.parametrize("block", [None, 9])
-def test_less_feedback_follows_the_reference_too(feedback, block):
+def test_worker_feedback_and_no_feedback_equal_the_reference(feedback, block):
     values = random_values(12, 5, seed=3)
     options = {} if block is None else {"block": block}
     with jax.enable_x64(True):
@@ -126,16 +126,16 @@ def test_less_feedback_follows_the_reference_too(feedback, block):
     assert_follows(history, expected, values, rtol=1e-9, atol=1e-11)
 
 
-def test_single_precision_follows_the_reference_as_far_as_it_can():
+def test_single_precision_is_close_to_the_reference():
     values = jax.tree.map(np.float32, random_values(50, 4, seed=5))
-    del values["large"], values["long"]  # of so many, some are as small as a rounding error
+    del values["large"], values["long"]  # some of many values are as small as a rounding error
     history = run("shard_map", values, 4)
     assert_follows(history, reference(values), values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_memories_subtract_exactly_what_was_sent(dtype):
-    """All that came in is what went out, and what the memories still hold."""
+def test_sent_values_and_memories_add_up_to_the_input(dtype):
+    """The input equals the sum of all updates and of the memories."""
     num_workers, shape = 2, (3, 11)
     values = np.random.default_rng(1).integers(-8, 9, size=(6, num_workers, *shape)) / 4
     tree = {"matrix": jnp.asarray(values, dtype)}
@@ -158,13 +158,13 @@ def test_memories_subtract_exactly_what_was_sent(dtype):
     worker = flat_rows(np.asarray(memory.worker["matrix"], np.float64)).mean(axis=0)
     kept = np.asarray(memory.server["matrix"], np.float64).reshape(num_workers, -1)
     server = kept[references.servers(shape, num_workers)]
-    # Sums of numbers around 1 in f32: a few units of its last place per step.
+    # Sums of numbers around 1 in f32 lose a few units in the last place per step.
     came_in = values.mean(axis=1).reshape(len(values), -1).sum(axis=0)
     np.testing.assert_allclose(emitted + worker + server, came_in, atol=1e-5)
 
 
 def transformer_shapes(layers=16, width=256):
-    """200 leaves as of a transformer: embeddings, and twelve a layer."""
+    """200 leaves like a transformer's: embeddings, and twelve for each layer."""
     layer = {
         "query": (width, width), "key": (width, width), "value": (width, width),
         "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width),
@@ -183,8 +183,8 @@ def transformer_shapes(layers=16, width=256):
 @pytest.mark.parametrize(
     "dtypes", [("float32",), ("bfloat16", "float16"), ("float32", "float64")], ids="-".join
 )
-def test_the_formula_is_what_programs_send(dtypes):
-    """Of 48 leaves of a word each: scales of the wrong size would make parts of other lengths."""
+def test_the_formula_equals_the_bytes_of_the_program(dtypes):
+    """48 leaves of one word: scales of a wrong size would change the length of a part."""
     with jax.enable_x64(True):
         shapes = [(2, 3), (), (32,), (0, 2)] * 16
         tree = [
@@ -200,7 +200,7 @@ def test_the_formula_is_what_programs_send(dtypes):
 
 
 @pytest.mark.slow
-def test_both_directions_take_one_bit_of_a_transformer():
+def test_a_transformer_sends_one_bit_each_way():
     num_workers, tree = 8, transformer_shapes()
     assert len(jax.tree.leaves(tree)) == 200
     size = sum(leaf.size for leaf in jax.tree.leaves(tree))
@@ -216,7 +216,7 @@ def test_both_directions_take_one_bit_of_a_transformer():
     assert sum(sent.values()) == diagnostics.wire_bytes(tree, num_workers, scheme="scaled_signs")
 
 
-def test_leaves_that_are_sharded_within_a_worker_are_compressed_where_they_lie():
+def test_sharded_leaves_are_compressed_in_place():
     mesh = auto_mesh({"data": 2, "model": 2})
     specs = {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec()}
     params = {"kernel": jnp.zeros((5, 6)), "bias": jnp.zeros(3)}
@@ -237,14 +237,14 @@ def test_leaves_that_are_sharded_within_a_worker_are_compressed_where_they_lie()
 
 
 @pytest.mark.parametrize("feedback", ["worker", "none"])
-def test_a_checkpoint_goes_on_alike_on_every_mesh(feedback):
-    """A leaf has one scale, large or small, and sharded or not."""
+def test_a_checkpoint_continues_the_same_on_every_mesh(feedback):
+    """Every leaf has one scale, whether it is sharded or not."""
     shapes = {"large": (64, 512), "small": (4, 12), "odd": (5,)}
     params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
     rng = np.random.default_rng(11)
     steps = [
         {
-            # The halves of a leaf have magnitudes of their own.
+            # The columns of a leaf have different magnitudes.
             name: (rng.standard_normal((2, *shape)) * np.linspace(1, 9, shape[-1])).astype("f4")
             for name, shape in shapes.items()
         }
@@ -278,7 +278,7 @@ def test_a_checkpoint_goes_on_alike_on_every_mesh(feedback):
 
 
 @pytest.mark.parametrize("feedback", ["both", "worker"])
-def test_programs_grow_with_the_number_of_small_leaves_and_not_with_its_square(feedback):
+def test_programs_grow_linearly_with_the_number_of_small_leaves(feedback):
     def text(leaves):
         shapes = [(2 + n % 7, 300 + n % 5 * 100) for n in range(leaves)]
         tree = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -293,7 +293,7 @@ def test_programs_grow_with_the_number_of_small_leaves_and_not_with_its_square(f
 
 
 @pytest.mark.slow
-def test_temporary_memory_of_small_leaves_is_a_share_of_their_own():
+def test_temporary_memory_of_small_leaves_is_bounded_by_their_size():
     tree = [jax.ShapeDtypeStruct((2, 1500), jnp.float32)] * 100
     tx = signax.DataParallel(signax.mean_scaled_signs(AXIS), auto_mesh({AXIS: 8}), AXIS)
     rows = [jax.ShapeDtypeStruct((8, *leaf.shape), leaf.dtype) for leaf in tree]
@@ -302,7 +302,7 @@ def test_temporary_memory_of_small_leaves_is_a_share_of_their_own():
     assert program.memory_analysis().temp_size_in_bytes < 3 * size
 
 
-def test_large_values_do_not_overflow_on_the_way():
+def test_large_values_do_not_overflow():
     rows = jnp.full((2, 64), 2e38).at[:, ::2].multiply(-1)
     memory = signax.scaled_signs_memory(rows[0], 2)
     mapped = rows_of_workers(
@@ -312,7 +312,7 @@ def test_large_values_do_not_overflow_on_the_way():
     np.testing.assert_allclose(updates, rows, rtol=1e-6)
 
 
-def test_wrong_arguments_are_named():
+def test_rejects_invalid_arguments():
     tree = jnp.ones((2, 300))
     memory = signax.scaled_signs_memory(tree[0], 2)
 
@@ -343,7 +343,7 @@ def test_wrong_arguments_are_named():
         signax.mean_scaled_signs(AXIS, num_workers=2.5)
 
 
-def test_a_size_of_blocks_is_a_whole_number_of_python_or_numpy():
+def test_accepts_python_and_numpy_integers_as_block_size():
     rows = jnp.ones((2, 300)).at[:, ::7].set(-3)
     found = [
         jax.vmap(lambda g, tx=tx: tx.update(g, tx.init(g))[0], axis_name=AXIS)(rows)
@@ -354,7 +354,7 @@ def test_a_size_of_blocks_is_a_whole_number_of_python_or_numpy():
         signax.mean_scaled_signs(AXIS, block=jnp.int32(8))
 
 
-def test_a_number_of_workers_must_be_static_under_inject_hyperparams():
+def test_num_workers_must_be_static_under_inject_hyperparams():
     tx = optax.inject_hyperparams(signax.ef_sign_sgd)(0.1, axis_name=AXIS, num_workers=2)
     with pytest.raises(TypeError, match=r"num_workers must be known.*'num_workers' in the static_"):
         tx.init(jnp.zeros(3))
@@ -362,8 +362,8 @@ def test_a_number_of_workers_must_be_static_under_inject_hyperparams():
 
 @pytest.mark.parametrize("memory_dtype", [None, jnp.float32])
 @pytest.mark.parametrize("feedback", ["both", "worker", "none"])
-def test_memories_of_sparse_f16_gradients_never_become_infinite(feedback, memory_dtype):
-    """A leaf's one coordinate outgrows what a scaled sign of it sends, up to the range's end."""
+def test_memories_of_sparse_f16_gradients_stay_finite(feedback, memory_dtype):
+    """One coordinate grows faster than a scaled sign can send it, up to the end of the range."""
     num_workers = 2
     gradients = jnp.zeros((num_workers, 64), jnp.float16).at[:, 5].set(3e4)
     memory = signax.scaled_signs_memory(
@@ -377,10 +377,10 @@ def test_memories_of_sparse_f16_gradients_never_become_infinite(feedback, memory
         updates, memory = one_step(gradients, memory=memory)
         for leaf in (updates, *jax.tree.leaves(memory)):
             assert np.isfinite(leaf).all()
-        assert (updates[:, 5] > 0).all()  # nobody is out for it
+        assert (updates[:, 5] > 0).all()  # no worker is excluded
 
 
-def test_a_memory_of_another_kind_is_refused():
+def test_rejects_a_memory_of_another_type():
     with pytest.raises(TypeError, match="memory is of type dict: start with"):
         jax.vmap(
             lambda g: signax.pmean_scaled_signs(g, AXIS, {"worker": g}, step=0), axis_name=AXIS

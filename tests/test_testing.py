@@ -1,4 +1,4 @@
-"""Faulty workers: what each attack sends, and that the others are left alone."""
+"""Adversaries: each attack forges the updates of attackers, and passes on the others'."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def random_rows(num_workers, dtype=jnp.float32):
 
 
 def attacked(rows, workers, attack, kind="vmap", steps=1, key=KEY):
-    """What each worker passes on at the last of some steps."""
+    """The updates that each worker passes on at the last step."""
     tx = adversary(AXIS, workers, attack, key)
 
     def send(updates):
@@ -46,7 +46,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("kind", MAPS)
 @pytest.mark.parametrize("attack", EXPECTED)
-def test_attackers_send_what_they_want_and_the_others_their_own(attack, kind):
+def test_attackers_send_forged_updates_and_honest_workers_their_own(attack, kind):
     rows = random_rows(4)
     sent = attacked(rows, [1, 3], attack, kind)
     for name, leaf in rows.items():
@@ -56,13 +56,13 @@ def test_attackers_send_what_they_want_and_the_others_their_own(attack, kind):
         np.testing.assert_array_equal(sent[name], expected)
 
 
-def test_nobody_attacks_if_none_is_named():
+def test_without_attackers_nothing_changes():
     rows = random_rows(3)
     jax.tree.map(np.testing.assert_array_equal, attacked(rows, [], "nan"), rows)
 
 
 @pytest.mark.parametrize("kind", MAPS)
-def test_random_updates_are_as_large_and_differ_by_worker_step_and_key(kind):
+def test_random_updates_keep_the_size_and_differ_by_worker_step_and_key(kind):
     rows = {"bias": jnp.asarray(np.random.default_rng(0).standard_normal((4, 5000)))}
     first = np.asarray(attacked(rows, [0, 2], "random", kind)["bias"])
     np.testing.assert_array_equal(first[[1, 3]], rows["bias"][jnp.array([1, 3])])
@@ -80,7 +80,7 @@ def test_random_updates_are_as_large_and_differ_by_worker_step_and_key(kind):
 
 @pytest.mark.parametrize("kind", MAPS)
 @pytest.mark.parametrize(("num_workers", "attackers"), [(8, [0, 4, 5]), (4, [0, 1]), (5, [4])])
-def test_colluders_cast_their_ballots_against_the_honest_majority(kind, num_workers, attackers):
+def test_colluders_vote_against_the_honest_majority(kind, num_workers, attackers):
     rows = random_rows(num_workers)
     tx = optax.chain(adversary(AXIS, attackers, "collude"), signax.majority_vote(AXIS))
     voted = on_workers(kind, lambda g: tx.update(g, tx.init(g))[0], num_workers)(rows)
@@ -95,7 +95,7 @@ def test_colluders_cast_their_ballots_against_the_honest_majority(kind, num_work
         np.testing.assert_array_equal(np.asarray(voted[name])[decided], np.sign(total)[decided])
 
 
-def test_a_function_attacks_with_a_key_of_its_own():
+def test_an_attack_function_gets_a_key_for_each_worker():
     def multiply(updates, key):
         leaves, structure = jax.tree.flatten(updates)
         return structure.unflatten(leaf * jax.random.normal(key, leaf.shape) for leaf in leaves)
@@ -107,7 +107,7 @@ def test_a_function_attacks_with_a_key_of_its_own():
     assert abs(np.corrcoef(sent[:2])[0, 1]) < 0.1
 
 
-def test_what_a_function_returns_is_cast_but_not_broadcast():
+def test_results_of_an_attack_function_are_cast_but_not_broadcast():
     rows = random_rows(3, jnp.bfloat16)
 
     def in_f32(updates, key):
@@ -126,7 +126,7 @@ def test_what_a_function_returns_is_cast_but_not_broadcast():
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("attack", ["random", "scale", "collude", "inf"])
-def test_dtypes_are_kept(attack, dtype):
+def test_attacks_keep_dtypes(attack, dtype):
     rows = random_rows(3, dtype)
     sent = attacked(rows, [1], attack)
     assert jax.tree.map(lambda leaf: leaf.dtype, sent) == dict.fromkeys(rows, dtype)
@@ -134,7 +134,7 @@ def test_dtypes_are_kept(attack, dtype):
         assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in sent.values())
 
 
-def test_votes_of_attacked_workers_leave_replicas_alike():
+def test_votes_under_attack_keep_replicas_equal():
     tx = optax.chain(
         adversary("data", [1, 2, 6], "random", KEY), signax.signum(0.1, axis_name="data")
     )
@@ -144,10 +144,10 @@ def test_votes_of_attacked_workers_leave_replicas_alike():
     updates, state = jax.jit(parallel.update)(rows, parallel.init(params), params)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(updates))
     key = optax.tree.get(state, "key")
-    assert key.shape == ()  # one for all
+    assert key.shape == ()  # shared by all workers
 
 
-def test_wrong_arguments_are_named():
+def test_rejects_invalid_arguments():
     with pytest.raises(ValueError, match="attack='lie' is unknown: use one of 'invert'"):
         adversary(AXIS, [0], "lie")
     with pytest.raises(ValueError, match=r"workers=\[0, 0\] must be different indices"):
@@ -172,7 +172,7 @@ def test_wrong_arguments_are_named():
 @pytest.mark.parametrize(
     ("dtype", "size"), [("float32", 1e30), ("float32", 1e-30), ("float16", 1.5e4)]
 )
-def test_noise_is_as_large_as_updates_whose_squares_leave_the_range(dtype, size):
+def test_random_updates_keep_the_size_where_squares_overflow(dtype, size):
     attack = signax.testing.adversary(AXIS, [0], "random", jax.random.key(0))
     updates = jnp.full((1, 400), size, dtype)
     forged = jax.vmap(lambda g: attack.update(g, attack.init(g))[0], axis_name=AXIS)(updates)

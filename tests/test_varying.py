@@ -1,7 +1,7 @@
-"""The walk that finds what differs between workers, against running the program on all of them.
+"""The walk that finds outputs that differ between workers, against running the program.
 
-The oracle is `jax.vmap` over both axes of a mesh with different inputs on every worker: an output
-that is not the same on all of them differs.
+The oracle runs the program by `jax.vmap` over both axes of a mesh, with different inputs on every
+worker, and compares the outputs.
 """
 
 import jax
@@ -19,20 +19,20 @@ from signax._data_parallel.varying import varying_outputs
 
 WORKERS, MODEL = 4, 2
 AXES = [("data", WORKERS), ("model", MODEL)]
-SHAPE = (WORKERS, 3)  # the first axis can be cut over the workers
+SHAPE = (WORKERS, 3)  # the workers can split the first axis
 
 
 def marked(function, axes=AXES):
-    """What the walk says of each output of a function of (own, shared)."""
+    """The walk's answer for each output of a function of (own, shared)."""
     own, shared = jnp.ones(SHAPE), jnp.ones(SHAPE)
     jaxpr = jax.make_jaxpr(function, axis_env=axes)(own, shared).jaxpr
     return varying_outputs(jaxpr, [True, False], "data")
 
 
 def observed(function):
-    """Which outputs of a function of (own, shared) differ, when every worker runs it."""
+    """The outputs of a function of (own, shared) that differ when every worker runs it."""
     own = jax.random.normal(jax.random.key(0), (MODEL, WORKERS, *SHAPE))
-    # A copy for each: all_to_all of what vmap has not batched returns something else.
+    # Each worker gets a copy, since vmap's all_to_all is wrong for unbatched values.
     shared = jnp.broadcast_to(jax.random.normal(jax.random.key(1), SHAPE), own.shape)
     over_data = jax.vmap(function, axis_name="data", axis_size=WORKERS)
     over_both = jax.vmap(over_data, axis_name="model", axis_size=MODEL)
@@ -57,7 +57,7 @@ swap_of_vjp.defvjp(lambda x, y: (swap_of_vjp(x, y), None), lambda _, cotangents:
 
 
 def shifted(x, y, loop):
-    """x reaches the last place of a carry only after three rounds."""
+    """x reaches the last part of the carry only after three rounds."""
     return loop(lambda carry: (carry[0] + x, carry[0], carry[1], carry[3]), (y, y, y, y))
 
 
@@ -70,7 +70,7 @@ def scanned(step, carry):
 
 
 def looped(step, carry):
-    """A while loop that ends when something shared says so."""
+    """A while loop with a shared condition."""
 
     def go_on(carry):
         return carry[0] < 5
@@ -84,7 +84,7 @@ def looped(step, carry):
 
 CASES = {
     "arithmetic": (lambda x, y: (x * y, y + 1, x), [True, False, True]),
-    "what does not depend on values": (lambda x, y: jnp.zeros_like(x), [False]),
+    "output without inputs": (lambda x, y: jnp.zeros_like(x), [False]),
     "a literal and an unused input": (lambda x, y: (1.0, y), [False, False]),
     "psum": (lambda x, y: lax.psum(x, "data"), [False]),
     "pmean": (lambda x, y: lax.pmean((x, y), "data"), [False, False]),
@@ -106,11 +106,11 @@ CASES = {
         lambda x, y: lax.ppermute(x, "data", [(i, (i + 1) % WORKERS) for i in range(WORKERS)]),
         [True],
     ),
-    "cond on something shared": (
+    "cond on a shared value": (
         lambda x, y: lax.cond(y[0, 0] < 9, lambda: (x, y, x), lambda: (y, -y, x)),
         [True, False, True],
     ),
-    "cond on something own": (
+    "cond on the worker's own value": (
         lambda x, y: lax.cond(x[0, 0] > 0, lambda: (x, y), lambda: (y, -y)), [True, True]
     ),
     "switch on the worker": (
@@ -119,7 +119,7 @@ CASES = {
     "collective under a shared cond": (
         lambda x, y: lax.cond(y[0, 0] < 9, lambda: lax.psum(x, "data"), lambda: y), [False]
     ),
-    "cond on something reduced": (
+    "cond on a reduced value": (
         lambda x, y: lax.cond(lax.pmax(x, "data").sum() < 99, lambda: y, lambda: -y), [False]
     ),
     "scan": (lambda x, y: shifted(x, y, scanned), [True, True, True, False]),
@@ -158,7 +158,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_walk_finds_what_differs_when_the_program_runs(name):
+def test_the_walk_finds_the_outputs_that_differ(name):
     function, expected = CASES[name]
     assert marked(function) == expected
     assert observed(function) == expected
@@ -181,7 +181,7 @@ STEPS = [
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=6))
-def test_nothing_that_differs_is_called_shared(steps):
+def test_outputs_that_differ_are_never_called_shared(steps):
     def program(own, shared):
         for step in steps:
             own, shared = step(own, shared)
@@ -199,18 +199,18 @@ def test_nothing_that_differs_is_called_shared(steps):
     ],
     ids=["psum", "all_gather"],
 )
-def test_collective_within_groups_leaves_a_difference_between_groups(collective):
+def test_a_collective_within_groups_leaves_differences_between_groups(collective):
     groups = [[0, 1], [2, 3]]
     assert marked(lambda x, y: (collective(x, groups), collective(y, groups))) == [True, False]
 
 
-def test_exchange_within_groups_makes_equal_values_differ():
+def test_an_exchange_within_groups_makes_equal_values_differ():
     groups = [[0, 1], [2, 3]]
     exchange = lambda x, y: lax.all_to_all(y[:2], "data", 0, 0, axis_index_groups=groups)  # noqa: E731
     assert marked(exchange) == [True]
 
 
-def test_gather_that_types_call_invariant_equalises(mesh):
+def test_an_invariant_gather_equalises(mesh):
     def local(x):
         return lax.all_gather(x, "data", to="invarying"), lax.all_gather(x, "data")
 
@@ -231,7 +231,7 @@ def own_cond_deep_inside(x, y):
 
 
 def cond_that_becomes_own(x, y):
-    """What is asked is shared in the first rounds, and own once x has moved along the carry."""
+    """The condition is shared in the first rounds, until x has moved along the carry."""
     return scanned(lambda carry: (carry[1], own_cond(carry[0], y) + x), (y, y))[0]
 
 
@@ -240,7 +240,7 @@ def own_while(x, y):
 
 
 def own_while_condition(x, y):
-    """Its condition is the same everywhere, until the carry is not."""
+    """The condition is shared until the carry differs."""
     return lax.while_loop(lambda c: c[0, 0] < 5, lambda c: lax.pmean(c, "data") + x, y)
 
 
@@ -254,7 +254,7 @@ def own_while_condition(x, y):
         (own_while_condition, "while"),
     ],
 )
-def test_collective_that_only_some_workers_enter_is_refused(program, kind):
+def test_rejects_a_collective_that_only_some_workers_enter(program, kind):
     with pytest.raises(ValueError, match=f"axis 'data' runs inside a {kind} .* waiting forever"):
         marked(program)
 
@@ -264,21 +264,21 @@ def test_collective_that_only_some_workers_enter_is_refused(program, kind):
     [lambda y: lax.psum(y, "model"), lambda y: lax.axis_index("data") + y],
     ids=["over another axis", "axis_index"],
 )
-def test_only_communication_over_the_axis_is_refused_under_a_condition(inside):
+def test_accepts_other_operations_under_a_condition(inside):
     program = lambda x, y: lax.cond(x[0, 0] > 0, lambda: inside(y), lambda: y)  # noqa: E731
     assert marked(program) == [True]
 
 
-def test_what_a_shared_condition_decides_is_not_refused():
-    """All workers skip together: apply_if_finite around a mean, on a verdict they all share."""
+def test_accepts_a_collective_under_a_shared_condition():
+    """All workers skip together, like `apply_if_finite` around a mean with a shared condition."""
     finite = lambda x: lax.pmin(jnp.isfinite(x).all().astype(jnp.float32), "data") > 0  # noqa: E731
     program = lambda x, y: lax.cond(finite(x), lambda: lax.pmean(x, "data"), lambda: y)  # noqa: E731
     assert marked(program) == observed(program) == [False]
 
 
 @pytest.mark.parametrize("length", [1, 2, 7])
-def test_a_chain_of_averages_grows_by_one_leaf_per_step_until_nothing_changes(length):
-    """What an optimiser's own state does over steps is the walk's fixpoint, not its first round."""
+def test_the_walk_follows_a_chain_of_averages(length):
+    """A difference moves on by one leaf per step, so the walk needs several rounds."""
     tx = optax.chain(*(optax.trace(0.9) for _ in range(length)))
 
     def state_after_two(own, shared):

@@ -1,6 +1,4 @@
-"""The vote and the mean as transformations."""
-
-import itertools
+"""`majority_vote`: its state, its arguments, and signs and vote fused in one pass."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import references
-from workers import AXIS, MAPS, auto_mesh, on_workers
+from workers import AXIS, auto_mesh, on_workers
 
 import signax
 from signax._transforms.memory import checked
@@ -27,7 +25,7 @@ def apply(tx, **extra):
 
 @pytest.mark.parametrize("zeros", ["dither", "abstain", "plus"])
 @pytest.mark.parametrize("num_workers", [1, 4, 5])
-def test_a_vote_counts_its_own_steps(num_workers, zeros):
+def test_a_vote_counts_its_steps(num_workers, zeros):
     tx = signax.majority_vote(AXIS, zeros=zeros)
     rng = np.random.default_rng(0)
     update = jax.jit(jax.vmap(tx.update, axis_name=AXIS))
@@ -57,47 +55,14 @@ def test_a_vote_remembers_its_dither_while_workers_come_and_go(num_workers, tran
         np.testing.assert_array_equal(decided, np.broadcast_to(expected[step], rows[step].shape))
 
 
-def test_the_active_argument_reaches_a_vote_inside_a_chain():
+def test_active_reaches_a_vote_inside_a_chain():
     tx = optax.chain(optax.clip(1.0), signax.majority_vote(AXIS), optax.scale(2.0))
     rows = jnp.array([[1.0], [-1.0], [-1.0]])
     decided = on_workers("vmap", apply(tx), 3)(rows, jnp.array([True, False, False]))
     np.testing.assert_array_equal(decided, [2.0])
 
 
-@pytest.mark.parametrize(
-    ("kind", "num_workers"),
-    [*(("vmap", number) for number in range(1, 10)), *itertools.product(MAPS[:2], (1, 2, 7))],
-)
-def test_a_mean_equals_the_reference_with_any_number_of_workers_out(kind, num_workers):
-    # Sums of whole numbers are exact in any order. XLA may divide by multiplying with the
-    # reciprocal, which rounds twice.
-    rows = np.random.default_rng(num_workers).integers(-99, 100, (num_workers, 33))
-    rows = jnp.asarray(rows, jnp.float32)
-    mean = on_workers(kind, apply(signax.average_updates(AXIS)), num_workers)
-    for out in range(num_workers + 1):
-        active = jnp.arange(num_workers) >= out
-        expected = references.mean(np.asarray(rows), np.asarray(active))
-        np.testing.assert_allclose(mean(rows, active), expected, rtol=2**-22)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_mean_leaves_out_the_whole_tree_of_a_worker_that_is_not_finite(bad):
-    rows = {"a": jnp.array([[1.0], [3.0], [100.0]]), "b": jnp.array([1.0, 3.0, bad])}
-    mean = on_workers("vmap", apply(signax.average_updates(AXIS)), 3)(rows)
-    np.testing.assert_array_equal(mean["a"], [2.0])
-    np.testing.assert_array_equal(mean["b"], 2.0)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_mean_of_narrow_numbers_is_rounded_once(dtype):
-    # Sums of 1 + 1/128 would be rounded to even in bf16, and 8 times 60000 overflows f16.
-    rows = jnp.full((8, 2), 60000.0 if dtype == jnp.float16 else 1 + 1 / 128, dtype)
-    mean = on_workers("vmap", apply(signax.average_updates(AXIS)), 8)(rows)
-    assert mean.dtype == dtype
-    np.testing.assert_array_equal(mean, rows[0])
-
-
-def test_leaves_of_different_kinds_are_voted_or_averaged():
+def test_partition_can_vote_on_some_leaves_and_average_others():
     tx = optax.partition(
         {"vote": signax.majority_vote(AXIS), "mean": signax.average_updates(AXIS)},
         {"kernel": "vote", "bias": "mean"},
@@ -109,7 +74,7 @@ def test_leaves_of_different_kinds_are_voted_or_averaged():
 
 
 @pytest.mark.parametrize("make", [signax.majority_vote, signax.average_updates])
-def test_updates_that_types_know_to_be_equal_are_refused(make, mesh):
+def test_rejects_updates_that_are_replicated_by_type(make, mesh):
     whole = jax.sharding.PartitionSpec()
     update = jax.shard_map(apply(make("data")), mesh=mesh, in_specs=whole, out_specs=whole)
     with pytest.raises(ValueError, match=r"updates\['w'\] does not vary over axis 'data'"):
@@ -117,14 +82,14 @@ def test_updates_that_types_know_to_be_equal_are_refused(make, mesh):
 
 
 @pytest.mark.parametrize("option", ["zeros", "ties", "transport"])
-def test_unknown_modes_are_refused_when_the_vote_is_made(option):
+def test_rejects_unknown_modes_at_construction(option):
     with pytest.raises(ValueError, match=f"{option}='often'"):
         signax.majority_vote(AXIS, **{option: "often"})
 
 
 @pytest.mark.parametrize("make", [signax.majority_vote, signax.average_updates])
 @pytest.mark.parametrize("axis_name", [None, (), ("data", None), ["data"]])
-def test_what_names_no_axis_is_refused_when_it_is_made(make, axis_name):
+def test_rejects_an_invalid_axis_name(make, axis_name):
     with pytest.raises(TypeError, match="axis_name="):
         make(axis_name)
 
@@ -139,10 +104,10 @@ def test_workers_may_lie_along_several_axes(make):
     np.testing.assert_array_equal(decided, np.broadcast_to(expected, rows.shape))
 
 
-# The optimisers' way, signs and vote in one pass, against the chain of the two.
+# Signs and vote in one pass, as in the optimisers, against a chain of signs and vote.
 
-# XLA may fuse a product and a sum, which rounds once less: with these decays nothing is rounded.
-BAD = {1: -np.inf, 2: np.nan, 4: np.inf}  # what one worker's gradient holds at some of six steps
+# With these decays nothing is rounded: XLA may fuse a product and a sum, which rounds once less.
+BAD = {1: -np.inf, 2: np.nan, 4: np.inf}  # one value of a worker's gradient at these steps
 
 
 def momentum(**options):
@@ -166,7 +131,7 @@ LEAVES = {"blocks": (256, 128), "flat": (45, 367), "small": (3, 11), "scalar": (
 
 
 def gradients_at(step, num_workers, dtype):
-    """Every worker's gradient: a number of small size, often 0, and for one not finite at times."""
+    """Small numbers, often 0, for every worker; at the steps in `BAD` one value is not finite."""
     rng = np.random.default_rng(step)
     rows = {
         name: rng.choice([-1.0, 0.0, 0.5, 1.0], size=(num_workers, *shape))
@@ -190,7 +155,7 @@ def assert_bitwise_equal(found, expected):
 @pytest.mark.parametrize(
     ("name", "zeros"), [*((name, "dither") for name in SIGNS), ("signum", "abstain")]
 )
-def test_signs_and_their_vote_in_one_pass_equal_the_chain_of_the_two(name, zeros):
+def test_a_fused_vote_equals_signs_and_vote_in_a_chain(name, zeros):
     signs, dtype = SIGNS[name]
     num_workers = 3
     fused = voted(signs, make_vote(AXIS, zeros))
@@ -219,7 +184,7 @@ def test_signs_and_their_vote_in_one_pass_equal_the_chain_of_the_two(name, zeros
     ],
     ids=["sign_sgd", "signum", "lion"],
 )
-def test_an_optimiser_under_data_parallel_equals_the_chain(optimizer, signs):
+def test_an_optimizer_under_data_parallel_equals_the_chain(optimizer, signs):
     mesh = auto_mesh({"data": 4})
     chain = optax.chain(
         signax.hold_if_nonfinite(signs), signax.majority_vote("data"), optax.scale(-0.25)
@@ -233,5 +198,5 @@ def test_an_optimiser_under_data_parallel_equals_the_chain(optimizer, signs):
             update(gradients, state, params) for update, state in zip(updates, states, strict=True)
         )
         assert_bitwise_equal(found, expected)
-        # The optimiser's state is that of a chain in a chain.
+        # The optimiser's state nests a chain in a chain.
         assert_bitwise_equal(jax.tree.leaves(states[0]), jax.tree.leaves(states[1]))

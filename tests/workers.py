@@ -1,4 +1,4 @@
-"""Runs a function on M workers under each of JAX's ways to map one."""
+"""Meshes of workers, and functions of one worker mapped over M workers in each of JAX's ways."""
 
 import math
 
@@ -6,12 +6,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
+from signax import diagnostics
+
 AXIS = "workers"
 MAPS = ("shard_map", "pmap", "vmap")
 
 
 def auto_mesh(sizes):
-    """A mesh of axes of type Auto, from a dict of their sizes, on the first devices."""
+    """A mesh of Auto axes with the given sizes, on the first devices."""
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
@@ -21,9 +23,9 @@ def auto_mesh(sizes):
 
 
 def on_workers(kind, function, num_workers):
-    """`function` of one worker's values, as a function of rows to one result that all share.
+    """Maps a function of one worker's values to a function of rows, with one shared result.
 
-    Under `shard_map` JAX's types prove that it is shared, otherwise the rows are compared.
+    Under `shard_map` JAX's types prove that workers share the result; else rows are compared.
     """
     if kind == "shard_map":
         mesh = auto_mesh({AXIS: num_workers})
@@ -43,7 +45,7 @@ def on_workers(kind, function, num_workers):
 
 
 def rows_of_workers(kind, function, num_workers):
-    """`function` of one worker's values, as a function of rows to one row for each worker."""
+    """Maps a function of one worker's values to a function of rows, with one row per worker."""
     if kind == "shard_map":
 
         def local(*rows):
@@ -62,3 +64,20 @@ def one_of_equals(rows):
     numbers = np.asarray(rows)
     np.testing.assert_array_equal(numbers, np.broadcast_to(numbers[:1], numbers.shape))
     return numbers[0]
+
+
+def assert_same_on_all_devices(tree, num_devices=8):
+    """Compares the devices' copies of every array bit for bit."""
+    for leaf in jax.tree.leaves(tree):
+        shards = leaf.addressable_shards
+        assert len(shards) == num_devices
+        assert len({np.asarray(shard.data).tobytes() for shard in shards}) == 1
+
+
+def large_floating(compiled, elements=8):
+    """The collectives of a compiled program that send larger floating-point arrays."""
+    return [
+        record
+        for record in diagnostics.collectives(compiled)
+        if record.is_floating and record.elements > elements
+    ]

@@ -124,8 +124,8 @@ class DataParallel(mapped.Aggregator):
 
     def __reduce_ex__(self, protocol: Any):
         raise TypeError(
-            "DataParallel cannot be pickled: its mesh holds devices of this process. Pickle what it "
-            "is made from, and make another one where it is loaded"
+            "DataParallel cannot be pickled: its mesh holds devices of this process. Pickle what "
+            "it is made from, and make another one where it is loaded"
         )
 
     def init(  # pyright: ignore[reportIncompatibleVariableOverride]
