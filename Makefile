@@ -19,7 +19,7 @@ QUICK = not slow and not thorough
 UNOPTIMISED = XLA_FLAGS=--xla_backend_optimization_level=0
 unexport PYTHONDONTWRITEBYTECODE  # pytest rewrites every module again where it cannot be stored
 
-.PHONY: help demo notebooks test test-all test-rest lint test-slow test-oldest test-accelerators \
+.PHONY: help demo notebooks test test-all test-rest lint test-shapes test-slow test-oldest test-accelerators \
 	mutants clean
 
 help:  ## show this list
@@ -37,13 +37,19 @@ test: lint  ## lint, types and the tests that matter most, at the newest jax: 8 
 
 test-all: test test-rest  ## run everything, at the newest jax and at the oldest
 
-test-rest: test-slow test-oldest test-accelerators  ## run what `make test` leaves out
+test-rest: test-shapes test-slow test-oldest test-accelerators  ## run what `make test` leaves out
 
 lint: .venv/test  ## lint, check the format, the direction of imports, and the types
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/lint-imports --no-logo
 	.venv/bin/pyright --pythonpath .venv/bin/python
+
+# The annotations of the wire, `UInt32[Array, "M n"]`, checked in every call but those that should fail.
+test-shapes: .venv/test
+	$(UNOPTIMISED) .venv/bin/python $(PYTEST) -m "$(QUICK)" -k "not rejects" \
+		--jaxtyping-packages=signax._wire,beartype.beartype tests/test_words.py tests/test_packing.py \
+		tests/test_exchange.py tests/test_quantized.py tests/test_means.py
 
 test-slow: .venv/test
 	.venv/bin/python $(PYTEST) -m "slow or thorough"

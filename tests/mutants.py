@@ -4,8 +4,9 @@
     python tests/mutants.py --all            # and the slow ones
     python tests/mutants.py --only 3 17      # some mutants, by number
 
-Each mutant replaces one piece of code, in a copy of the repository in a temporary folder. The tests named with
-it run first, since they should notice; the others follow only if they do not. Prints one line for each mutant.
+Each mutant replaces one piece of code, in a copy of the repository in a temporary folder. The tests
+named with it run first, since they should notice; the others follow only if they do not. Prints one
+line for each mutant.
 """
 
 import argparse
@@ -56,7 +57,7 @@ MUTANTS = [
     Mutant(PACKING, "if stride % 2:", "if not stride % 2:", "packing collectives"),
     Mutant(PACKING, "return size + size % 2", "return size", "packing collectives"),
     Mutant(PACKING, "lax.slice_in_dim(bits, 0,", "lax.slice_in_dim(bits[::-1], 0,", "packing"),
-    Mutant(PACKING, "*planes, bad = (jnp.concatenate", "*planes, bad = (0 * jnp.concatenate", "packing"),
+    Mutant(PACKING, "*planes, bad = (jnp.conc", "*planes, bad = (0 * jnp.conc", "packing"),
     # Zeros and ties.
     Mutant(SIGNS, "rank = (worker + pair) % num_workers", "rank = worker % num_workers", "signs"),
     Mutant(SIGNS, "(rank + step + (hashed & 1)) & 1", "(rank + step) & 1", "signs"),
@@ -90,7 +91,7 @@ MUTANTS = [
     Mutant(PARTICIPATION, "optax.safe_increment(before.missed)", "before.missed", "participation"),
     Mutant(PLACEMENT, "taken = rows[workers * old // num_workers]", "taken = rows[workers * 0]",
            "placement resize"),
-    Mutant(PLACEMENT, "counted = jnp.where(finite, loss, 0)", "counted = jnp.where(finite, loss, 1)",
+    Mutant(PLACEMENT, "jnp.where(finite, loss, 0).astype", "jnp.where(finite, loss, 1).astype",
            "gradients data_parallel"),
     Mutant(MAPPED, "key = jax.random.fold_in(key, lax.axis_index(workers.axis_name))",
            "key = jax.random.fold_in(key, 0)", "gradients data_parallel"),

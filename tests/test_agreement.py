@@ -188,7 +188,8 @@ def flags_after(inverting, signal, dead, pattern):
     """The flags after 1,000 steps that exclude flagged workers.
 
     Gradients of 400 coordinates are a common mean plus noise. A share `dead` of the coordinates is
-    zero: the same for all workers, or other coordinates for each worker, fixed or drawn anew.
+    zero: the same for all workers, or other coordinates for each worker, fixed or drawn
+    at each step.
     """
     num_workers, tx = len(inverting), signax.majority_vote(AXIS, agreement=True)
     keys = jax.random.split(jax.random.key(0), 3)

@@ -112,7 +112,7 @@ def test_is_an_aggregator_of_optax(mesh):
 
 def test_rejects_replacing_a_field(mesh):
     tx = signax.DataParallel(VOTE, mesh)
-    with pytest.raises(TypeError, match=r"cannot replace update: make another one"):
+    with pytest.raises(TypeError, match=r"cannot replace update: make another"):
         tx._replace(update=VOTE.update)
 
 

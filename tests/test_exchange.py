@@ -90,5 +90,8 @@ def test_a_worker_takes_part_if_it_is_finite_and_active(finite):
     assert take_part(finite, None) == finite
     assert take_part(finite, True) == finite
     assert not take_part(finite, jnp.bool_(False))
+
+
+def test_rejects_a_flag_that_is_not_a_boolean():
     with pytest.raises(TypeError, match=r"active=1\.0 must be one boolean"):
-        take_part(finite, 1.0)
+        take_part(jnp.bool_(True), 1.0)

@@ -105,7 +105,7 @@ def expected_words(bits, cut, layout):
     if layout == "consecutive":
         rows = np.stack([references.packed_consecutive(row.ravel()) for row in bits])
         return np.pad(rows, ((0, 0), (0, cut.words - rows.shape[1])))
-    words = references.packed(bits.reshape(sets, *cut.shape), cut.axis + 1, cut.rows)
+    words = references.packed(bits.reshape(sets, *cut.shape), cut.axis + 1, cut.length)
     shape = cut.word_shape
     if len(shape) > 1 and shape[-2] % 8 == 0 and shape[-1] % 128 == 0:
         words = references.by_tiles(words, (sets, *shape))

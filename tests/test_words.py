@@ -150,5 +150,7 @@ def test_a_header_encodes_the_worker_and_its_coins():
         for tie in bit
     ]
     assert headers == list(range(4, 24))
-    assert [int(words.worker_of(header)) for header in headers] == [n // 4 for n in range(20)]
+    assert [int(words.worker_of(jnp.uint32(header))) for header in headers] == [
+        n // 4 for n in range(20)
+    ]
     assert words.make_header(jnp.uint32(4), bit[1], bit[1], jnp.bool_(False)) == 0

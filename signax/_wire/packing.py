@@ -13,7 +13,7 @@ import math
 import operator
 from collections.abc import Hashable, Sequence
 from functools import partial, reduce
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ SMALL = 1 << 14  # coordinates; smaller leaves are packed as one bundle, which c
 MOST_WASTE = 1 / 64  # the share of padding words that a better layout may cost
 
 
+@runtime_checkable
 class BitRule(Hashable, Protocol):
     """Turns the values of coordinates into bits: one or two planes."""
 

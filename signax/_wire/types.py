@@ -10,7 +10,7 @@ where jaxtyping is not installed.
 
 import warnings
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jax import Array
 
@@ -196,6 +196,7 @@ class Reply(NamedTuple):
     memory: list[Array]
 
 
+@runtime_checkable
 class Codec(Protocol):
     """How values travel. Codecs are hashable values, made of options."""
 
@@ -246,6 +247,7 @@ class Sums(NamedTuple):
     tie: Array
 
 
+@runtime_checkable
 class Summable(Codec, Protocol):
     """A codec whose messages may also be sums of small integers."""
 
