@@ -50,7 +50,7 @@ MUTANTS = [
     Mutant(WORDS, "(~(plane ^ other) & above)", "((plane ^ other) & above)", "words"),
     Mutant(WORDS, "header > 0, sealed, 0)", "header >= 0, sealed, 0)", "words"),
     Mutant(WORDS, "4 * (worker + 1) + 2 * coin", "4 * worker + 2 * coin", "words collectives"),
-    Mutant(WORDS, "extra >= voters // 2 + 1", "extra >= voters // 2", "exchange signs votes"),
+    Mutant(WORDS, "extra >= voters // 2 + 1", "extra >= voters // 2", "exchange votes"),
     Mutant(WORDS, "MARGIN = 3 ", "MARGIN = 2 ", "agreement"),
     Mutant(WORDS, "if num_workers <= jnp.iinfo", "if num_workers <= 2 * jnp.iinfo", "words"),
     # Packing.
@@ -67,7 +67,7 @@ MUTANTS = [
     # The exchange.
     Mutant(EXCHANGE, "finite &= jnp.all(encoded.finite)", "finite = jnp.all(encoded.finite)",
            "participation sharded_params"),
-    Mutant(EXCHANGE, "return finite & active", "return finite", "signs collectives"),
+    Mutant(EXCHANGE, "return finite & active", "return finite", "exchange collectives"),
     Mutant(EXCHANGE, "plane, devices * part), position * part", "plane, devices * part), 0 * part",
            "collectives"),
     Mutant(EXCHANGE, "verdict = jnp.max(result.verdict, axis=0)", "verdict = result.verdict[0] * 0",
@@ -85,16 +85,16 @@ MUTANTS = [
            "left = jax.tree.map(lambda p, u: p + u.astype(p.dtype)", "memory"),
     # State and placement.
     Mutant(PARTICIPATION, "jnp.where(finite, new, old) if", "jnp.where(finite, new, new) if",
-           "memory participation"),
+           "hold_if_nonfinite participation"),
     Mutant(PARTICIPATION, "hidden = hidden if is_alike else [self.raw]", "hidden = []",
            "participation"),
     Mutant(PARTICIPATION, "optax.safe_increment(before.missed)", "before.missed", "participation"),
     Mutant(PLACEMENT, "taken = rows[workers * old // num_workers]", "taken = rows[workers * 0]",
-           "placement resize"),
+           "placement"),
     Mutant(PLACEMENT, "jnp.where(finite, loss, 0).astype", "jnp.where(finite, loss, 1).astype",
-           "gradients data_parallel"),
+           "gradients"),
     Mutant(MAPPED, "key = jax.random.fold_in(key, lax.axis_index(workers.axis_name))",
-           "key = jax.random.fold_in(key, 0)", "gradients data_parallel"),
+           "key = jax.random.fold_in(key, 0)", "gradients"),
     Mutant("_data_parallel/varying.py", "return [differs or any(column)", "return [any(column)",
            "varying layout"),
 ]  # fmt: skip

@@ -102,7 +102,8 @@ def test_unpacks_into_init_and_update(mesh):
 
 
 def test_is_an_aggregator_of_optax(mesh):
-    aggregating = pytest.importorskip("optax.experimental.aggregating")
+    experimental = pytest.importorskip("optax.experimental")
+    aggregating = getattr(experimental, "aggregating", None)
     if not hasattr(aggregating, "Aggregator"):
         pytest.skip("this Optax has no aggregators")
     tx = signax.DataParallel(VOTE, mesh)
