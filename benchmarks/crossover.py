@@ -1,20 +1,21 @@
-"""Says where one bit pays: how much faster than a mean a vote is, by link, parameters and workers.
+"""Where one bit pays: a vote's speed relative to a mean, by link rate, parameters and workers.
 
-It checks the cost model, `signax.diagnostics.exchange_seconds`, against a sweep of network.py, and
-then asks it about machines that are not here.
+This program checks the cost model, `signax.diagnostics.exchange_seconds`, against a sweep of
+network.py. Then it applies the model to other machines.
 
     sudo python benchmarks/network.py --sweep
     python benchmarks/crossover.py
     python benchmarks/crossover.py --workers 64 --latency 20e-6 --memory-bandwidth 3e12
 
-The sweep's unlimited links give the constants of the machine that ran it, for each number of
-workers: the time of an empty collective, the bandwidth at which a worker reads, and the rate at
-which its processor feeds a link. With these the model predicts the steps over limited links, which
-took no part in that: `p - learning_rate * direction` by the time of `none`, the exchange by the
-model. The first table has what was measured and what was predicted.
+The sweep's steps over unlimited links give the machine's constants for each number of workers: the
+time of an empty collective, the bandwidth at which a worker reads, and the rate at which its
+processor feeds a link. From these constants the model predicts the steps over limited links, which
+were not used in the fit. A step takes the measured time of `none`, which computes
+`p - learning_rate * direction`, and the model's time of the exchange. The first table shows
+measured and predicted times.
 
-The second is the model's alone: the time of a bf16 mean over that of a vote. Below 1 the mean is
-the faster. Both leave out what a mean can hide behind the backward pass.
+The second table comes from the model alone: the time of a bf16 mean divided by the time of a vote.
+Below 1 the mean is faster. Both tables ignore that a mean can overlap the backward pass.
 """
 
 import argparse
@@ -43,19 +44,19 @@ rates = {
     "10 Gbit/s": 1e10,
     "100 Gbit/s": 1e11,
     "400 Gbit/s": 4e11,
-    "3.6 Tbit/s": 3.6e12,  # what an H100 sends over NVLink
+    "3.6 Tbit/s": 3.6e12,  # an H100 over NVLink
 }
 sizes = {"100 k": 10**5, "1 M": 10**6, "10 M": 10**7, "100 M": 10**8, "1 G": 10**9}
 schemes = {"vote": "vote", "f32 mean": "mean"}  # candidates of network.py
 
 
 class Machine(NamedTuple):
-    """The constants of the model, among one number of workers.
+    """The constants of the model for one number of workers.
 
     Attributes:
       latency: seconds of an empty collective.
       memory_bandwidth: bytes per second.
-      feed_rate: bits per second that a processor sends where the link sets no limit.
+      feed_rate: bits per second that a processor sends over an unlimited link.
     """
 
     latency: float
@@ -64,7 +65,7 @@ class Machine(NamedTuple):
 
 
 def main() -> None:
-    """Fits, predicts, and prints, saves and draws both tables."""
+    """Fit the model, predict the steps, and print, save and draw both tables."""
     args = parse_arguments()
     sweep = json.loads(Path(args.sweep).read_text())["results"]
     check_sweep(sweep, args.sweep)
@@ -95,7 +96,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads and checks the command line."""
+    """Read and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -115,7 +116,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_sweep(sweep: Sequence[dict[str, Any]], file: str) -> None:
-    """Refuses what has too few settings to fit the model, or none to compare it with."""
+    """Raises if a sweep has too few settings to fit the model, or none to compare it with."""
     for workers in {setting["workers"] for setting in sweep} or {0}:
         rates = [one["rate_bits_per_second"] for one in sweep if one["workers"] == workers]
         unlimited = rates.count(None)
@@ -138,7 +139,7 @@ def median(setting: dict[str, Any], candidate: str) -> float:
 
 
 def predict(sweep: Sequence[dict[str, Any]]) -> tuple[dict[int, Machine], list[dict[str, Any]]]:
-    """Fits the model to unlimited links, and predicts the steps over all others."""
+    """Fit the model to steps over unlimited links, and predict the steps over limited links."""
     numbers = sorted({setting["workers"] for setting in sweep})
     machines = {
         workers: fit(workers, [setting for setting in sweep if setting["workers"] == workers])
@@ -174,9 +175,9 @@ def predict(sweep: Sequence[dict[str, Any]]) -> tuple[dict[int, Machine], list[d
 
 
 def fit(workers: int, sweep: Sequence[dict[str, Any]]) -> Machine:
-    """The constants that make the model right for the smallest vote and the largest vote and mean.
+    """The constants that make the model exact for the smallest vote and the largest vote and mean.
 
-    Both over unlimited links, and beyond the time of a step that sends nothing.
+    All are measured over unlimited links, less the time of a step that sends nothing.
     """
     unlimited = [setting for setting in sweep if setting["rate_bits_per_second"] is None]
     small, *_, large = sorted(unlimited, key=lambda setting: setting["parameters"])
@@ -198,7 +199,7 @@ def fit(workers: int, sweep: Sequence[dict[str, Any]]) -> Machine:
 
 
 def print_predictions(predictions: Sequence[dict[str, Any]]) -> None:
-    """Prints what was measured beside what the model says."""
+    """Print the measured times beside the model's times."""
     rows = []
     settings = {(p["workers"], p["rate"], p["parameters"]): {} for p in predictions}
     for p in predictions:
@@ -220,7 +221,7 @@ def print_predictions(predictions: Sequence[dict[str, Any]]) -> None:
 
 
 def speedups(workers: int, latency: float, memory_bandwidth: float) -> list[list[float]]:
-    """The time of a bf16 mean over that of a vote: a row for each rate, a column for each size."""
+    """The speed-ups of a vote over a bf16 mean: a row for each rate, a column for each size."""
     return [
         [speedup(size, workers, rate, latency, memory_bandwidth) for size in sizes.values()]
         for rate in rates.values()
@@ -230,7 +231,7 @@ def speedups(workers: int, latency: float, memory_bandwidth: float) -> list[list
 def speedup(
     parameters: int, workers: int, link_rate: float, latency: float, memory_bandwidth: float
 ) -> float:
-    """The time of a bf16 mean over that of a vote on f32."""
+    """The time of a bf16 mean divided by the time of a vote on f32."""
     seconds = partial(
         exchange_seconds,
         num_workers=workers,
@@ -242,7 +243,7 @@ def speedup(
 
 
 def draw(args: argparse.Namespace, predictions: Sequence[dict[str, Any]]) -> None:
-    """Saves the figure: the sweep and its predictions, and the model's map."""
+    """Save the figure: the sweep with its predictions, and the model's map."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     measured, by_model = figure.subplots(1, 2)
     workers = sorted({p["workers"] for p in predictions})[-1]
@@ -269,7 +270,7 @@ def draw(args: argparse.Namespace, predictions: Sequence[dict[str, Any]]) -> Non
     machine = args.latency, args.memory_bandwidth
     ratios = [[speedup(round(d), args.workers, rate, *machine) for rate in x] for d in y]
     doublings, levels = np.log2(ratios), [-1, -0.5, -0.1, 0.1, 0.5, 1, 2, 3, 4]
-    colors = {"cmap": "RdBu", "norm": TwoSlopeNorm(0, -2, 4)}  # white where both take as long
+    colors = {"cmap": "RdBu", "norm": TwoSlopeNorm(0, -2, 4)}  # white means equal times
     filled = by_model.contourf(x, y, doublings, levels, **colors, extend="both")
     bar = figure.colorbar(filled, label="bf16 mean / vote (times)", ticks=levels)
     bar.set_ticklabels([f"{2.0**level:.2g}" for level in levels])

@@ -1,27 +1,29 @@
-"""Times what a vote computes on each worker: packing, counting, and applying what was decided.
+"""Time a worker's computations in a vote: packing signs, counting ballots, applying the decision.
 
-Each is compiled as the vote runs it, on one device, and compared with what it replaces, in turns:
+Each kernel is compiled as in a vote, for one device. It takes turns with its reference:
 
-- `pack`: an array's signs into words, with and without the check that all its values are finite
-  (`words and flag`, as a vote does it, and `words`), against one read of the array, its sum. The
+- `pack`: pack an array's signs into words. `words and flag`, as in a vote, also checks that all
+  values are finite; `words` does not check. The reference reads the array once, for its sum. The
   naive way is `jnp.packbits(x > 0)` and `jnp.all(jnp.isfinite(x))`.
-- `count`: what the workers sent for one share of the coordinates, with everybody in and with every
-  eighth worker out, against unpacking to integers, adding them up, comparing and packing again.
-  Beside the plain way to write that there are three in narrower integers. All give the same words.
-- `apply`: the decided words to signs and `p - learning_rate * signs` in one donated program,
-  against `p - learning_rate * g` with a gradient in full precision.
+- `count`: count the workers' messages for one part of the coordinates, once with all workers and
+  once with every eighth worker excluded. The reference unpacks bits to integers, adds them up,
+  compares, and packs again. Three variants do so in narrower integers. All give the same words.
+- `apply`: unpack the decided words to signs, and compute `p - learning_rate * signs` in one donated
+  program. The reference is `p - learning_rate * g` with a gradient in full precision.
 
     python benchmarks/kernels.py
     python benchmarks/kernels.py --workers 9 --rounds 5
     python benchmarks/kernels.py --kernels pack apply --shapes 768x3072 50257x768 1000
 
-`pack` and `apply` take one array of each shape, by default some of about `--parameters` numbers: a
-flat one, one that is cut into 32 blocks evenly, and two whose blocks need padding. Programs that
-differ only in arguments (who is out, the coin, the number of voters) are one program.
+`pack` and `apply` take one array of each shape. The default shapes have about `--parameters`
+numbers: a flat array, an array that 32 slabs cut evenly, and two arrays whose slabs need padding.
+Cases that differ only in arguments (excluded workers, the coin, the number of voters) share one
+program.
 
-A ratio is taken within each round, and its median and range over the rounds are shown. Ratios of
-`pack` and `apply` are times over the reference's, where less is better; those of `count` are the
-reference's times over its own, where more is. Goals stand beside them and are not asserted.
+Ratios are taken within each round. The tables show their median and range over the rounds. For
+`pack` and `apply` a ratio is the kernel's time divided by the reference's time: less is better. For
+`count` it is the reference's time divided by the kernel's: more is better. The tables also show
+goals, which are not asserted.
 """
 
 import argparse
@@ -47,14 +49,15 @@ learning_rate = 1e-3
 
 
 class Case(NamedTuple):
-    """What is timed together.
+    """The candidates that are timed together.
 
     Attributes:
-      kernel: its group, and what it works on.
-      candidates: what to call, by name.
-      reference: which of them the others are compared with.
-      goals: for some candidates the ratio to reach.
-      ratio: whether the time or the speed is compared.
+      kernel: the name of the kernel.
+      argument: the shape that the candidates work on.
+      candidates: the functions to call, by name.
+      reference: the candidate with which the others are compared.
+      goals: the ratios that some candidates should reach.
+      ratio: whether times or speeds are compared.
     """
 
     kernel: str
@@ -66,7 +69,7 @@ class Case(NamedTuple):
 
 
 def main() -> None:
-    """Times all cases, and prints, saves and draws what comes out."""
+    """Time all cases, and print, save and draw the results."""
     args = parse_arguments()
     results = []
     for kernel in args.kernels:
@@ -84,7 +87,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads and checks the command line."""
+    """Read and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -107,7 +110,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def shape(text: str) -> tuple[int, ...]:
-    """Reads "768x3072"."""
+    """Read a shape such as "768x3072"."""
     sizes = tuple(int(size) for size in text.split("x"))
     if min(sizes) < 1:
         raise ValueError(text)
@@ -115,14 +118,14 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def default_shapes(parameters: int) -> list[tuple[int, ...]]:
-    """A flat array, one that 32 blocks cut evenly, a projection, and an odd embedding."""
+    """A flat array, an array that 32 slabs cut evenly, a projection, and an odd embedding."""
     even = max(1, parameters // 4096 // WORD_BITS) * WORD_BITS
     columns = {rows: -(-parameters // rows) for rows in (3072, 50_257)}
     return [(parameters,), (even, 4096), *columns.items()]
 
 
 def packing(shape: tuple[int, ...]) -> Case:
-    """An array into words."""
+    """The case of packing an array into words."""
     array = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
     coin = jnp.uint32(1)
 
@@ -144,7 +147,7 @@ def packing(shape: tuple[int, ...]) -> Case:
 
 
 def counting(parameters: int, workers: int) -> Case:
-    """The words of every worker into those of the majority."""
+    """The case of counting all workers' words into the majority's words."""
     share = part_words(-(-parameters // WORD_BITS), workers)
     boxes = {
         "all in": ballot_box(workers, share),
@@ -164,7 +167,7 @@ def counting(parameters: int, workers: int) -> Case:
 
 
 def ballot_box(workers: int, share: int, *, out: np.ndarray | bool = False) -> jax.Array:
-    """What one worker receives from all for its share, u32[M, part]: random bits, zeros of some."""
+    """The messages to one server, u32[M, part]: random bits, and header 0 from excluded workers."""
     rows = np.random.default_rng(0).integers(0, 2**32, (workers, share), np.uint32)
     tie = 1
     headers = np.where(out, 0, 2 * (np.arange(workers) + 1) + tie).astype(np.uint32)
@@ -172,7 +175,7 @@ def ballot_box(workers: int, share: int, *, out: np.ndarray | bool = False) -> j
 
 
 def majority(parts: jax.Array, share: int) -> jax.Array:
-    """The decided words, as the vote counts them: u32[M, part] to u32[share]."""
+    """The majority's words as a vote counts them: u32[M, part] to u32[share]."""
     worker = Worker(*[jnp.uint32(0)] * 3)
     reply = Majority(rules).combine(parts, [share], Context(Leaves([], []), worker, []))
     return reply.planes[0]
@@ -181,7 +184,7 @@ def majority(parts: jax.Array, share: int) -> jax.Array:
 def majority_by_sums(
     parts: jax.Array, share: int, add_up: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """The same by adding up one integer for each bit, which `add_up` does: to int[32, share]."""
+    """The majority's words by `add_up`, which sums one integer per bit into int[32, share]."""
     (rows,), headers = unseal(parts, [share])
     voters = jnp.sum(headers > 0, dtype=jnp.int32)
     coin = jnp.where(voters % 2 == 0, jnp.max(headers & 1), 0)
@@ -191,7 +194,7 @@ def majority_by_sums(
 
 
 def sums(workers: int) -> dict[str, Callable[[jax.Array], jax.Array]]:
-    """Ways to add up the bits of u32[M, share] in integers, to int[32, share]."""
+    """Ways to add up the bits of u32[M, share] in integers: each gives int[32, share]."""
     narrow = sum_dtype(workers)
 
     def bits(rows, dtype):
@@ -219,7 +222,7 @@ def places() -> jax.Array:
 
 
 def applying(shape: tuple[int, ...]) -> Case:
-    """Decided words to a step of the parameters."""
+    """The case of applying the decided words to parameters."""
     rng = np.random.default_rng(0)
     start, gradient = (rng.standard_normal(shape, np.float32) for _ in range(2))
     words = rng.integers(0, 2**32, wire.num_words([start]), np.uint32)
@@ -230,9 +233,9 @@ def applying(shape: tuple[int, ...]) -> Case:
 
 
 class Descent:
-    """Calls of a program, each of which takes over the parameters of the last one and their memory.
+    """Repeated steps of a program, each of which donates the parameters of the step before.
 
-    The pages of a fresh result would cost more than the step.
+    Without donation the pages of a fresh result would cost more than the step.
     """
 
     def __init__(self, program: Callable, parameters: np.ndarray, *arguments: jax.Array):
@@ -240,7 +243,7 @@ class Descent:
         self.parameters, self.arguments = jnp.array(parameters), arguments
 
     def __call__(self) -> jax.Array:
-        """Takes a step."""
+        """Take a step."""
         self.parameters = self.program(self.parameters, *self.arguments)
         return self.parameters
 
@@ -258,7 +261,7 @@ def apply_gradient(parameters: jax.Array, gradient: jax.Array) -> jax.Array:
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """Times one case, and takes the ratios within each round."""
+    """Time one case, and take the ratios within each round."""
     seconds = interleave(case.candidates, rounds)
     candidates = {}
     for name, times in seconds.items():
@@ -280,7 +283,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def text(shape: Sequence[int]) -> str:
-    """A shape as it is given on the command line."""
+    """A shape in the notation of the command line."""
     return "x".join(map(str, shape))
 
 
@@ -292,7 +295,7 @@ def goal(result: dict[str, Any], name: str) -> str:
 
 
 def print_results(kernel: str, results: Sequence[dict[str, Any]]) -> None:
-    """Prints the table of one kernel."""
+    """Print the table of one kernel."""
     rows = []
     for result in results:
         for name, found in result["candidates"].items():
@@ -308,7 +311,7 @@ def print_results(kernel: str, results: Sequence[dict[str, Any]]) -> None:
 
 
 def draw(results: Sequence[dict[str, Any]], path: str) -> None:
-    """Saves a figure of the ratios, with their goals."""
+    """Save a figure of the ratios, with their goals."""
     kinds = [kind for kind in ("time", "speed") if any(r["ratio"] == kind for r in results)]
     points = {kind: ratios(results, kind) for kind in kinds}
     heights = [0.3 * len(points[kind]) + 0.9 for kind in kinds]
@@ -334,7 +337,7 @@ def draw(results: Sequence[dict[str, Any]], path: str) -> None:
 
 
 def ratios(results: Sequence[dict[str, Any]], kind: str) -> list[tuple[str, Any, float | None]]:
-    """A label, a ratio and a goal of everything that is compared in one kind of ratio."""
+    """The label, ratio and goal of every candidate that is compared by one kind of ratio."""
     return [
         (f"{result['kernel']} {result['argument']}: {name}", found["ratio"], found["goal"])
         for result in results

@@ -1,21 +1,21 @@
-"""Trains the GPT of examples/train_language_model.py by AdamW and by votes, and compares.
+"""Train the GPT of examples/train_language_model.py by AdamW and by votes, and compare the runs.
 
     python benchmarks/language_model.py tune
     sudo python benchmarks/language_model.py network
 
-`tune` asks what one bit costs in loss. Every method gets the same steps, batches and schedule, and
-its step size and momentum from one grid, 0.001 times powers of two by the decays of `--momenta`:
-for each decay, from a first guess on, neighbours of the best step size so far are tried until it
-has a worse one on either side. Further seeds run at the best one. Results are saved after every
-run, and the same command goes on from there.
+`tune` measures the cost of one bit in loss. All methods share steps, batches and schedule. The step
+size and momentum come from one grid: 0.001 times powers of two, by the decays of `--momenta`. For
+each decay the search begins with a guess. It tries neighbours of the best step size so far, until
+the best step size has a worse neighbour on either side. Further seeds run at the best step size.
+Results are saved after every run. The same command continues from saved results.
 
-`network` asks what that saves in time. The workers are processes, each behind a link of its own of
-the given rate (namespaces.py), with one thread of computation each, and train by AdamW on means in
-full precision and by votes, with the step size and momentum that `tune` has found. `seconds` is the
-time of all steps until a validation loss is seen that is no higher than that of AdamW at its end;
-validation itself and compiling are left out on both sides. A vote may take `--voted-steps` for it.
+`network` measures the time that one bit saves. The workers are processes, with one thread of
+computation each. Each process has its own link of the given rate (namespaces.py). The workers train
+by AdamW on means in full precision, and by votes, with the step sizes and momenta found by `tune`.
+`seconds` is the time of all steps until a validation loss is at most AdamW's final validation loss.
+It excludes validation and compiling for every method. Votes may take `--voted-steps` steps.
 
-Options that are not listed here go to the example: `tune --layers 2 --batch-size 16`.
+Options that are not listed here are passed to the example: `tune --layers 2 --batch-size 16`.
 """
 
 import argparse
@@ -39,13 +39,13 @@ here = Path(__file__).parent
 program = here.parent / "examples" / "train_language_model.py"
 BASELINE = "adamw"
 
-# Where the search begins with the first momentum, step size 0.001 * 2**exponent; with the next one
-# it begins where it ended.
+# The search with the first momentum begins at step size 0.001 * 2**exponent. The search with the
+# next momentum begins at the best step size of the search before.
 first_exponents = {BASELINE: 3, "signum": 2, "lion": 2, "mixed": 2, "ef": 5}
 
 tuned_names = ("step_size", "momentum")
 
-# What of the example's report differs between runs; the rest is settings.
+# These entries of the example's report are results. The other entries are settings.
 results_of = ("method", *tuned_names, "steps", "seed", "parameters", "bytes_per_step")
 results_of += ("step_seconds", "validation_loss", "curve")
 
@@ -53,9 +53,9 @@ Run = dict[str, Any]
 
 
 def main() -> None:
-    """Runs one of the two commands."""
+    """Run one of the two commands."""
     args = parse_arguments()
-    for number in (signal.SIGINT, signal.SIGTERM):  # so that namespaces are deleted
+    for number in (signal.SIGINT, signal.SIGTERM):  # exit by an exception, which deletes namespaces
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     runs = finished_runs(args)
     if args.command == "tune":
@@ -69,11 +69,11 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads and checks the command line."""
+    """Read and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # the example's --seed is not the start of our --seeds
+        allow_abbrev=False,  # the example's --seed is no abbreviation of --seeds
     )
     add = parser.add_argument
     add("command", choices=("tune", "network"))
@@ -118,14 +118,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What results belong to."""
+    """The settings that a results file belongs to."""
     names = ["command", "steps", "evaluate_every", "workers", "options"]
     names += ["momenta"] if args.command == "tune" else ["rate", "voted_steps"]
     return {name: getattr(args, name) for name in names}
 
 
 def finished_runs(args: argparse.Namespace) -> list[Run]:
-    """The runs that the results file holds already."""
+    """The runs in the results file, if there is one."""
     if not Path(args.json).exists():
         return []
     found = json.loads(Path(args.json).read_text())
@@ -142,7 +142,7 @@ def command_of(args: argparse.Namespace, **options: Any) -> list[str]:
 
 
 def record(report: dict[str, Any], command: Sequence[str]) -> Run:
-    """What is kept of the example's report, and the command that gave it."""
+    """The results of the example's report, its settings, and its command."""
     shown = [word for word in command[2:] if not word.startswith("--json")]
     return {
         "command": " ".join(["python examples/train_language_model.py", *shown]),
@@ -152,7 +152,7 @@ def record(report: dict[str, Any], command: Sequence[str]) -> Run:
 
 
 def tune(args: argparse.Namespace, runs: list[Run]) -> None:
-    """Searches the best step size of each momentum by the first seed, and runs the others there."""
+    """Search each momentum's best step size with the first seed, and run other seeds there."""
     for method in args.methods:
         first = first_exponents[method]
         for momentum in args.momenta:
@@ -173,10 +173,10 @@ def tune(args: argparse.Namespace, runs: list[Run]) -> None:
 
 
 def next_exponent(losses: Mapping[int, float]) -> int | None:
-    """The next one to try, or None if the best has a worse neighbour on either side."""
+    """The next exponent to try, or None if the best has a worse neighbour on either side."""
     best = min(losses, key=losses.__getitem__)
     if losses[best] == math.inf:
-        return min(losses) - 1  # all were too large
+        return min(losses) - 1  # all step sizes were too large
     for neighbour in (best - 1, best + 1):
         if neighbour not in losses:
             return neighbour
@@ -184,14 +184,14 @@ def next_exponent(losses: Mapping[int, float]) -> int | None:
 
 
 def loss_of(args: argparse.Namespace, runs: list[Run], **options: Any) -> float:
-    """The final validation loss of a run, which is trained unless it is among the finished ones."""
+    """The final validation loss of a run. Trains the run unless it is finished already."""
     options = {"seed": args.seeds[0]} | options
     same = [run for run in runs if all(run[name] == value for name, value in options.items())]
     if not same:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder, "report.json")
             command = command_of(args, **options, steps=args.steps, json=output)
-            # Its progress is ours; its samples are not.
+            # The example's progress is shown, on stderr. Its samples are not.
             if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
                 sys.exit(f"error: {' '.join(command)} ended with {code}")
             same = [record(json.loads(output.read_text()), command)]
@@ -203,15 +203,15 @@ def loss_of(args: argparse.Namespace, runs: list[Run], **options: Any) -> float:
 
 
 def tuned(runs: Sequence[Run]) -> dict[str, Any]:
-    """For each method the best of its grid, the loss over all seeds that ran there, and bytes."""
+    """Each method's best step size and momentum, losses over all seeds there, and bytes."""
     found = {}
     for method in dict.fromkeys(run["method"] for run in runs):
         own = [run for run in runs if run["method"] == method]
-        # The best is chosen by the seed that ran on the whole grid, which is the first one.
+        # Only the first seed ran on the whole grid, so it alone chooses the best run.
         searched = [run for run in own if run["seed"] == own[0]["seed"]]
         finite = [run for run in searched if math.isfinite(run["validation_loss"])]
         if not finite:
-            continue  # every step size so far was too large
+            continue  # all step sizes so far were too large
         best = min(finite, key=lambda run: run["validation_loss"])
         chosen = {name: best[name] for name in tuned_names}
         losses = [r["validation_loss"] for r in own if chosen.items() <= r.items()]
@@ -230,7 +230,7 @@ def tuned(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def print_tuned(found: Mapping[str, Any]) -> None:
-    """Prints the table of `tune`."""
+    """Print the table of `tune`."""
     rows = []
     for method, one in found.items():
         losses = one["validation_losses"]
@@ -243,7 +243,7 @@ def print_tuned(found: Mapping[str, Any]) -> None:
 
 
 def network(args: argparse.Namespace, runs: list[Run]) -> None:
-    """Trains every method over links of a rate, once per seed."""
+    """Train every method over links of a rate, once per seed."""
     found = json.loads(Path(args.tuned).read_text())["results"]["tuned"]
     setting = {"workers": args.workers, "rate": args.rate, "delay": "0ms"}
     for seed in args.seeds:
@@ -262,7 +262,7 @@ def network(args: argparse.Namespace, runs: list[Run]) -> None:
 
 
 def is_finished(args: argparse.Namespace, runs: Sequence[Run], wanted: Mapping[str, Any]) -> bool:
-    """Whether that run is among those of its method and seed, all of which must be like it."""
+    """Whether the wanted run is finished. Raises if a run of its method and seed differs."""
     own = [run for run in runs if all(run[name] == wanted[name] for name in ("method", "seed"))]
     for run in own:
         for name, value in wanted.items():
@@ -275,10 +275,10 @@ def is_finished(args: argparse.Namespace, runs: Sequence[Run], wanted: Mapping[s
 
 
 def train_together(args: argparse.Namespace, links: Links, **options: Any) -> Run:
-    """One run, a process per worker."""
+    """Train one run with a process per worker."""
     options |= {"coordinator": links.coordinator, "processes": args.workers}
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "report.json")  # which the first process writes
+        output = Path(folder, "report.json")  # the first process writes it
         commands = [
             command_of(args, **options, process_id=worker, json=output)
             for worker in range(args.workers)
@@ -289,13 +289,13 @@ def train_together(args: argparse.Namespace, links: Links, **options: Any) -> Ru
 
 
 def seconds_to(curve: Mapping[str, Sequence[float]], loss: float) -> float | None:
-    """When the validation loss was first no higher than that, or None if it never was."""
+    """The time at which a curve first reached a validation loss, or None if it never did."""
     points = zip(curve["seconds"], curve["validation_loss"], strict=True)
     return next((seconds for seconds, seen in points if seen <= loss), None)
 
 
 def times(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Each run's time to AdamW's final loss with the same seed, where AdamW has run."""
+    """Each run's time to AdamW's final loss with an equal seed, for seeds with an AdamW run."""
     baselines = {run["seed"]: run for run in runs if run["method"] == BASELINE}
     rows = []
     for run in runs:
@@ -319,7 +319,7 @@ def times(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def print_times(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints the table of `network`."""
+    """Print the table of `network`."""
     head = ("", "seed", "loss", "AdamW's", "ms per step", "bytes", "seconds to it", "times faster")
     table = []
     for row in rows:
@@ -333,7 +333,7 @@ def print_times(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw(args: argparse.Namespace, runs: Sequence[Run]) -> None:
-    """Saves the figure: validation losses over the seconds of training, a curve for each seed."""
+    """Save the figure: validation losses over the seconds of training, a curve for each seed."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     limited = runs[0]["link"] == "namespaces"

@@ -4,10 +4,11 @@
     [ link0 ]----[ port0 | switch | port1 ]----[ link0 ]
           R ->            R ->
 
-Each worker has a network namespace of its own, joined by a veth pair to a bridge in a namespace of
-its own, so that nothing touches the host's network. A token bucket (`tc ... tbf`) on the worker's
-end limits what it sends to the rate R, and one on the bridge's end what it receives: a full-duplex
-link into a switch that has no limit itself. Everything goes away with the namespaces.
+Each worker has its own network namespace. A veth pair joins it to a bridge in another namespace, so
+nothing touches the host's network. A token bucket (`tc ... tbf`) at the worker's end limits the
+traffic that the worker sends to the rate R. A token bucket at the bridge's end limits the traffic
+that the worker receives. Together they make a full-duplex link into a switch without a limit. Links
+and bridge disappear with the namespaces.
 """
 
 import contextlib
@@ -20,19 +21,19 @@ from typing import NamedTuple
 
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
-# How long a packet may wait in a queue before it is dropped: a buffer of 6 MB at 1 Gbit/s.
+# The longest time that a packet waits in a queue before it is dropped: 6 MB at 1 Gbit/s.
 LATENCY = "50ms"
 
 
 class Links(NamedTuple):
-    """How the workers are joined.
+    """The links that join the workers.
 
     Attributes:
       kind: `"namespaces"` or `"loopback"`.
       interface: the network interface that carries the exchange, in every worker.
       coordinator: address and port at which worker 0 gathers the others.
-      prefixes: what goes in front of each worker's command.
-      burst_bytes: what an idle link lets through at once before its rate holds; 0 without a rate.
+      prefixes: the words before each worker's command.
+      burst_bytes: bytes that pass an idle link at once before its rate holds; 0 without a rate.
     """
 
     kind: str
@@ -43,7 +44,7 @@ class Links(NamedTuple):
 
 
 def bits_per_second(rate: str) -> float:
-    """Reads `"100mbit"` or `"1gbit"`; `"unlimited"` is infinite."""
+    """Read a rate such as `"100mbit"` or `"1gbit"`. `"unlimited"` is infinite."""
     if rate == "unlimited":
         return float("inf")
     for unit, factor in UNITS.items():
@@ -54,7 +55,7 @@ def bits_per_second(rate: str) -> float:
 
 
 def milliseconds(delay: str) -> float:
-    """Reads `"2ms"`."""
+    """Read a delay such as `"2ms"`."""
     with contextlib.suppress(ValueError):
         if delay.endswith("ms") and (number := float(delay.removesuffix("ms"))) >= 0:
             return number
@@ -62,11 +63,11 @@ def milliseconds(delay: str) -> float:
 
 
 def burst_bytes(rate: str) -> int:
-    """The size of the token bucket: what an idle link lets through at once.
+    """The size of the token bucket: the bytes that pass an idle link at once.
 
-    Every byte of it is a gift to small messages. But it must last from one timer interrupt to the
-    next, and hold one of TCP's batches of 64 kB with all their headers, or the kernel cuts those
-    into single packets and the receivers spend three times the processor time.
+    A larger bucket favours small messages. But the bucket must last from one timer interrupt to the
+    next, and hold a TCP batch of 64 kB with all its headers. In a smaller bucket the kernel cuts
+    batches into single packets, and the receivers spend three times the processor time.
     """
     if rate == "unlimited":
         return 0
@@ -74,7 +75,7 @@ def burst_bytes(rate: str) -> int:
 
 
 def unavailable() -> str | None:
-    """Why namespaces cannot be made here, or None if they can."""
+    """The reason why namespaces cannot be made here, or None if they can be made."""
     missing = [tool for tool in ("ip", "tc", "unshare") if shutil.which(tool) is None]
     if missing:
         return f"{', '.join(missing)} not found (packages iproute2 and util-linux)"
@@ -88,19 +89,19 @@ def unavailable() -> str | None:
 
 @contextlib.contextmanager
 def namespaces(workers: int, rate: str, delay: str) -> Iterator[Links]:
-    """Joins workers by links of a rate, in namespaces that last as long as the context.
+    """Join workers by links of a rate, in namespaces that last as long as the context.
 
     Args:
-      workers: how many.
-      rate: of each link and direction: `"1gbit"`, or `"unlimited"`.
-      delay: from each worker to the switch, so that `"2ms"` makes a round trip of 4 ms. Unless it
-        is 0, the kernel must have `netem`.
+      workers: the number of workers.
+      rate: the rate of each link in each direction: `"1gbit"`, or `"unlimited"`.
+      delay: the delay from each worker to the switch. `"2ms"` makes a round trip of 4 ms. A delay
+        above 0 needs a kernel with `netem`.
 
     Yields:
       The links.
 
     Raises:
-      OSError: `ip` or `tc` refused something.
+      OSError: `ip` or `tc` failed.
     """
     bridge, *names = [f"signax-{os.getpid()}-{name}" for name in ("bridge", *range(workers))]
     addresses = [f"10.0.0.{worker + 1}" for worker in range(workers)]
@@ -121,14 +122,14 @@ def namespaces(workers: int, rate: str, delay: str) -> Iterator[Links]:
 
 @contextlib.contextmanager
 def loopback(workers: int) -> Iterator[Links]:
-    """Joins workers by the host's loopback interface, which has no rate."""
+    """Join workers by the host's loopback interface, which has no rate limit."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         free_port = server.getsockname()[1]
     yield Links("loopback", "lo", f"127.0.0.1:{free_port}", [[]] * workers, 0)
 
 
 def connect(name: str, address: str, bridge: str, port: str) -> None:
-    """Joins a worker's namespace to a port of the bridge."""
+    """Join a worker's namespace to a port of the bridge."""
     peer = ["peer", "name", "link0", "netns", name]
     run("ip", "-n", bridge, "link", "add", port, "type", "veth", *peer)
     run("ip", "-n", bridge, "link", "set", "dev", port, "master", "switch", "up")
@@ -138,7 +139,7 @@ def connect(name: str, address: str, bridge: str, port: str) -> None:
 
 
 def limit(name: str, bridge: str, port: str, rate: str, delay: str) -> None:
-    """Gives a worker's link its rate in both directions, and what the worker sends its delay."""
+    """Limit a worker's link in both directions, and delay the packets that the worker sends."""
     parent = ["root"]
     if milliseconds(delay) > 0:
         netem = ["root", "handle", "1:", "netem", "delay", delay, "limit", "100000"]
@@ -151,17 +152,17 @@ def limit(name: str, bridge: str, port: str, rate: str, delay: str) -> None:
 
 
 def enter(name: str, address: str) -> list[str]:
-    """What runs a command in a namespace, on a host that is named like its address there.
+    """The words that run a command in a namespace, with the worker's address as the host's name.
 
-    Gloo listens where the host's name points to, and JAX does not let one choose. An address is a
-    name that points to itself.
+    Gloo listens at the address of the host's name, and JAX offers no other choice. An address is a
+    name that resolves to itself.
     """
     rename = 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"'
     return ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", rename, address]
 
 
 def run(*command: str) -> None:
-    """Runs a command that must succeed."""
+    """Run a command that must succeed."""
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         hint = "; without netem in the kernel there is only --delay 0ms"

@@ -1,26 +1,27 @@
-"""Times what a training step exchanges, between real processes over links of a known rate.
+"""Time the exchange of a training step, between real processes over links of a known rate.
 
-Every worker is a process with one CPU device. The processes are joined by `jax.distributed` and
-its gloo collectives over TCP, and each sits in a network namespace of its own (namespaces.py), on
-a full-duplex link of the given rate. That needs Linux, root and iproute2; without them the workers
-share the loopback interface, which has no rate, and table and JSON say so.
+Every worker is a process with one CPU device. `jax.distributed` joins the processes, with gloo
+collectives over TCP. Each process has its own network namespace (namespaces.py), on a full-duplex
+link of the given rate. Namespaces need Linux, root and iproute2. Without namespaces the workers
+share the loopback interface, which has no rate limit, and the table and the JSON say so.
 
     sudo python benchmarks/network.py
     sudo python benchmarks/network.py --workers 8 --rate 100mbit --rounds 3
     sudo python benchmarks/network.py --candidates vote "f32 mean" --delay 2ms
     sudo python benchmarks/network.py --sweep --rounds 3
 
-What is timed is a whole update from each worker's own gradient, `p - learning_rate * direction`,
-compiled, the parameters donated: for the vote that includes the check for NaN, packing, counting
-and unpacking. The candidates take turns, one step of each per round, with a barrier before each,
-and a step has taken as long as on its slowest worker. `none` applies the worker's own sign and
-sends nothing: the floor under every other time. All workers share this machine's cores, with one
-thread of computation each, so that computing weighs more here than on machines of their own.
-PyTorch's all_reduce, if it is installed, runs by itself after the others.
+The benchmark times a whole update from each worker's own gradient, `p - learning_rate * direction`,
+compiled, with donated parameters. A vote's time includes the check for NaN, packing, counting and
+unpacking. The candidates take turns, with one step of each candidate per round and a barrier before
+each step. The time of a step is its slowest worker's time. `none` applies the worker's own sign and
+sends nothing: its time is the floor of all times. All workers share this machine's cores, with one
+thread of computation each. Computation therefore weighs more here than on separate machines.
+PyTorch's all_reduce, if PyTorch is installed, runs by itself after the other candidates.
 
-Bytes are what one worker sends per step: as read from the compiled program, and as counted by its
-network interface, with headers and acknowledgements. `wire ms` is the program's bytes over the
-rate. `--sweep` runs a grid of rates, parameters and workers instead of one setting.
+The table shows the bytes that one worker sends per step: the bytes of the compiled program, and the
+bytes that its network interface counts, with headers and acknowledgements. `wire ms` is the
+program's bytes divided by the rate. `--sweep` runs a grid of rates, parameters and workers instead
+of one setting.
 """
 
 import argparse
@@ -49,8 +50,8 @@ sweep_workers = (2, 4, 8)
 sweep_rates = ("100mbit", "1gbit", "10gbit", "unlimited")
 sweep_parameters = (100_000, 1_000_000, 10_000_000)
 
-# One thread of computation per worker, for all candidates alike. With more they compete for the
-# cores, and the programs that wait for the network least suffer most.
+# Every candidate has one thread of computation per worker. More threads would compete for cores,
+# and slow down most the programs that wait least for the network.
 worker_environment = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
@@ -61,9 +62,9 @@ worker_environment = {
 
 
 def main() -> None:
-    """Runs one setting or the grid, and prints, saves and draws what comes out."""
+    """Run one setting or the grid, and print, save and draw the results."""
     args = parse_arguments()
-    for number in (signal.SIGINT, signal.SIGTERM):  # so that namespaces are deleted
+    for number in (signal.SIGINT, signal.SIGTERM):  # exit by an exception, which deletes namespaces
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     grid = {"workers": sweep_workers, "rate": sweep_rates, "parameters": sweep_parameters}
     recorded = vars(args) | (grid if args.sweep else {})
@@ -74,7 +75,7 @@ def main() -> None:
         except OSError as error:
             sys.exit(f"error: {error}")
         print_result(results[-1])
-        save(args.json, "network", recorded, results)  # after each: a sweep takes long
+        save(args.json, "network", recorded, results)  # saved early: a sweep takes long
     print(f"\nResults are in {args.json}.")
     if not args.sweep:
         draw(results[0], args.figure)
@@ -82,7 +83,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads and checks the command line."""
+    """Read and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -129,7 +130,7 @@ def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def run_setting(setting: dict[str, Any]) -> dict[str, Any]:
-    """Runs all workers of one setting and sums up what they measured."""
+    """Run all workers of one setting, and combine their measurements."""
     by_jax = [name for name in setting["candidates"] if name != TORCH]
     reports: list[dict[str, Any]] = [{} for _ in range(setting["workers"])]
     with join(setting) as links:
@@ -148,7 +149,7 @@ def run_setting(setting: dict[str, Any]) -> dict[str, Any]:
         if "vote" in candidates:
             candidate["times_the_vote"] = candidate["median"] / candidates["vote"]["median"]
         if not limited:
-            candidate["counted_bytes"] = None  # one counter for all workers and everybody else
+            candidate["counted_bytes"] = None  # all processes share the counter
     return {
         **{name: setting[name] for name in ("workers", "parameters", "leaves", "rounds")},
         "link": links.kind,
@@ -161,7 +162,7 @@ def run_setting(setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def join(setting: dict[str, Any]) -> contextlib.AbstractContextManager[Links]:
-    """Links for the workers: namespaces, or loopback where they cannot be had."""
+    """The workers' links, in namespaces if possible, otherwise over the loopback interface."""
     reason = unavailable()
     if reason is None:
         return namespaces(setting["workers"], setting["rate"], setting["delay"])
@@ -173,7 +174,7 @@ def join(setting: dict[str, Any]) -> contextlib.AbstractContextManager[Links]:
 
 
 def launch(library: str, links: Links, setting: dict[str, Any]) -> list[dict[str, Any]]:
-    """Runs a process per worker and returns what each of them measured."""
+    """Run a process per worker, and return each worker's measurements."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, f"{worker}.json") for worker in range(setting["workers"])]
         commands = []
@@ -192,7 +193,7 @@ def launch(library: str, links: Links, setting: dict[str, Any]) -> list[dict[str
 
 
 def run_together(links: Links, commands: Sequence[Sequence[str]], folder: Path) -> None:
-    """Runs a command per worker on its link, logging to the folder, until all have ended."""
+    """Run a command per worker on its link, with logs in the folder, until all commands ended."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "XLA"))}
     processes: list[subprocess.Popen] = []
     logs = [folder / f"{worker}.log" for worker in range(len(commands))]
@@ -205,7 +206,7 @@ def run_together(links: Links, commands: Sequence[Sequence[str]], folder: Path) 
                         env=kept | worker_environment,
                         stdout=log,
                         stderr=log,
-                        start_new_session=True,  # Ctrl-C is ours, and we end them
+                        start_new_session=True,  # hides Ctrl-C: this process ends it
                     )
                 )
         wait(processes, logs)
@@ -216,7 +217,7 @@ def run_together(links: Links, commands: Sequence[Sequence[str]], folder: Path) 
 
 
 def wait(processes: Sequence[subprocess.Popen], logs: Sequence[Path]) -> None:
-    """Waits for all workers, or for the first that fails, which the others would wait for."""
+    """Wait until all workers ended, or until one failed: the others would wait for it."""
     while any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes):
             break
@@ -228,27 +229,27 @@ def wait(processes: Sequence[subprocess.Popen], logs: Sequence[Path]) -> None:
 
 
 def combine(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One candidate over all workers: a step lasts as long as on the slowest of them."""
+    """One candidate's results over all workers. The time of a step is its slowest worker's time."""
     if name != "none" and len({report.get("parameters") for report in reports}) > 1:
         sys.exit(f"error: {name} has left the workers with different parameters")
     seconds = [max(times) for times in zip(*(r["seconds"] for r in reports), strict=True)]
     return {
         **summary(seconds),
         "seconds": seconds,
-        "hlo_bytes": reports[0].get("hlo_bytes"),  # PyTorch's program has none
+        "hlo_bytes": reports[0].get("hlo_bytes"),  # PyTorch has no HLO
         "counted_bytes": round(statistics.mean(report["counted_bytes"] for report in reports)),
     }
 
 
 def title(result: dict[str, Any]) -> str:
-    """One setting in a line."""
+    """The title of one setting, on one line."""
     link = f"links: {result['rate']}" if result["rate"] else "loopback, NO RATE LIMIT"
     delay = f" + {result['delay']}" if result["delay"] not in (None, "0ms") else ""
     return f"{result['workers']} workers, {link}{delay}, {result['parameters']:,} parameters"
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """Prints the table of one setting."""
+    """Print the table of one setting."""
 
     def text(value, form):
         return "-" if value is None else format(value, form)
@@ -271,7 +272,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def draw(result: dict[str, Any], path: str) -> None:
-    """Saves the figure of one setting."""
+    """Save the figure of one setting."""
     wire = result["candidates"].get("vote", {}).get("wire_seconds")
     times = {name: candidate["seconds"] for name, candidate in result["candidates"].items()}
     mark = (wire, "the vote's bytes at the link's rate") if wire else None

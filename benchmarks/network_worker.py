@@ -1,4 +1,4 @@
-"""One worker of network.py, which starts it with its task as JSON in the only argument."""
+"""A worker of network.py. The only argument is the worker's task, as JSON."""
 
 import hashlib
 import importlib
@@ -28,27 +28,27 @@ def vote(gradients: Any, step: jax.Array) -> Any:
 
 
 def f32_mean(gradients: Any, step: jax.Array) -> Any:
-    """What a data-parallel step does by default."""
+    """The f32 mean, the default of a data-parallel step."""
     del step
     return lax.pmean(gradients, "workers")
 
 
 def bf16_mean(gradients: Any, step: jax.Array) -> Any:
-    """The mean of half the bits, where the platform does not widen them for the exchange."""
+    """The bf16 mean. It sends half the bits, unless the platform widens bf16 for the exchange."""
     del step
     means = lax.pmean(jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradients), "workers")
     return jax.tree.map(lambda mean: mean.astype(jnp.float32), means)
 
 
 def int8_psum(gradients: Any, step: jax.Array) -> Any:
-    """The majority as one would write it, by adding up signs in bytes; a tie is 0."""
+    """The majority in plain JAX, as the sum of signs in int8. A tie is 0."""
     del step
     signs = jax.tree.map(lambda g: jnp.sign(g).astype(jnp.int8), gradients)
     return jax.tree.map(lambda s: jnp.sign(s).astype(jnp.float32), lax.psum(signs, "workers"))
 
 
 def none(gradients: Any, step: jax.Array) -> Any:
-    """The worker's own sign."""
+    """The worker's own sign, without an exchange."""
     del step
     return jax.tree.map(jnp.sign, gradients)
 
@@ -63,21 +63,21 @@ EXCHANGES = {
 
 
 class Stepper:
-    """A training loop without the model: each call donates the parameters of the last one."""
+    """A training loop without a model. Each step donates the parameters of the step before."""
 
     def __init__(self, program: Callable, parameters: Any, gradients: Any):
         self.program, self.parameters, self.gradients = program, parameters, gradients
         self.step = 0
 
     def __call__(self) -> Any:
-        """Takes one step and returns the new parameters."""
+        """Take one step and return the new parameters."""
         self.parameters = self.program(self.parameters, self.gradients, np.int32(self.step))
         self.step += 1
         return self.parameters
 
 
 def run_jax(task: dict[str, Any]) -> dict[str, Any]:
-    """Times every candidate of the task as one of the workers."""
+    """Time every JAX candidate of the task on this worker."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(task["coordinator"], task["workers"], task["worker"])
     mesh = jax.make_mesh((task["workers"],), ("workers",), axis_types=(AxisType.Auto,))
@@ -93,7 +93,7 @@ def run_jax(task: dict[str, Any]) -> dict[str, Any]:
             mesh=mesh,
             in_specs=(whole, split, whole),
             out_specs=whole,
-            check_vma=exchange is not none,  # whose parameters come apart, as the types would tell
+            check_vma=exchange is not none,  # with `none` parameters differ between workers
         )
         return jax.jit(mapped, donate_argnums=0).lower(parameters, gradients, np.int32(0)).compile()
 
@@ -125,7 +125,7 @@ def run_jax(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_torch(task: dict[str, Any]) -> dict[str, Any]:
-    """Times PyTorch's sum over gloo and the same update, as one of the workers."""
+    """Time an update by PyTorch's all_reduce over gloo on this worker."""
     os.environ["GLOO_SOCKET_IFNAME"] = task["interface"]
     torch: Any = importlib.import_module("torch")
     distributed: Any = importlib.import_module("torch.distributed")
@@ -153,7 +153,7 @@ def run_torch(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def leaf_sizes(task: dict[str, Any]) -> list[int]:
-    """Cuts the parameters into leaves of about one size."""
+    """The sizes of leaves that hold all parameters, as equal as possible."""
     whole, rest = divmod(task["parameters"], task["leaves"])
     return [whole + (leaf < rest) for leaf in range(task["leaves"])]
 
@@ -161,7 +161,7 @@ def leaf_sizes(task: dict[str, Any]) -> list[int]:
 def time_and_count(
     steps: dict[str, Callable[[], Any]], barrier: Callable[[], Any], task: dict[str, Any]
 ) -> dict[str, Any]:
-    """Times the candidates in turns, after one step of each whose bytes are counted."""
+    """Count the bytes of one step of each candidate, and then time the candidates in turns."""
     counter = Path("/sys/class/net", task["interface"], "statistics", "tx_bytes")
     counted = {}
     for name, step in steps.items():
@@ -169,14 +169,14 @@ def time_and_count(
         jax.block_until_ready(barrier())
         before = int(counter.read_text())
         jax.block_until_ready(step())
-        jax.block_until_ready(barrier())  # what this worker sent has left it by now
+        jax.block_until_ready(barrier())  # all of this worker's bytes have left it now
         counted[name] = int(counter.read_text()) - before
     seconds = interleave(steps, task["rounds"], warmup=1, before=barrier)
     return {name: {"seconds": seconds[name], "counted_bytes": counted[name]} for name in steps}
 
 
 def main() -> None:
-    """Does the task and writes the report where it says."""
+    """Run the task, and write the report to the task's output path."""
     task = json.loads(sys.argv[1])
     report = {"jax": run_jax, "torch": run_torch}[task["library"]](task)
     Path(task["output"]).write_text(json.dumps(report))

@@ -1,7 +1,7 @@
-"""What every benchmark shares: fair timing, a description of the machine, tables, files, figures.
+"""Shared parts of the benchmarks: fair timing, a description of the machine, tables and figures.
 
-Candidates are timed in turns, one call of each per round, so that whatever else the machine does
-meets all of them alike. Medians are compared, and the spread is shown beside every median.
+Candidates are timed in turns, with one call of each candidate per round. Other work of the machine
+therefore affects all candidates alike. Medians are compared. Every median is shown with its spread.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 
 def machine() -> dict[str, Any]:
-    """Describes the machine and the versions, for the head of a results file."""
+    """A description of the machine and the versions, for the head of a results file."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -44,7 +44,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The versions of those packages that are installed."""
+    """The versions of the installed packages among the given packages."""
     found = {}
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
@@ -59,15 +59,15 @@ def interleave(
     *,
     before: Callable[[], Any] | None = None,
 ) -> dict[str, list[float]]:
-    """Times one call of each candidate per round, in seconds until its result is ready.
+    """Time one call of each candidate per round, in seconds until its result is ready.
 
     Args:
-      candidates: what to time by name, called in this order in every round.
-      rounds: how many times of each to return.
-      warmup: rounds that run first and are not returned.
-      before: called ahead of every timed call, and waited for: a barrier between workers. By
-        default it is the same call, untimed, which meets the memory that the last candidate has
-        yet to give back and the caches that it has filled.
+      candidates: functions by name, called in this order in every round.
+      rounds: the number of times to return for each candidate.
+      warmup: the number of first rounds that are not returned.
+      before: a function, such as a barrier between workers, that is called and waited for before
+        every timed call. By default the candidate itself is called, untimed: the extra call pays
+        for memory that the candidate before has yet to free, and for caches that it has filled.
 
     Returns:
       For each candidate one time per round.
@@ -84,14 +84,14 @@ def interleave(
 
 
 def summary(times: Sequence[float]) -> dict[str, float]:
-    """The median of some times and how far they spread."""
+    """The median, the quartiles and the range of some times."""
     quartiles = statistics.quantiles(times, method="inclusive") if len(times) > 1 else [*times] * 3
     names = ("lower_quartile", "median", "upper_quartile")
     return {**dict(zip(names, quartiles, strict=True)), "min": min(times), "max": max(times)}
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints columns as wide as they need to be, the first to the left and numbers to the right."""
+    """Print a table. The first column is aligned to the left, other columns to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
@@ -100,8 +100,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def save(path: str | Path, name: str, settings: Mapping[str, Any], results: Any) -> None:
-    """Writes results as JSON, with the machine and the settings that they belong to."""
-    files = ("json", "figure", "sweep")  # where they lie says nothing of the results
+    """Write results as JSON, with their machine and settings."""
+    files = ("json", "figure", "sweep")  # paths do not affect results
     settings = {key: value for key, value in settings.items() if key not in files}
     report = {"benchmark": name, "machine": machine(), "settings": settings, "results": results}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -115,13 +115,13 @@ def save_bars(
     title: str,
     mark: tuple[float, str] | None = None,
 ) -> None:
-    """Draws the median time of each candidate as a bar, with a whisker from fastest to slowest.
+    """Draw the median time of each candidate as a bar, with a whisker from fastest to slowest.
 
     Args:
-      path: the image to write; its suffix decides the format.
+      path: the image to write. The suffix decides the format.
       times: seconds of each candidate, drawn from top to bottom on a logarithmic axis.
-      title: above the axes.
-      mark: a time in seconds at which to draw a vertical line, and what it is.
+      title: the title above the axes.
+      mark: a time in seconds for a vertical line, and the line's label.
     """
     spreads = [summary(seconds) for seconds in times.values()]
     milliseconds = [spread["median"] * 1e3 for spread in spreads]
@@ -137,7 +137,7 @@ def save_bars(
         axes.legend(loc="lower right")
     axes.set(xscale="log", xlabel="time per step (ms), median and range", title=title)
     low, high = min(milliseconds), max(m + a for m, a in zip(milliseconds, above, strict=True))
-    # A bar on a logarithmic axis has no foot: start it well below the shortest.
+    # A logarithmic axis has no zero: bars start well below the shortest time.
     axes.set_xlim(min(low, mark[0] * 1e3 if mark else low) / 3, high * 3)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)

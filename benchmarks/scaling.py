@@ -1,25 +1,25 @@
-"""What a vote costs as workers and leaves become more: bytes sent, counting, compiling.
+"""The cost of a vote by the numbers of workers and leaves: bytes sent, counting, compiling.
 
-Against the number of workers M, by powers of two:
+By the number of workers M, in powers of two:
 
-- bytes that one worker sends per step for `--parameters` f32 numbers, by the formula of
-  `signax.diagnostics.wire_bytes`, of a vote and of a mean, and as the compiled programs of both
-  send them, up to the number of simulated devices;
-- the time of compiling, and of running, what one worker does to count its M-th of the words of all
+- the bytes that one worker sends per step for `--parameters` f32 numbers, in a vote and in a mean,
+  by the formula of `signax.diagnostics.wire_bytes`, and, up to the number of simulated devices, of
+  the compiled programs;
+- the time to compile, and to run, the count of one server: the count of an M-th of the words of all
   M workers.
 
-Against the number of leaves of a transformer, on 8 workers or as many as there are devices:
+By the number of leaves of a transformer, on 8 workers, or fewer if there are fewer devices:
 
-- the time of compiling a whole voted update (`signax.signum`), and an averaged one of Optax's
-  momentum for comparison.
+- the time to compile a whole voted update (`signax.signum`), and, for comparison, an update by
+  Optax's momentum on averaged gradients.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --most-workers 256 --rounds 5 --compilations 1
     python benchmarks/scaling.py --leaves 50 400
 
-No array is made for what is only compiled. Tracing counts as compiling, and JAX's caches are
-cleared before each compilation. Compilations, like runs, take turns, and the median and the range
-over them are shown.
+Programs that are only compiled get shapes, not arrays. Tracing counts as compiling. JAX's caches
+are cleared before each compilation. Compilations, like runs, take turns. The tables show medians
+and ranges.
 """
 
 import argparse
@@ -48,7 +48,7 @@ width = 256  # of the transformer
 
 
 def main() -> None:
-    """Measures all of it, and prints, saves and draws what comes out."""
+    """Measure bytes, counts and compilations, and print, save and draw the results."""
     args = parse_arguments()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.devices)
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads and checks the command line."""
+    """Read and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,12 +87,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def powers_of_two(most: int) -> list[int]:
-    """2, 4, 8 and so on."""
+    """The powers of two from 2 to `most`."""
     return [2**n for n in range(1, most.bit_length())]
 
 
 def sent_bytes(parameters: int, workers: Sequence[int]) -> list[dict[str, Any]]:
-    """Bytes per worker by formula and, where there are devices enough, of compiled programs."""
+    """Bytes per worker, by formula and, if there are enough devices, of compiled programs."""
     tree = jax.ShapeDtypeStruct((parameters,), jnp.float32)
     return [
         {
@@ -109,7 +109,7 @@ def sent_bytes(parameters: int, workers: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def compiled_bytes(tree: jax.ShapeDtypeStruct, workers: int, scheme: str) -> int:
-    """What one device sends in the compiled exchange."""
+    """The bytes that one device sends in a compiled exchange."""
     mesh, split, whole = mesh_of(workers), PartitionSpec("workers"), PartitionSpec()
 
     def exchange(rows, step):
@@ -124,7 +124,7 @@ def compiled_bytes(tree: jax.ShapeDtypeStruct, workers: int, scheme: str) -> int
 
 
 def mesh_of(workers: int) -> Mesh:
-    """A mesh of that many devices along "workers"."""
+    """A mesh of a number of devices along "workers"."""
     devices = jax.devices()[:workers]
     return jax.make_mesh((workers,), ("workers",), axis_types=(AxisType.Auto,), devices=devices)
 
@@ -132,7 +132,7 @@ def mesh_of(workers: int) -> Mesh:
 def counting(
     parameters: int, workers: Sequence[int], rounds: int, compilations: int
 ) -> list[dict[str, Any]]:
-    """Compiles and runs the count of one worker, for each number of workers."""
+    """Compile and run the count of one server, for each number of workers."""
     shares = {number: part_words(-(-parameters // WORD_BITS), number) for number in workers}
     boxes = {number: ballot_box(number, share) for number, share in shares.items()}
 
@@ -157,7 +157,7 @@ def counting(
 
 
 def compiling_updates(leaves: Sequence[int], compilations: int) -> list[dict[str, Any]]:
-    """Compiles updates of transformers."""
+    """Compile updates of transformers, voted and averaged."""
     mesh = mesh_of(min(8, jax.device_count()))
     optimizers = {
         "vote": signax.signum(learning_rate, axis_name="workers"),
@@ -182,7 +182,7 @@ def compiling_updates(leaves: Sequence[int], compilations: int) -> list[dict[str
 def compile_update(
     optimizer: optax.GradientTransformation, mesh: Mesh, params: Any
 ) -> jax.stages.Compiled:
-    """Compiles one update of parameters of which only the shapes are known."""
+    """Compile one update for the shapes of parameters."""
     tx = signax.DataParallel(optimizer, mesh, "workers")
 
     def update(params, state, grads):
@@ -200,7 +200,7 @@ def compile_update(
 
 
 def transformer(leaves: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of that many leaves of a transformer: embeddings, then block after block."""
+    """The shapes of a transformer with a number of leaves: embeddings, then block after block."""
     block = {
         "norm 1 scale": (width,),
         "norm 1 bias": (width,),
@@ -227,20 +227,20 @@ def transformer(leaves: int) -> dict[str, jax.ShapeDtypeStruct]:
 def time_compilations(
     programs: dict[Any, Callable[[], Any]], compilations: int
 ) -> dict[Any, dict[str, Any]]:
-    """Times what compiles, as if it were for the first time."""
-    next(iter(programs.values()))()  # the first of a process pays for what all of them need
+    """Time compilations of programs, each without JAX's caches."""
+    next(iter(programs.values()))()  # a process's first compilation takes longer
     named = {str(key): program for key, program in programs.items()}
     seconds = interleave(named, compilations, warmup=0, before=jax.clear_caches)
     return {key: spread(seconds[str(key)]) for key in programs}
 
 
 def spread(seconds: Sequence[float]) -> dict[str, Any]:
-    """Times with their summary."""
+    """The summary of some times, with the times."""
     return {**summary(seconds), "seconds": list(seconds)}
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """Prints a table of each."""
+    """Print the tables of bytes, counts and compilations."""
 
     def cells(found, scale, form):
         low, median, high = (format(found[key] * scale, form) for key in ("min", "median", "max"))
@@ -278,7 +278,7 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def draw(results: dict[str, Any], path: str, title: str) -> None:
-    """Saves a figure of all four."""
+    """Save a figure with four panels: bytes, compiled counts, timed counts, and updates."""
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     (sent, compiled), (counted, updated) = figure.subplots(2, 2)
     for scheme in schemes:
@@ -314,7 +314,7 @@ def draw(results: dict[str, Any], path: str, title: str) -> None:
 
 
 def columns(rows: Sequence[dict[str, Any]], *names: str) -> list[list[Any]]:
-    """Some columns of a table."""
+    """The named columns of a table's rows."""
     return [[row[name] for row in rows] for name in names]
 
 
@@ -326,7 +326,7 @@ def error_bars(
     scale: float,
     label: str | None,
 ) -> None:
-    """Draws medians, with whiskers from fastest to slowest."""
+    """Draw medians, with whiskers from fastest to slowest."""
     medians, low, high = (
         [row[name][key] * scale for row in rows] for key in ("median", "min", "max")
     )

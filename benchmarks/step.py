@@ -1,22 +1,21 @@
-"""Times whole optimiser steps on one device, against Optax's.
+"""Time whole optimiser steps on one device, against Optax's optimisers.
 
-A step is `tx.update` and `optax.apply_updates` in one compiled program, from a gradient that is
-given, with parameters and state donated. One worker has nobody to vote with: `signum` and `lion`
-are the optimisers without an axis, and `signum, voted` is what the vote itself costs a worker
-beside the wire, `signax.DataParallel` on a mesh of one device, with the check for NaN, packing,
-counting and unpacking.
+A step is `tx.update` and `optax.apply_updates` in one compiled program, with a fixed gradient and
+donated parameters and state. `signum` and `lion` are the optimisers without an axis, and do not
+vote. `signum, voted` shows a vote's cost on a worker without the wire: `signax.DataParallel` on a
+mesh of one device, with the check for NaN, packing, counting and unpacking.
 
     python benchmarks/step.py
     python benchmarks/step.py --parameters 1_000_000 --rounds 5
     python benchmarks/step.py --candidates "sgd, momentum" adamw signum
 
-`--parameters` numbers lie once in the matrices, norms and biases of a transformer and once in one
-flat array. The candidates take turns. `ratio` is a step's time over that of SGD with momentum in
-the same round; the goal of `signum`, 1.1 at most and below `adamw`, stands beside it and is not
-asserted. `passes` tells how often the compiled program reads or writes an array of the size of the
-parameters, as the compiler counts: 6 for momentum, where one loop updates the momentum, and another
-reads it again and updates the parameters. `temporary` is the memory that the program needs beside
-its arguments and results.
+The `--parameters` numbers lie once in the matrices, norms and biases of a transformer, and once in
+one flat array. The candidates take turns. `ratio` is a step's time divided by the time of SGD with
+momentum in the same round. The table also shows the goal of `signum`, which is not asserted: a
+ratio of at most 1.1, below the ratio of `adamw`. `passes` is the compiler's count of reads and
+writes of arrays as large as the parameters. SGD with momentum has 6 passes: one loop updates the
+momentum, and another loop reads the momentum again and updates the parameters. `temporary` is the
+memory that the program needs beyond its arguments and results.
 """
 
 import argparse
@@ -40,7 +39,7 @@ goals = {"signum": 1.1}
 
 
 def voted(optimizer: optax.GradientTransformation) -> signax.DataParallel:
-    """The optimiser of the only worker of a mesh."""
+    """An optimiser with a vote, on a mesh with one worker."""
     devices = jax.devices()[:1]
     mesh = jax.make_mesh((1,), ("workers",), axis_types=(AxisType.Auto,), devices=devices)
     return signax.DataParallel(optimizer, mesh, "workers")
@@ -58,10 +57,10 @@ optimizers: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 
 class Stepper:
-    """A training loop without the model: each call donates what the last one has returned."""
+    """A training loop without a model. Each step donates the result of the step before."""
 
     def __init__(self, tx: optax.GradientTransformation, params: Any, grads: Any):
-        self.params = jax.tree.map(jnp.array, params)  # a copy, to be donated
+        self.params = jax.tree.map(jnp.array, params)  # a copy, since steps donate it
         self.grads = grads
         if isinstance(tx, signax.DataParallel):
             self.grads = jax.tree.map(lambda g: g[None], grads)
@@ -75,13 +74,13 @@ class Stepper:
         self.program = program.lower(self.params, self.state, self.grads).compile()
 
     def __call__(self) -> Any:
-        """Takes one step and returns the new parameters."""
+        """Take one step and return the new parameters and state."""
         self.params, self.state = self.program(self.params, self.state, self.grads)
         return self.params, self.state
 
 
 def main() -> None:
-    """Times all steps, and prints, saves and draws what comes out."""
+    """Time all steps, and print, save and draw the results."""
     args = parse_arguments()
     trees = {"transformer": transformer(args.parameters), "flat": {"all": (args.parameters,)}}
     results = []
@@ -99,7 +98,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads and checks the command line."""
+    """Read and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -119,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def transformer(parameters: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a transformer's leaves: blocks of one width, and words as room is left."""
+    """The shapes of a transformer's leaves: blocks of one width, and an embedding for the rest."""
     width = next(
         width for width in (512, 256, 128, 64, 32) if width == 32 or parameters >= 30 * width**2
     )
@@ -139,14 +138,14 @@ def transformer(parameters: int) -> dict[str, tuple[int, ...]]:
 
 
 def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The parameters in leaves of some shapes."""
+    """The number of parameters in leaves of the given shapes."""
     return sum(int(np.prod(shape)) for shape in shapes.values())
 
 
 def measure(
     shapes: Mapping[str, tuple[int, ...]], candidates: Sequence[str], rounds: int
 ) -> dict[str, Any]:
-    """Times the candidates on one tree, and takes the ratios within each round."""
+    """Time the candidates on one tree, and take the ratios within each round."""
     rng = np.random.default_rng(0)
     params, grads = (
         {
@@ -175,7 +174,7 @@ def measure(
 
 
 def print_result(result: dict[str, Any], rounds: int) -> None:
-    """Prints the table of one tree."""
+    """Print the table of one tree."""
     rows = []
     for name, found in result["candidates"].items():
         low, median, high = (found[key] * 1e3 for key in ("min", "median", "max"))

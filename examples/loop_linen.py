@@ -1,9 +1,9 @@
-"""Trains with Flax Linen: an unmodified `TrainState`, and one bit per parameter between workers.
+"""Train with Flax Linen: an unmodified `TrainState`, and one bit per parameter between workers.
 
-The network is a small convolutional one, the data scikit-learn's 8x8 digits, the eight workers are
-simulated on the CPU. `signax.DataParallel` is an Optax transformation like any other, so the train
-state takes it as its `tx`, and `apply_gradients` stays what it was. The one line that changes in a
-loop written for a single device is the gradient: `tx.value_and_grad` gives one row per worker.
+The network is a small convolutional network, and the data are scikit-learn's 8x8 digits. The eight
+workers are simulated on the CPU. `signax.DataParallel` is an ordinary Optax transformation: the
+train state takes it as `tx`, and `apply_gradients` is unchanged. Only one line of a loop for a
+single device changes: `tx.value_and_grad` computes the gradient, with one row per worker.
 
     python examples/loop_linen.py
     python examples/loop_linen.py --workers 4 --steps 100
@@ -42,7 +42,7 @@ class Network(nn.Module):
 
 
 def load_data():
-    digits: Any = load_digits()  # scikit-learn's types leave open what it is
+    digits: Any = load_digits()  # scikit-learn does not type its result
     images = (digits.images[..., None] / 16).astype(np.float32)
     labels = digits.target.astype(np.int32)
     return train_test_split(images, labels, test_size=test_images, stratify=labels, random_state=0)
@@ -71,8 +71,8 @@ def main():
     train_images, held_out_images, train_labels, held_out_labels = load_data()
     network = Network()
     params = jax.jit(network.init)(jax.random.key(0), train_images[:1])
-    # On all workers from the start, the count of steps too. Otherwise the first step moves them
-    # there, and the second compiles anew for arrays that lie elsewhere.
+    # Parameters and step count start on all workers. Otherwise the first step moves them there,
+    # and the second step compiles again for their new sharding.
     params, count = jax.device_put((params, 0), NamedSharding(mesh, PartitionSpec()))
     state = TrainState.create(apply_fn=network.apply, params=params, tx=tx).replace(step=count)
 
@@ -96,7 +96,7 @@ def main():
         losses.append(float(loss))  # waits for the step
         progress.set_postfix(loss=losses[-1], refresh=False)
 
-    # One copy of the parameters is enough to evaluate, since all workers hold the same.
+    # All workers hold equal parameters: one copy is enough for the evaluation.
     logits = jax.jit(state.apply_fn)(jax.device_get(state.params), held_out_images)
     accuracy = jnp.mean(logits.argmax(axis=-1) == held_out_labels)
     print(f"Loss: {losses[0]:.4f} in the first step, {losses[-1]:.4f} in the last.")

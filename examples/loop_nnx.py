@@ -1,10 +1,10 @@
-"""Trains with Flax NNX: BatchNorm, dropout and clipping where some leaves are voted on, some not.
+"""Train with Flax NNX: BatchNorm, dropout, clipping, votes on kernels, and means of other leaves.
 
-An unmodified `nnx.Optimizer` takes `signax.DataParallel` as its transformation. What comes before
-the vote is each worker's own, and this loop shows how to deal with each case: dropout masks come
-from a key per worker, running statistics come back as one row per worker and are averaged, and the
-gradient is clipped by the norm of the worker's own. Kernels are voted on, one bit per parameter;
-biases and norm scales, which are few and noisy, are averaged for Adam. Only kernels decay.
+An unmodified `nnx.Optimizer` takes `signax.DataParallel` as its transformation. Before the vote,
+masks, statistics and gradients differ between workers. The loop shows how to handle each: dropout
+masks come from a key per worker; running statistics are returned with one row per worker, and
+averaged; each worker clips its gradient by its own norm. Kernels are voted on, with one bit per
+parameter. Biases and norm scales are few and noisy, and are averaged for Adam. Only kernels decay.
 
     python examples/loop_nnx.py
     python examples/loop_nnx.py --workers 4 --steps 100
@@ -28,7 +28,7 @@ import signax
 test_images = 400
 batch_size = 128  # of all workers together
 step_size, weight_decay = 2e-3, 5e-2
-averaged_step = 5.0  # Adam's step on what is averaged, as a multiple of a vote's
+averaged_step = 5.0  # Adam's step size on averaged leaves, relative to a vote's
 largest_norm = 1.0
 dropout_rate = 0.2
 
@@ -40,7 +40,7 @@ class Network(nnx.Module):
         self.conv = nnx.Conv(1, 32, kernel_size=(3, 3), use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(32, momentum=0.9, rngs=rngs)
         self.dense1 = nnx.Linear(4 * 4 * 32, 64, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout_rate)  # draws from what the call hands it
+        self.dropout = nnx.Dropout(dropout_rate)  # draws from the `rngs` of the call
         self.dense2 = nnx.Linear(64, 10, rngs=rngs)
 
     def __call__(self, images, rngs: nnx.Rngs | None = None):
@@ -59,24 +59,24 @@ def group(params):
 
 
 def make_optimizer(steps):
-    # Each worker forgets a gradient that is not finite, and stays out of the vote on that step.
+    # A worker whose gradient is not finite keeps its momentum, and is excluded from the vote.
     momentum = signax.hold_if_nonfinite(signax.scale_by_signum())
     vote = optax.chain(momentum, signax.majority_vote("data"))
     adam = optax.chain(optax.scale_by_adam(), optax.scale(averaged_step))
     mean = optax.chain(signax.average_updates("data"), adam)
     schedule = optax.warmup_cosine_decay_schedule(0.0, step_size, steps // 20, steps)
     return optax.chain(
-        # A sign forgets scale: clipping weighs this step's gradient within the momentum.
+        # A sign has no scale. Clipping only changes the gradient's weight in the momentum.
         optax.clip_by_global_norm(largest_norm),
         optax.partition({"vote": vote, "mean": mean}, group),
-        # From here on everything is the same on all workers.
+        # From here on updates are equal on all workers.
         optax.add_decayed_weights(weight_decay, mask=is_kernel),
         optax.scale_by_learning_rate(schedule),
     )
 
 
 def mean_of_finite(rows, old):
-    """The mean of those workers' statistics that are finite, and the old ones where none are."""
+    """The mean of the workers' finite statistics, or the old statistics if none is finite."""
     finite = jnp.isfinite(rows)
     total = jnp.sum(jnp.where(finite, rows, 0), axis=0)
     number = jnp.sum(finite, axis=0)
@@ -84,7 +84,7 @@ def mean_of_finite(rows, old):
 
 
 def load_data():
-    digits: Any = load_digits()  # scikit-learn's types leave open what it is
+    digits: Any = load_digits()  # scikit-learn does not type its result
     images = (digits.images[..., None] / 16).astype(np.float32)
     labels = digits.target.astype(np.int32)
     return train_test_split(images, labels, test_size=test_images, stratify=labels, random_state=0)
@@ -107,8 +107,8 @@ def main():
     mesh = jax.make_mesh((args.workers,), ("data",))
     tx = signax.DataParallel(make_optimizer(args.steps), mesh)
 
-    # All on all workers from the start, the count of steps too. Otherwise the first step moves it
-    # there, and the second compiles anew for arrays that lie elsewhere.
+    # The model and the step count start on all workers. Otherwise the first step moves them there,
+    # and the second step compiles again for their new sharding.
     everywhere = NamedSharding(mesh, PartitionSpec())
     model = Network(nnx.Rngs(0))
     nnx.update(model, jax.device_put(nnx.state(model), everywhere))
@@ -121,7 +121,7 @@ def main():
 
         def loss_fn(params, batch, statistics, key):
             images, labels = batch
-            # BatchNorm writes its statistics, which only a copy made in here may have done to it.
+            # BatchNorm writes its statistics. NNX allows the write only on a copy made in here.
             network = nnx.merge(graph, params, statistics, copy=True)
             logits = network(images, rngs=nnx.Rngs(dropout=key))
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -130,7 +130,7 @@ def main():
         gradient = tx.value_and_grad(loss_fn, has_aux=True)
         (loss, rows), grads = gradient(params, batch, statistics, key=key)
         optimizer.update(model, grads)
-        # A worker that is out of the vote is out of these too.
+        # The mean of the statistics excludes the same workers as the vote.
         nnx.update(model, jax.tree.map(mean_of_finite, rows, statistics))
         return loss
 
@@ -151,7 +151,7 @@ def main():
         progress.set_postfix(loss=losses[-1], refresh=False)
 
     model.eval()
-    # One copy is enough to evaluate, since all workers hold the same.
+    # All workers hold an equal model: one copy is enough for the evaluation.
     nnx.update(model, jax.device_get(nnx.state(model)))
     correct = accuracy(model, held_out_images, held_out_labels)
     print(f"Loss: {losses[0]:.4f} in the first step, {losses[-1]:.4f} in the last.")

@@ -1,10 +1,10 @@
-"""Trains in a plain `jax.pmap`: signax's transformations inside a mapped step, and no wrapper.
+"""Train in a plain `jax.pmap`: signax's transformations inside a mapped step, without a wrapper.
 
-Under `jax.pmap` every array has a leading axis with one row per worker, and inside the step a
-worker sees its own row. So the state is simply Optax's, once for each worker: momenta differ,
-parameters and counts must not. Nothing proves that here, hence the check at the end; in
-examples/loop_shard_map.py JAX's types prove it for the same loop. The network, of two layers, needs
-no library.
+Under `jax.pmap` every array has a leading axis with one row per worker. Inside the step a worker
+sees its own row. The state is Optax's, once for each worker: momenta differ between workers, but
+parameters and counts must not differ. `jax.pmap` does not check this, so the program compares the
+parameters at the end. In examples/loop_shard_map.py JAX's types prove that they are equal. The
+network has two layers, and needs no library.
 
     python examples/loop_pmap.py
     python examples/loop_pmap.py --workers 4 --steps 100
@@ -29,7 +29,7 @@ step_size, weight_decay = 3e-3, 2e-2
 
 
 def load_data():
-    digits: Any = load_digits()  # scikit-learn's types leave open what it is
+    digits: Any = load_digits()  # scikit-learn does not type its result
     images = (digits.data / 16).astype(np.float32)
     labels = digits.target.astype(np.int32)
     return train_test_split(images, labels, test_size=test_images, stratify=labels, random_state=0)
@@ -75,7 +75,7 @@ def main():
     tx = signax.signum(schedule, axis_name="workers", weight_decay=weight_decay)
 
     def step(params, state, images, labels):
-        # The loss of this worker's images alone: a gradient averaged here would leave no vote.
+        # The loss covers this worker's images only. Averaged gradients would leave no vote.
         loss, grads = jax.value_and_grad(loss_fn)(params, images, labels)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, jax.lax.pmean(loss, "workers")
@@ -88,7 +88,7 @@ def main():
     train_images, held_out_images, train_labels, held_out_labels = load_data()
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: np.stack([leaf] * args.workers), init_network(rng))
-    # Mapped, so that the rows lie where the step leaves them: otherwise it compiles twice.
+    # The mapped function places the rows as the step does. Otherwise the step compiles twice.
     place = jax.pmap(lambda params: (params, tx.init(params)), axis_name="workers")
     params, state = place(params)
 

@@ -1,10 +1,11 @@
-"""Trains in a hand-written `jax.shard_map`, whose types prove that the workers stay alike.
+"""Train in a hand-written `jax.shard_map`, whose types prove that workers' parameters stay equal.
 
-With `check_vma=True` JAX knows of each array whether it may vary between workers. A gradient with
-respect to parameters that do not vary would be summed over the workers, in full precision and
-before any vote; so the step casts them to varying ones for the gradient. What leaves the vote does
-not vary any more, nor do the new parameters: `out_specs` says so, and is refused if it is wrong.
-Each worker's momentum is a row of one global array. All of this is what `signax.DataParallel` does.
+With `check_vma=True` JAX records in each array's type whether the array may vary between workers.
+JAX sums a gradient with respect to non-varying parameters over the workers, in full precision and
+before any vote. The step therefore casts the parameters to varying for the gradient. The result of
+the vote does not vary, and neither do the new parameters. `out_specs` states this, and JAX raises
+if it is wrong. Each worker's momentum is a row of one global array. `signax.DataParallel` does all
+of this.
 
     python examples/loop_shard_map.py
     python examples/loop_shard_map.py --workers 4 --steps 100
@@ -30,7 +31,7 @@ step_size, weight_decay = 3e-3, 2e-2
 
 
 def load_data():
-    digits: Any = load_digits()  # scikit-learn's types leave open what it is
+    digits: Any = load_digits()  # scikit-learn does not type its result
     images = (digits.data / 16).astype(np.float32)
     labels = digits.target.astype(np.int32)
     return train_test_split(images, labels, test_size=test_images, stratify=labels, random_state=0)
@@ -81,7 +82,7 @@ def main():
     rng = np.random.default_rng(0)
     params = jax.device_put(init_network(rng), NamedSharding(mesh, whole))
 
-    # Momentum and missed steps are a worker's own, one row each; counts are shared.
+    # Each worker has a row of momenta and missed steps. All workers share the counts.
     state_specs = signax.state_specs(tx, params, "data", dict(mesh.shape))
 
     def add_axis(state):
@@ -98,7 +99,7 @@ def main():
         return add_axis(tx.init(params))
 
     def step(params, state, images, labels):
-        # Without it gradients would be sums that every worker has been sent, which signum refuses.
+        # Without the cast JAX would sum the gradients over the workers, and signum would raise.
         own = jax.lax.pcast(params, "data", to="varying")
         loss, grads = jax.value_and_grad(loss_fn)(own, images, labels)
         updates, state = tx.update(grads, drop_axis(state), params)

@@ -1,40 +1,40 @@
-"""Trains a small network by majority vote in several processes, as on a TPU pod or GPU cluster.
+"""Train a small network by majority vote in several processes, as on a TPU pod or GPU cluster.
 
-On this machine, four processes of one simulated device each, and one process of four, which
-ends with the same parameters bit for bit:
+On this machine, four processes with one simulated device each, or one process with four devices.
+Both end with the same parameters, bit for bit:
 
     python examples/multihost.py --processes 4
     python examples/multihost.py --devices 4
 
-With checkpoints, stopped on the way, continued in new processes, and on another number of workers:
+With checkpoints: stop, continue in new processes, and continue with another number of workers:
 
     python examples/multihost.py --processes 4 --checkpoint /tmp/digits --stop-at 100
     python examples/multihost.py --processes 4 --checkpoint /tmp/digits --stop-at 200
     python examples/multihost.py --processes 2 --checkpoint /tmp/digits --resize
 
-With all processes started anew from the last checkpoint whenever one of them is killed or hangs:
+Restart all processes from the last checkpoint whenever one of them is killed or hangs:
 
     python examples/multihost.py --processes 4 --checkpoint /tmp/others --resume
 
-On a TPU pod, under Slurm or under Open MPI, on every host, where jax.distributed.initialize()
-finds the others by itself (on a machine that belongs to no cluster, the same line is one process
-that trains on all of its devices):
+On a TPU pod, under Slurm or under Open MPI, run this on every host. The processes find each other
+by jax.distributed.initialize(). On a machine outside any cluster this command starts one process,
+which trains on all of the machine's devices:
 
     python examples/multihost.py --checkpoint /a/folder/that/all/hosts/share
 
-On hosts that JAX knows nothing of, on each of them with its own --process-id from 0:
+On hosts whose cluster JAX cannot detect, run this on each host with its own --process-id from 0:
 
     python examples/multihost.py --coordinator 10.0.0.1:1234 --processes 2 --process-id 0
 
-A checkpoint holds the parameters, the momentum of every worker and all else that the next step
-depends on, so that a run that was stopped ends where an uninterrupted one does, bit for bit. With
---checkpoint a run always continues from the last one that is whole, if there is any; on a cluster,
-whose scheduler starts processes anew, that is all it takes. A cluster that takes a machine away
-says so by SIGTERM: all processes then save the same step and end with the exit code of that signal,
-143, so that nobody takes the run for finished. Processes that wait in vain, for one that hangs or
-never came, end with an error and show where, after --timeout seconds at most.
+A checkpoint holds the parameters, the momentum of every worker, and everything else that the next
+step depends on. A stopped and continued run ends like an uninterrupted run, bit for bit. With
+--checkpoint a run continues from the last complete checkpoint, if there is one. On a cluster whose
+scheduler restarts processes, nothing else is needed. A cluster announces by SIGTERM that it takes a
+machine away. All processes then save the same step, and end with the exit code of SIGTERM, 143. The
+exit code shows that the run is not finished. Processes that wait for a process that hangs or never
+started end with an error after at most --timeout seconds, and show their stack traces.
 
-The data are scikit-learn's 1,797 handwritten digits of 8x8 pixels, which ship in its package.
+The data are scikit-learn's 1,797 handwritten digits of 8x8 pixels, part of its package.
 """
 
 import argparse
@@ -64,7 +64,7 @@ import signax
 
 step_size, decay = 1e-3, 5e-2
 test_images = 400
-preempted_code = 128 + signal.SIGTERM  # as shells have it
+preempted_code = 128 + signal.SIGTERM  # the exit code that shells give SIGTERM
 
 
 class Network(nn.Module):
@@ -80,14 +80,14 @@ class Network(nn.Module):
 
 
 def load_data():
-    digits: Any = load_digits()  # scikit-learn's types leave open what it is
+    digits: Any = load_digits()  # scikit-learn does not type its result
     images, labels = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
     return train_test_split(images, labels, test_size=test_images, stratify=labels, random_state=0)
 
 
 def load_batch(images, labels, number, sharding, args):
-    """Step `number`'s batch, of which this process loads its own share only."""
-    # From the step alone, not from a stream: a run that continues needs no place in one.
+    """The batch of step `number`. This process loads only its own share."""
+    # The batch depends on the step alone: a resumed run needs no position in a stream.
     rng = np.random.default_rng((args.seed, number))
     chosen = rng.integers(len(images), size=args.batch_size)
     own = np.split(chosen, jax.process_count())[jax.process_index()]
@@ -96,22 +96,22 @@ def load_batch(images, labels, number, sharding, args):
 
 
 class Checkpoints:
-    """Parameters and optimiser state by step, with the settings that they belong to."""
+    """Saved parameters and optimiser states by step, with the settings of their run."""
 
     def __init__(self, args):
         folder = args.checkpoint if "://" in args.checkpoint else os.path.abspath(args.checkpoint)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2,
-            cleanup_tmp_directories=True,  # what a process was writing when it was killed
-            single_host_load_and_broadcast=True,  # all continue from the same step
+            cleanup_tmp_directories=True,  # incomplete writes of killed processes
+            single_host_load_and_broadcast=True,  # all processes must continue from one step
         )
         self.manager = ocp.CheckpointManager(folder, options=options)
         self.settings = {name: getattr(args, name) for name in ("steps", "batch_size", "seed")}
-        self.settings["workers"] = jax.device_count()  # there is a momentum for each
+        self.settings["workers"] = jax.device_count()  # the state has a momentum per worker
         self.resize = args.resize
 
     def restore(self, number, tx, abstract_params):
-        """Parameters and state, every process reading what its devices hold."""
+        """Parameters and state. Every process reads its own devices' shards."""
         composite = ocp.args.Composite(settings=ocp.args.JsonRestore())
         found: Any = self.manager.restore(number, args=composite)
         saved = found.settings
@@ -129,7 +129,7 @@ class Checkpoints:
         return params, tx.resize(state, params) if self.resize else state
 
     def save(self, number, params, state):
-        """Copies everything, and writes it in the background."""
+        """Copy parameters and state, and write the copy in the background."""
         items = ocp.args.Composite(
             training=ocp.args.StandardSave((params, state)),
             settings=ocp.args.JsonSave(self.settings),
@@ -138,19 +138,19 @@ class Checkpoints:
 
 
 def train(args):
-    """One process of the run, which returns its exit code."""
+    """Train as one process of the run, and return the exit code."""
     first = jax.process_index() == 0
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec("data"))
     train_images, held_out_images, train_labels, held_out_labels = load_data()
-    network: Any = Network()  # Flax's types leave open what comes out
+    network: Any = Network()  # Flax does not type the output
 
     def loss_fn(params, batch, key):
         logits = network.apply(params, batch["image"], train=True, rngs={"dropout": key})
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
-    # Over --steps, wherever the run may be stopped and continued.
+    # The schedule covers --steps, even if --stop-at ends the run earlier.
     schedule = optax.warmup_cosine_decay_schedule(0.0, step_size, args.steps // 20, args.steps)
     optimizer = signax.signum(schedule, axis_name="data", weight_decay=decay)
     tx = signax.DataParallel(optimizer, mesh)
@@ -170,7 +170,7 @@ def train(args):
         params, state = checkpoints.restore(number, tx, abstract_params)
     else:
         number = 0
-        # Compiled, so that it comes into being on all devices of all processes.
+        # A compiled program creates the arrays on all devices of all processes.
         shardings = replicated, tx.state_shardings(abstract_params)
         params, state = jax.jit(init, out_shardings=shardings)(key)
 
@@ -189,7 +189,7 @@ def train(args):
         dropout_key = jax.random.fold_in(key, number)
         params, state, loss = step(params, state, batch, key=dropout_key)
         if number % 10 == 0:
-            progress.set_postfix(loss=float(loss))  # waits for it, and so for all processes
+            progress.set_postfix(loss=float(loss))  # waits for the step of all processes
             watch(args.timeout)
         preempted = multihost_utils.reached_preemption_sync_point(number)
         if checkpoints and (preempted or number == stop or number % args.checkpoint_every == 0):
@@ -198,7 +198,7 @@ def train(args):
             break
     progress.close()
     if checkpoints:
-        checkpoints.manager.close()  # waits for what is still being written
+        checkpoints.manager.close()  # waits for pending writes
     if number < stop:
         if first:
             print(f"told to end at step {number} of {args.steps}", file=sys.stderr)
@@ -222,14 +222,14 @@ def train(args):
 
 
 def watch(seconds):
-    """Ends this process, after showing where it is, unless called again in so many seconds."""
-    # Both work without Python's lock, which whatever hangs may hold.
+    """Show a traceback and end this process after some seconds, unless called again before."""
+    # Both calls work without Python's lock, which hanging code may hold.
     faulthandler.dump_traceback_later(seconds)
     signal.alarm(seconds + 1)
 
 
 def join(args):
-    """Makes this process one of the run's."""
+    """Connect this process to the other processes of the run."""
     watch(args.timeout)
     if args.devices:
         jax.config.update("jax_platforms", "cpu")
@@ -245,12 +245,12 @@ def join(args):
         except ValueError as error:
             if "coordinator_address" not in str(error):
                 raise
-            # No cluster that JAX knows: this process is all there is.
+            # JAX finds no cluster: the run consists of this process.
 
 
 def launch(args):
-    """Runs all processes on this machine, anew when some died, and returns the exit code."""
-    stopped = []  # by Ctrl-C; no exception, which might come between a start and its record
+    """Run all processes on this machine, restart them if some died, and return the exit code."""
+    stopped = []  # signals: an exception might arrive between a start and its record
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stopped.append(number))
     restarts_left = args.resume
@@ -260,31 +260,31 @@ def launch(args):
         killed = any(code is not None and code < 0 for code in codes)
         if stopped:
             return 128 + stopped[0]
-        if not (killed or preempted) or not restarts_left:  # an error of its own would come again
+        if not (killed or preempted) or not restarts_left:  # an error would only recur
             return preempted_code if preempted and not killed else int(any(codes))
         restarts_left -= 1
         print("all processes start anew, from the last checkpoint", file=sys.stderr, flush=True)
 
 
 def run_processes(args, stopped):
-    """Starts the processes, ends all when one fails, and returns their exit codes before that."""
+    """Start the processes, and end all if one fails. Return the exit codes before that end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, __file__, *sys.argv[1:], "--devices", str(args.devices or 1)]
     command += ["--coordinator", coordinator, "--process-id"]
-    # Else the coordinator would listen to the whole network.
+    # Without the address the coordinator would listen to the whole network.
     env = os.environ | {"JAX_COORDINATOR_BIND_ADDRESS": coordinator}
     processes, logs = [], []
     with contextlib.ExitStack() as stack:
         for index in range(args.processes):
-            # The first one's output is the run's; that of others is shown if they fail.
+            # The first process prints the run's output. Other output is shown after a failure.
             log = stack.enter_context(tempfile.TemporaryFile("w+")) if index else None
-            # In sessions of their own: Ctrl-C is for us to see, and we end them.
+            # Processes in their own sessions do not see Ctrl-C. This process ends them.
             pipes = {"stdout": log, "stderr": log, "start_new_session": True}
             process = subprocess.Popen([*command, str(index)], env=env, **pipes)
             stack.callback(process.wait)
-            stack.callback(process.kill)  # SIGTERM would be taken for a preemption
+            stack.callback(process.kill)  # SIGTERM would look like a preemption
             processes.append(process)
             logs.append(log)
         print("processes:", *(process.pid for process in processes), flush=True)
@@ -302,13 +302,13 @@ def run_processes(args, stopped):
 
 
 def wait(processes, stopped):
-    """The processes' exit codes when all have ended, one has failed, or the user has had enough."""
+    """Wait until all processes ended, one failed, or the user stops the run. Return exit codes."""
     while True:
         codes = [process.poll() for process in processes]
-        # The others would wait for one that failed; when told to end, they save and end together.
+        # The others would wait for a failed process. Preempted processes save and end together.
         failed = any(code not in (None, 0, preempted_code) for code in codes)
         if stopped or failed or None not in codes:
-            # Asked again: what was seen first may have come of another's end just before.
+            # Poll again: the failure may follow from a failure that was not yet visible above.
             return [process.poll() for process in processes]
         time.sleep(0.05)
 

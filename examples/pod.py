@@ -1,26 +1,26 @@
-r"""Trains the GPT of train_language_model.py on slices that vote, each sharded inside.
+r"""Train the GPT of train_language_model.py on slices that vote, with parameters sharded inside.
 
-The links inside a slice of a pod, or inside a host, are fast: there parameters are gathered and
-gradients averaged in full precision, by XLA, over the mesh axes `fsdp` and `model`. Between slices
-goes one bit per parameter in each direction, since the workers that vote are the slices. Each
-device votes on the block of the parameters that it holds. At the end come the collectives of the
-compiled step, by what they cross, where the size of their groups tells it: the number of slices
-must not divide the devices of one.
+The links inside a slice of a pod, or inside a host, are fast. There XLA gathers parameters and
+averages gradients in full precision, over the mesh axes `fsdp` and `model`. The workers that vote
+are the slices: between slices one bit per parameter travels in each direction. Each device votes
+on its block of the parameters. At the end the program lists the collectives of the compiled step,
+inside slices and between slices. The sizes of their groups show the difference, unless the number
+of slices divides the number of devices in a slice.
 
-On this machine, three slices of 2 x 2 simulated devices, in one process or a process for each:
+On this machine, three slices of 2 x 2 simulated devices, in one process or in one per slice:
 
     python examples/pod.py
     python examples/pod.py --coordinator localhost:1234 --processes 3 --process-id 0 &
     python examples/pod.py --coordinator localhost:1234 --processes 3 --process-id 1 &
     python examples/pod.py --coordinator localhost:1234 --processes 3 --process-id 2
 
-GPT-2 small on a TPU pod, on every host, where all the devices that JAX finds are slices of 16 x 4
-(gs:// takes the package gcsfs):
+GPT-2 small on a TPU pod. Run this on every host. All devices that JAX finds form slices of 16 x 4
+(gs:// needs the package gcsfs):
 
     python examples/pod.py --accelerators --fsdp 16 --model 4 --size gpt2 --batch-size 256 \
         --validation-windows 64 --dtype bfloat16 --step-size 1e-4 --checkpoint gs://bucket/gpt2
 
-The other options are those of train_language_model.py; workers are slices.
+The other options are train_language_model.py's options. The workers are slices.
 """
 
 import collections
@@ -37,43 +37,43 @@ from signax import diagnostics
 
 
 def spec_of(path, leaf):
-    """Matrices are cut along both sides; what goes back into the stream the other way round."""
+    """Cut matrices along both axes. Matrices that write to the residual stream swap the axes."""
     name = jax.tree_util.keystr(path)
     if leaf.ndim < 2:
         return PartitionSpec()
     if "embedding" in name:
-        # Not by characters, which are looked up: XLA's partitioner ends the process at a gather
-        # from what is cut that way, inside a map over slices.
+        # The axis of characters stays whole, since characters are looked up: inside a map over
+        # slices XLA's partitioner ends the process at a gather along an axis that is cut.
         return PartitionSpec(None, ("fsdp", "model"))
     back = any(part in name for part in ("mix", "down"))
     return PartitionSpec("model", "fsdp") if back else PartitionSpec("fsdp", "model")
 
 
 def make_mesh(args, slices):
-    """Slices outermost, so that the slow links are those between them and no others."""
+    """A mesh with slices outermost: only the axis `slice` crosses slow links."""
     shape = slices, args.fsdp, args.model
     told = {getattr(device, "slice_index", None) for device in jax.devices()}
     if len(told) == slices > 1:
         devices = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1))
-    else:  # neighbours in JAX's order, which is by process, make a slice
+    else:  # JAX orders devices by process: neighbours form a slice
         devices = np.reshape(jax.devices(), shape)
     return Mesh(devices, ("slice", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
 
 
 def crosses(record, hlo, mesh):
-    """Whether a collective sends anything from one slice to another."""
+    """Whether a collective sends data from one slice to another."""
     slices, inside = mesh.shape["slice"], mesh.size // mesh.shape["slice"]
     if record.operation != "collective-permute":
-        # Its groups are as large as the axes of the mesh that they run over.
+        # The group's size is the product of the mesh axes that the collective runs over.
         return record.group_size % slices == 0
     [line] = re.findall(rf"[ %]{re.escape(record.name)} = .*", hlo)
     pairs = re.findall(r"\{(\d+),(\d+)\}", line.partition("source_target_pairs=")[2])
-    # The program counts devices in the mesh's order.
+    # The program numbers devices in the mesh's order.
     return any(int(source) // inside != int(target) // inside for source, target in pairs)
 
 
 def print_collectives(compiled, params, mesh):
-    """What one device sends in a step, by whether it crosses slices."""
+    """Print one device's bytes in a step, inside a slice and between slices."""
     hlo, sent = compiled.as_text(), collections.Counter()
     for record in diagnostics.collectives(compiled):
         where = "between slices" if crosses(record, hlo, mesh) else "inside a slice"
@@ -97,7 +97,7 @@ def main():
     add = parser.add_argument
     add("--fsdp", type=int, default=2, help="devices of a slice that share data (default 2)")
     add("--model", type=int, default=2, help="devices of a slice that share layers (default 2)")
-    # Workers are slices.
+    # The workers are slices.
     parser.set_defaults(workers=3, batch_size=48, validation_windows=240)
     args = parse_arguments(parser)
     if min(args.fsdp, args.model) < 1:

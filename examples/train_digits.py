@@ -1,15 +1,15 @@
-"""Trains a small convolutional network on eight simulated workers, once averaging and once voting.
+"""Train a small convolutional network on eight simulated workers, once by means, once by votes.
 
-The data are scikit-learn's 1,797 handwritten digits of 8x8 pixels, which ship in its package. The
-first run is AdamW on gradients averaged in full precision, the second signum with a majority vote,
-one bit per parameter in each direction. At the end come a table and a figure of both.
+The data are scikit-learn's 1,797 handwritten digits of 8x8 pixels, part of its package. The first
+run is AdamW on gradients averaged in full precision. The second run is signum with a majority vote,
+one bit per parameter in each direction. At the end the program shows a table and a figure of both.
 
     python examples/train_digits.py
     python examples/train_digits.py --seed 1 --json digits.json --figure digits.png
     python examples/train_digits.py --workers 4 --steps 200
 
-The workers are threads of this machine, so that what is slow about a network does not show in the
-step time. What each worker would send does, in bytes: it is read from the compiled program.
+The workers are threads of this machine. The step time therefore contains no time of a network. The
+table shows the bytes that each worker would send, read from the compiled program.
 """
 
 import argparse
@@ -33,8 +33,8 @@ import signax
 test_images = 400
 evaluate_every = 10
 
-# A vote moves every parameter by the whole step size, hence a smaller one than AdamW's. Both runs
-# shrink their weights by the same amount per step, step size times decay.
+# A vote moves every parameter by the whole step size, and needs a smaller step size than AdamW.
+# Both runs shrink weights by the same share per step, step size times decay.
 adamw_step_size, adamw_decay = 5e-3, 1e-2
 signum_step_size, signum_decay = 1e-3, 5e-2
 
@@ -57,7 +57,7 @@ class Network(nnx.Module):
 
 
 def load_data():
-    digits: Any = load_digits()  # scikit-learn's types leave open what it is
+    digits: Any = load_digits()  # scikit-learn does not type its result
     images = (digits.images[..., None] / 16).astype(np.float32)
     labels = digits.target.astype(np.int32)
     return train_test_split(images, labels, test_size=test_images, stratify=labels, random_state=0)
@@ -134,7 +134,7 @@ def save_figure(runs, filename):
         label = f"{run['name']}: {run['bytes_per_step'] / 1000:,.0f} kB per step"
         left.plot(curve["step"], curve["loss"], style, label=label)
         right.plot(curve["step"], np.multiply(curve["test_accuracy"], 100), style, label=label)
-    # What matters is where the runs end up, unless they are too short to get there.
+    # The axis shows the runs' final accuracies in detail, unless the runs are too short.
     lowest = 85 if all(run["test_accuracy"] > 0.9 for run in runs) else 0
     left.set(xlabel="step", ylabel="training loss", yscale="log")
     right.set(xlabel="step", ylabel="test accuracy (%)", ylim=(lowest, 100))

@@ -1,34 +1,33 @@
-r"""Trains a GPT on the sources of Python's standard library, by votes or by the mean of gradients.
+r"""Train a GPT on the sources of Python's standard library, by votes or by means of gradients.
 
-Characters of the text that every machine with Python has, a transformer of a million parameters,
-eight simulated workers: Lion by votes, one bit per parameter in each direction, and AdamW on
-gradients averaged in full precision, to compare it with.
+Every machine with Python has the text. A transformer of a million parameters predicts the text's
+characters, on eight simulated workers. The default is Lion by votes, with one bit per parameter in
+each direction. AdamW on gradients averaged in full precision is the comparison.
 
     python examples/train_language_model.py
     python examples/train_language_model.py --method adamw --json adamw.json --figure adamw.png
 
-With checkpoints, stopped on the way and continued, which ends where an uninterrupted run does, bit
-for bit:
+With checkpoints: stop and continue. The continued run ends like an uninterrupted run, bit for bit:
 
     python examples/train_language_model.py --checkpoint /tmp/gpt --stop-at 100
     python examples/train_language_model.py --checkpoint /tmp/gpt
 
-Wider and deeper, up to the 124 million parameters of GPT-2 small, where --accelerators puts a
-worker on every device that JAX finds, of all hosts of a cluster:
+Wider and deeper, up to the 124 million parameters of GPT-2 small. --accelerators puts a worker on
+every device that JAX finds, on all hosts of a cluster:
 
     python examples/train_language_model.py --layers 8 --heads 6 --width 384 --context 256
     python examples/train_language_model.py --size gpt2 --batch-size 64 --dtype bfloat16 \
         --accelerators --step-size 1e-4 --validation-windows 64
 
-On hosts that JAX knows nothing of, on each of them with its own --process-id from 0, two workers on
-either host:
+On two hosts whose cluster JAX cannot detect, run this on each host with its own --process-id from
+0. Each host has two workers:
 
     python examples/train_language_model.py --workers 4 --coordinator 10.0.0.1:1234 \
         --processes 2 --process-id 0
 
-Every leaf is voted on: the embedding serves as the output layer too, so that its gradient is not
-sparse, and averaging it, as --method mixed does, adds three quarters of what all the votes send.
-Losses are in nats per character. They depend on the version of Python, whose sources are the text.
+Every leaf is voted on. The embedding is also the output layer, so its gradient is not sparse.
+--method mixed averages the embedding, which adds three quarters of the bytes of all votes. Losses
+are in nats per character. They depend on the version of Python, whose sources are the text.
 """
 
 import argparse
@@ -60,19 +59,19 @@ sizes = {
     "gpt2": {"layers": 12, "heads": 12, "width": 768, "context": 1024, "vocabulary": 50_304},
 }
 
-# As benchmarks/language_model.py tunes them. What a vote moves, it moves by the
-# whole step size, hence smaller ones than AdamW's; error feedback takes those of gradient descent.
+# benchmarks/language_model.py tuned these values. A vote moves every parameter by the whole step
+# size, and needs a smaller step size than AdamW. Error feedback takes gradient descent's step size.
 step_sizes = {"adamw": 8e-3, "signum": 2e-3, "lion": 4e-3, "mixed": 4e-3, "ef": 0.512}
 momenta = {"adamw": 0.8, "signum": 0.8, "lion": 0.6, "mixed": 0.6, "ef": 0.6}
 
-# Under all methods weights shrink by the same share per step, step size times decay.
+# With every method weights shrink by this share per step, step size times decay.
 shrinkage = 3e-3
 
 sampled_characters = 300
 
 
 class Block(nnx.Module):
-    """Attention and gated units, each behind a norm and added to what comes in."""
+    """Attention and gated units, each with a norm before it and a residual connection."""
 
     def __init__(self, args, rngs: nnx.Rngs):
         def linear(fan_in, fan_out, variance=1.0):
@@ -81,7 +80,7 @@ class Block(nnx.Module):
             return nnx.Linear(fan_in, fan_out, **options, rngs=rngs)
 
         width, inner = args.width, 8 * (args.width // 3)
-        residual = 1 / (2 * args.layers)  # so that their sum does not grow with depth
+        residual = 1 / (2 * args.layers)  # keeps the residual stream from growing with depth
         self.heads = args.heads
         self.norm1 = nnx.LayerNorm(width, use_bias=False, dtype=args.dtype, rngs=rngs)
         self.qkv = linear(width, 3 * width)
@@ -96,13 +95,13 @@ class Block(nnx.Module):
         q, k, v = (part.reshape(heads) for part in jnp.split(self.qkv(self.norm1(x)), 3, axis=-1))
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         x = x + self.mix(mixed.reshape(x.shape))
-        # Signs do better with gates than with ReLUs, behind which they move all weights in step.
+        # Signs train gates better than ReLUs: after a ReLU, signs move all weights in step.
         units, gates = jnp.split(self.up(self.norm2(x)), 2, axis=-1)
         return x + self.down(units * 2 * nnx.sigmoid(gates))
 
 
 class GPT(nnx.Module):
-    """GPT-2 without biases and with gated units: f32 parameters, computed with in `args.dtype`."""
+    """GPT-2 with gated units and without biases: f32 parameters, computations in `args.dtype`."""
 
     def __init__(self, args, rngs: nnx.Rngs):
         options = {
@@ -117,14 +116,14 @@ class GPT(nnx.Module):
 
     def __call__(self, tokens):
         x = self.characters(tokens) + self.positions(jnp.arange(tokens.shape[-1]))
-        x = x * x.shape[-1] ** 0.5  # of size one, while logits of the same embedding begin small
+        x = x * x.shape[-1] ** 0.5  # inputs of size one, yet small initial logits
         for block in self.blocks:
             x = block(x)
         return self.characters.attend(self.norm(x)).astype(jnp.float32)
 
 
 def load_text():
-    """Characters for training and, from every tenth file, for validation, as u8."""
+    """The training text, and the validation text from every tenth file: u8 characters."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
 
     def characters(files):
@@ -136,12 +135,12 @@ def load_text():
 
 
 def windows(text, starts, context):
-    """Rows of one character more than the model reads, which is the last one to be predicted."""
+    """Rows of context + 1 characters. The model reads all but the last character of a row."""
     return text[starts[:, None] + np.arange(context + 1)].astype(np.int32)
 
 
 def load(text, starts, sharding, args):
-    """The windows that start there, of which this process loads what its devices hold."""
+    """The windows at the given starts. This process loads only its own devices' windows."""
 
     def share(index):
         return windows(text, starts[index[0]], args.context)
@@ -150,20 +149,20 @@ def load(text, starts, sharding, args):
 
 
 def load_batch(text, number, sharding, args):
-    """Step `number`'s batch."""
-    # From the step alone, not from a stream: a run that continues needs no place in one.
+    """The batch of step `number`."""
+    # The batch depends on the step alone: a resumed run needs no position in a stream.
     rng = np.random.default_rng((args.seed, number))
     return load(text, rng.integers(len(text) - args.context, size=args.batch_size), sharding, args)
 
 
 def load_held_out(text, sharding, args):
-    """Windows at even distances."""
+    """Validation windows at even distances."""
     starts = np.linspace(0, len(text) - args.context - 1, args.validation_windows).astype(int)
     return load(text, starts, sharding, args)
 
 
 def label(params):
-    """Which leaves are embeddings: rare characters' rows have gradients that are mostly small."""
+    """Label embeddings, since the gradients in rare characters' rows are mostly small."""
 
     def of_leaf(path, leaf):
         del leaf
@@ -173,9 +172,9 @@ def label(params):
 
 
 def make_optimizer(args, axis):
-    """The whole update of one worker, of those that lie along a mesh axis."""
-    # A tenth of the steps rises, three tenths fall to zero, for a vote's length never shrinks by
-    # itself; the longer it stays large before that, the better.
+    """The optimiser of one worker, for workers along a mesh axis."""
+    # The step size rises for a tenth of the steps, and falls to zero in the last three tenths: the
+    # length of a vote never shrinks by itself. Until then a large step size trains best.
     warmup, decay = max(1, args.steps // 10), max(1, args.steps * 3 // 10)
     rise = optax.linear_schedule(0.0, args.step_size, warmup)
     stay = optax.constant_schedule(args.step_size)
@@ -195,13 +194,13 @@ def make_optimizer(args, axis):
     if args.method == "mixed":
         return optax.partition({"embedding": averaged, "other": voted}, label)
     if args.method == "lion":
-        options["b2"] = (1 + args.momentum) / 2  # remembers twice as long
+        options["b2"] = (1 + args.momentum) / 2  # averages over twice as many steps
         return signax.lion(schedule, b1=args.momentum, axis_name=axis, **options)
     return signax.ef_sign_sgd(schedule, momentum=args.momentum, axis_name=axis, **options)
 
 
 class Checkpoints:
-    """Parameters, optimiser state and curves by step, with the settings that they belong to."""
+    """Saved parameters, optimiser states and curves by step, with the settings of their run."""
 
     def __init__(self, args, settings):
         folder = args.checkpoint if "://" in args.checkpoint else os.path.abspath(args.checkpoint)
@@ -233,16 +232,16 @@ class Checkpoints:
 
 
 def whole(path, leaf):
-    """The spec of a parameter that every device holds."""
+    """The spec of a parameter that every device holds whole."""
     del path, leaf
     return PartitionSpec()
 
 
 def train(args, mesh, batch_axes, spec_of=whole):
-    """One process of a run, whose workers are the first axis of a mesh.
+    """Train as one process of a run, whose workers lie along the first axis of a mesh.
 
-    The batch is cut over `batch_axes`, and parameters, inside a worker, as `spec_of` says of a path
-    and a leaf. It returns the compiled step and the parameters.
+    The batch is cut over `batch_axes`. `spec_of(path, leaf)` says how to cut a parameter inside a
+    worker. Returns the compiled step and the parameters.
     """
     first = jax.process_index() == 0
     axis = mesh.axis_names[0]
@@ -276,7 +275,7 @@ def train(args, mesh, batch_axes, spec_of=whole):
         params, state, curve = checkpoints.restore(number, laid_out)
     else:
         number, curve = 0, {"step": [], "seconds": [], "loss": [], "validation_loss": []}
-        # Compiled, so that it comes into being on all devices of all processes.
+        # A compiled program creates the arrays on all devices of all processes.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, laid_out)
         params, state = jax.jit(init, out_shardings=shardings)()
     batch = load_batch(training_text, 1, divided, args)
@@ -312,7 +311,7 @@ def train(args, mesh, batch_axes, spec_of=whole):
                 checkpoints.save(number, params, state, curve)
     progress.close()
     if checkpoints:
-        checkpoints.manager.close()  # waits for what is still being written
+        checkpoints.manager.close()  # waits for pending writes
     report = {
         **settings,
         "processes": jax.process_count(),
@@ -334,16 +333,16 @@ def train(args, mesh, batch_axes, spec_of=whole):
 
 
 def settings_of(args, mesh, text):
-    """All that a run's numbers depend on."""
+    """The settings that determine a run's numbers."""
     names = ("method", "step_size", "momentum", "steps", "batch_size", "seed", "dtype")
     names += ("validation_windows", *sizes["small"])
     settings = {name: getattr(args, name) for name in names}
-    digest = hashlib.sha256(text).hexdigest()[:16]  # another Python's text is another task
+    digest = hashlib.sha256(text).hexdigest()[:16]  # another Python has another text
     return {**settings, "workers": mesh.devices.shape[0], "mesh": dict(mesh.shape), "text": digest}
 
 
 def sample(graph, params, text, args):
-    """What the model writes after the first characters of the validation text."""
+    """A sample of the model's text after the first characters of the validation text."""
     prompt = jnp.asarray(text[: args.context], jnp.int32)
 
     @jax.jit
@@ -358,7 +357,7 @@ def sample(graph, params, text, args):
 
     written = write(params, prompt, jax.random.key(args.seed))
     characters = map(chr, [*np.asarray(prompt), *np.asarray(written)])
-    # An untrained model writes control characters, which are not for terminals.
+    # An untrained model writes control characters, which would confuse a terminal.
     return "".join(one if one.isprintable() or one == "\n" else "?" for one in characters)
 
 
@@ -385,7 +384,7 @@ def save_figure(report, filename):
 
 
 def join(args, devices):
-    """Makes this process one of the run's, which has so many simulated devices together."""
+    """Connect this process to the run, whose simulated devices number `devices` together."""
     if not args.accelerators:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices // (args.processes or 1))
@@ -399,7 +398,7 @@ def join(args, devices):
         except ValueError as error:
             if "coordinator_address" not in str(error):
                 raise
-            # No cluster that JAX knows: this process is all there is.
+            # JAX finds no cluster: the run consists of this process.
 
 
 def make_parser(description):
@@ -465,7 +464,7 @@ def parse_arguments(parser):
 
 
 def check_shares(parser, args, parts, named):
-    """Refuses what cannot be cut into equal parts."""
+    """Raises if the batch or the validation windows do not divide into equal parts."""
     for name in ("batch_size", "validation_windows"):
         if (value := getattr(args, name)) % parts:
             parser.error(f"--{name.replace('_', '-')} {value} is no multiple of {parts} {named}")

@@ -1,4 +1,4 @@
-"""What a compiled program sends, read from the text of its HLO."""
+"""A reader of collectives and their bytes from the HLO text of compiled programs."""
 
 import math
 import re
@@ -7,20 +7,20 @@ from typing import Any, NamedTuple
 
 
 class Collective(NamedTuple):
-    """What one device sends in one collective of a compiled program.
+    """One device's share in one collective of a compiled program.
 
     An instruction that exchanges arrays of several dtypes makes one record for each dtype.
 
     Attributes:
-      name: the HLO instruction.
-      operation: its opcode, `"all-reduce"` for example, without `-start`. What a TPU program
-        sends between slices, over the data-centre network, is prefixed `"megascale-"`.
+      name: the name of the HLO instruction.
+      operation: its opcode, `"all-reduce"` for example, without `-start`. The prefix `"megascale-"`
+        marks transfers of a TPU program between slices, over the data-centre network.
       dtype: HLO name of the element type, `"u32"` for example.
-      elements: number of elements that one device puts in.
+      elements: number of elements in one device's operand.
       group_size: number of devices that exchange with one another.
       bytes_sent: bytes that one device sends each time, rounded up.
-      count: times it runs per execution of the program; 0 in a branch of a conditional that
-        sends less than another branch.
+      count: how often the instruction runs per execution of the program. The count is 0 in a branch
+        of a conditional that sends less than another branch.
     """
 
     name: str
@@ -38,9 +38,9 @@ class Collective(NamedTuple):
 
 
 def collective_bytes(compiled: Any, *, unknown_trip_count: int | None = None) -> int:
-    """Bytes that one device sends per execution of a compiled program, read from its HLO.
+    """The bytes that one device sends per execution of a compiled program, read from its HLO.
 
-    The sum of bytes_sent * count over :func:`collectives`, which has the arguments and errors.
+    The sum of bytes_sent * count over :func:`collectives`. See there for arguments and errors.
 
     Args:
       compiled: `jax.jit(f).lower(...).compile()`, or its HLO text.
@@ -64,20 +64,20 @@ def collectives(compiled: Any, *, unknown_trip_count: int | None = None) -> list
     """The collectives of a compiled program, read from its HLO.
 
     With n devices in a group and an operand of b bytes, rings send 2 (n-1)/n b in an all-reduce,
-    (n-1)/n b in an all-to-all or reduce-scatter, (n-1) b in an all-gather; a permute, a broadcast
-    or a send sends b, a ragged all-to-all at most as much as an all-to-all. Groups of one are left
-    out, and so is what no opcode shows: remote copies inside custom kernels.
+    (n-1)/n b in an all-to-all or reduce-scatter, and (n-1) b in an all-gather. A permute, a
+    broadcast or a send sends b, and a ragged all-to-all at most as much as an all-to-all. Groups of
+    one are left out. Remote copies inside custom kernels are left out, too: no opcode shows them.
 
     Args:
       compiled: `jax.jit(f).lower(...).compile()`, or its HLO text.
-      unknown_trip_count: how often a loop runs whose trip count the HLO does not tell. Every
-        `while_loop` is one, and on TPU every `scan`.
+      unknown_trip_count: the number of iterations of each loop without a trip count in the HLO. No
+        `while_loop` has a trip count there, and on TPU no `scan` has.
 
     Returns:
-      Records in no order that means anything; a loop's have its trip count in `count`.
+      Records in arbitrary order. The `count` of a record in a loop includes the loop's trip count.
 
     Raises:
-      ValueError: the text is no compiled HLO, or a loop that communicates has an unknown trip
+      ValueError: the text is not compiled HLO, or a loop that communicates has an unknown trip
         count and `unknown_trip_count` is not given.
 
     Example:
@@ -117,7 +117,7 @@ def collectives(compiled: Any, *, unknown_trip_count: int | None = None) -> list
             most = sent.index(max(sent))
             return [r for i, each in enumerate(branches) for r in _times(each, int(i == most))]
         if instruction.opcode.endswith(("-update", "-done")):
-            return []  # some versions print what -start calls here again
+            return []  # Some versions print the computations of -start here again.
         called = _called(instruction, "calls|to_apply|called_computations")
         return [r for name in called if not _is_later_stage(name, module) for r in tally(name)]
 
@@ -128,7 +128,7 @@ class _Instruction(NamedTuple):
     name: str
     shape: str
     opcode: str
-    rest: str  # operands and attributes: all that follows the opcode's parenthesis
+    rest: str  # Operands and attributes: the text after the opcode's opening parenthesis.
 
 
 class _Module(NamedTuple):
@@ -140,7 +140,7 @@ class _Module(NamedTuple):
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)")
 _COMPUTATION = re.compile(r"\s*(ENTRY )?%?([\w.\-]+)(?: \(.*->.*)? \{\s*$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](\{[^{}]*\})?")
-# Bytes that one of n devices sends when each puts in b bytes.
+# The bytes that one of n devices sends if each device's operand has b bytes.
 _SENT: dict[str, Callable[[int, int], int]] = {
     "all-reduce": lambda n, b: -(-2 * (n - 1) * b // n),
     "reduce-scatter": lambda n, b: -(-(n - 1) * b // n),
@@ -189,7 +189,7 @@ def _own(
         return
     operands = _operands(instruction.rest)
     if instruction.opcode in ("send", "ragged-all-to-all"):
-        operands = operands[:1]  # tokens and offsets stay at home
+        operands = operands[:1]  # Tokens and offsets are not sent.
     for dtype, (elements, size) in _payload(operands, scope).items():
         sent = _SENT[kind](group_size, size)
         yield Collective(instruction.name, operation, dtype, elements, group_size, sent, 1)
@@ -202,8 +202,8 @@ def _operands(rest: str) -> list[str]:
 
 
 def _payload(operands: list[str], scope: dict[str, _Instruction]) -> dict[str, tuple[int, int]]:
-    # Sizes come from where operands are defined: a -start's result also holds buffers and flags,
-    # and only some versions print shapes beside operands.
+    # Sizes are read from the operands' definitions: the result of a -start also holds buffers and
+    # flags, and only some versions print shapes beside operands.
     payload: dict[str, tuple[int, int]] = {}
     for name in operands:
         for dtype, dimensions, layout in _ARRAY.findall(scope[name].shape):
@@ -220,7 +220,7 @@ def _payload(operands: list[str], scope: dict[str, _Instruction]) -> dict[str, t
 def _group_size(rest: str, num_devices: int) -> int:
     mesh = r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\}"
     if match := re.search(mesh, rest):
-        # mesh['a'=4,'b'=2] {'a','b':(1)2}: the product of the axes, or parts of axes, in braces.
+        # mesh['a'=4,'b'=2] {'a','b':(1)2}: multiply the sizes of the axes or parts in braces.
         sizes = dict(re.findall(r"([^\s,=]+)=(\d+)", match[1]))
         axes = [axis for axis in match[2].split(",") if axis]
         return math.prod(int(sizes.get(axis) or axis.rsplit(")")[-1]) for axis in axes)
@@ -240,10 +240,10 @@ def _permuted(rest: str) -> int:
 def _send(rest: str) -> tuple[str, str, int]:
     transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', rest)
     if transfer is None:
-        # To the host, for a callback, or to one other device.
+        # A send goes to the host, for a callback, or to one other device.
         return "send", "send", 0 if "is_host_transfer=true" in rest else 2
     kind = transfer[1].lower().replace("_", "-")
-    # Either slices times the devices in each, "{1,2}x{0:7}", or devices, {{100000,100001}}.
+    # A target lists slices and the devices of each, "{1,2}x{0:7}", or devices, {{100000,100001}}.
     group = re.search(r'_xla_megascale_target="?\{+([\d,]+)\}', rest)
     size = group[1].count(",") + 1 if group else 2
     return f"megascale-{kind}", kind if kind in _SENT else "send", size
@@ -255,8 +255,8 @@ def _called(instruction: _Instruction, attributes: str) -> list[str]:
 
 
 def _is_later_stage(name: str, module: _Module) -> bool:
-    # TPU compilers print a collective that overlaps with computation three times: in the fusion
-    # that starts it, in those that it runs beside, and in the one that ends it.
+    # TPU compilers print an overlapped collective three times: in the fusion that starts the
+    # collective, in the fusions that run beside it, and in the fusion that ends it.
     instructions = module.computations.get(name, {}).values()
     done = 'custom_call_target="AsyncCollectiveDone"'
     return name.startswith("async_collective_fusion") or any(done in i.rest for i in instructions)

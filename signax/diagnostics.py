@@ -1,4 +1,4 @@
-"""When one bit pays: how dense gradients are, what a step sends, and who opposes the others."""
+"""When one bit pays: density of gradients, bytes and seconds of a step, and opposing workers."""
 
 import math
 from collections.abc import Sequence
@@ -33,18 +33,18 @@ _WORD_BYTES = 4
 
 
 def density(tree: Any) -> Any:
-    """How evenly each leaf spreads its magnitude over its coordinates.
+    """Measure how evenly each leaf spreads its magnitude over its coordinates.
 
-    phi(v) = (sum_j |v_j|)^2 / (d sum_j v_j^2), between 1/d (one coordinate holds everything)
-    and 1 (all magnitudes equal; Gaussian noise gives 2/pi). It is the share of v's energy that
-    mean(|v|) sign(v) keeps, so a leaf with a small density loses most in a one-bit message.
+    phi(v) = (sum_j |v_j|)^2 / (d sum_j v_j^2) lies between 1/d (one coordinate holds everything)
+    and 1 (all magnitudes are equal; Gaussian noise gives 2/pi). mean(|v|) sign(v) keeps the share
+    phi(v) of v's energy. A leaf with a small density therefore loses most in a one-bit message.
 
     Args:
       tree: pytree of floating-point leaves of any shape.
 
     Returns:
-      The same structure with one scalar per leaf, in f32 or, for f64 leaves, f64. A leaf that is
-      empty or all zeros has density 1; one that holds a NaN or an infinity has density NaN.
+      A tree of the same structure with one scalar per leaf: f64 for f64 leaves, otherwise f32. An
+      empty or all-zero leaf has density 1. A leaf with a NaN or an infinity has density NaN.
 
     Raises:
       TypeError: a leaf is not floating point.
@@ -71,37 +71,37 @@ def _leaf_density(leaf: Any) -> jax.Array:
         return jnp.ones((), relative.dtype)
     square = jnp.mean(relative**2)
     kept = jnp.mean(relative) ** 2 / jnp.where(square == 0, jnp.ones_like(square), square)
-    # Rounding must not leave the interval that Cauchy and Schwarz promise.
+    # Rounding may push the density out of the interval of the Cauchy-Schwarz inequality.
     return jnp.where(square == 0, jnp.ones_like(kept), jnp.clip(kept, 1.0 / values.size, 1.0))
 
 
 def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
-    """Bytes that one worker sends per step, by formula.
+    """The bytes that one worker sends per step, by formula.
 
-    A vote sends M - 1 parts of P words in its all_to_all and forwards M - 1 of them in its
-    all_gather, 2 (M-1) 4 P bytes. P is an M-th of the packed bits and a header word, rounded up to
-    128 words (from 16,384 words on the bits are, too). A small vote, or of two workers, sends whole
-    messages in one all_gather instead, (M-1) 4 P bytes with all the bits in P. A mean of signs has
-    ceil(log2(M + 1)) times as many words in the parts of its all_gather. A one-bit vote with
-    `agreement=True` sends twice as many words up. A mean of scaled signs sends like a vote, each
-    leaf cut into M parts, and one scale with each. A ring all-reduce of B bytes sends 2 (M-1)/M B.
-    A program may do otherwise: :func:`signax.average_updates` sends f32 for bf16 and f16, as XLA
-    does for any mean of bf16 on CPUs, and large pods forward packed words in an all-reduce.
-    :func:`collective_bytes` reads it.
+    A vote sends M - 1 parts of P words in its all_to_all, and forwards M - 1 parts in its
+    all_gather: 2 (M-1) 4 P bytes. P is an M-th of the packed bits and a header word, rounded up to
+    128 words. From 16,384 words on the bits are rounded up, too. A small vote, or a vote of two
+    workers, sends whole messages in one all_gather: (M-1) 4 P bytes with all the bits in P. A mean
+    of signs has ceil(log2(M + 1)) times as many words in its all_gather. A one-bit vote with
+    `agreement=True` sends twice as many words up. A mean of scaled signs sends like a vote, with
+    each leaf cut into M parts and one scale per part. A ring all-reduce of B bytes sends
+    2 (M-1)/M B. A program may differ: :func:`signax.average_updates` sends f32 for bf16 and f16,
+    XLA on CPUs does so for any bf16 mean, and large pods forward packed words in an all-reduce.
+    :func:`collective_bytes` reads the program.
 
     Args:
-      tree: pytree of floating-point arrays or `jax.ShapeDtypeStruct`, one worker's updates.
+      tree: one worker's updates, a pytree of floating-point arrays or `jax.ShapeDtypeStruct`.
       num_workers: M, the number of workers.
       scheme: `"vote"` (one bit each way), `"abstain"` (two bits each way), `"mean_signs"` (one bit
         up, the count down), `"scaled_signs"` (one bit and a scale per leaf each way, feedback in
-        both directions) or `"mean"` (the full-precision mean, each leaf in its own dtype).
+        both directions) or `"mean"` (a full-precision mean, with each leaf in its own dtype).
 
     Returns:
       Bytes per worker and step, rounded up; 0 for a single worker.
 
     Raises:
-      ValueError: `scheme` is unknown or `num_workers` below 1.
-      TypeError: a leaf is not floating point, or `num_workers` no whole number.
+      ValueError: `scheme` is unknown, or `num_workers` is below 1.
+      TypeError: a leaf is not floating point, or `num_workers` is not a whole number.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -122,14 +122,14 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
 
 
 def _exchanged(leaves: Sequence[Any], num_workers: int, scheme: str) -> tuple[int, int]:
-    """The words that a worker sends in an exchange of packed bits, and in how many collectives."""
+    """The words that a worker sends in an exchange of packed bits, and the collectives it takes."""
     leaves = [leaf for leaf in leaves if leaf.size]
     if not leaves:
         return 0, 0
     if scheme == "scaled_signs":
         bits = sum(part_columns(leaf.shape, num_workers) for leaf in leaves)
         widest = reduce(common_dtype, (wide_dtype(leaf.dtype) for leaf in leaves))
-        scales = words_of(len(leaves), widest)  # all scales are sent in one dtype
+        scales = words_of(len(leaves), widest)  # All scales are sent in one dtype.
         return 2 * (num_workers - 1) * sealed_words(bits + scales), 2
     words = _PLANES[scheme] * num_words(leaves)
     digits = num_workers.bit_length() if scheme == "mean_signs" else 1
@@ -148,30 +148,30 @@ def exchange_seconds(
     latency: float = 0.0,
     memory_bandwidth: float = math.inf,
 ) -> float:
-    r"""How long an exchange takes by a simple model: one bit pays where it is the shorter.
+    r"""The seconds of an exchange by a simple model. One bit pays if the vote takes less time.
 
     .. math:: T = \frac{8 b}{r} + n \ell + \frac{a}{w}
 
-    with b the bytes that a worker sends (:func:`wire_bytes`), r the rate of its link, n the number
-    of collectives (a mean has one, a vote two, or one where it gathers), l the time of a collective
-    that carries next to nothing, a the bytes of the updates, which a vote reads once more to pack
-    them, and w the bandwidth of a worker's memory. Counting and unpacking are left out: words are a
-    32nd of what the update of the parameters reads and writes anyway. So are the sums inside an
-    all-reduce, in favour of the mean, and whatever runs while the exchange does.
+    b is the bytes that a worker sends (:func:`wire_bytes`), and r is the rate of its link. n is the
+    number of collectives: a mean has one, a vote two, or one if it gathers. l is the time of an
+    almost empty collective. a is the bytes of the updates: a vote reads the updates once more to
+    pack them. w is the bandwidth of a worker's memory. The model ignores counting and unpacking:
+    the words are a 32nd of the bytes that the update of the parameters reads and writes. In the
+    mean's favour it ignores the sums inside an all-reduce. It ignores overlapping computation.
 
     Args:
-      tree: as in :func:`wire_bytes`. A mean of bf16 is that of a tree of bf16.
+      tree: see :func:`wire_bytes`. For a bf16 mean pass a tree of bf16.
       num_workers: M, the number of workers.
-      link_rate: bits per second that a worker can send, as it can receive at the same time.
-      scheme: as in :func:`wire_bytes`.
-      latency: seconds of an empty collective among so many workers.
+      link_rate: bits per second that a worker can send while it receives at the same rate.
+      scheme: see :func:`wire_bytes`.
+      latency: seconds of an empty collective among M workers.
       memory_bandwidth: bytes per second that a worker can read.
 
     Returns:
       Seconds.
 
     Raises:
-      ValueError: a rate is not above 0, or `latency` below it; or as in :func:`wire_bytes`.
+      ValueError: a rate is not above 0, or `latency` is below 0; or as in :func:`wire_bytes`.
       TypeError: as in :func:`wire_bytes`.
 
     Example:
@@ -205,36 +205,36 @@ def exchange_seconds(
 def opposes(state: Any, *, threshold: float = THRESHOLD) -> jax.Array:
     r"""Whether each worker has opposed the majority of the others for longer than chance explains.
 
-    With :math:`a_t` the share of a step's coordinates on which the worker agrees with a clear
-    majority of the others (:class:`signax.Agreement`), a vote with `agreement=True` keeps
+    Let :math:`a_t` be the share of a step's coordinates on which the worker agrees with a clear
+    majority of the others (:class:`signax.Agreement`). A vote with `agreement=True` keeps
 
     .. math:: s_t = \max\left(0,\ s_{t-1} + w_t (\tfrac{1}{2} - a_t - 0.1)\right)
 
-    (Page's test for a mean of a below 0.4) and a worker opposes the others once s is above the
-    threshold. The weight w is 1, or n / 16 where a is the share of n < 16 coordinates, which varies
-    more. Coordinates on which the worker's value is zero are not among them. The best that a worker
-    with nothing but noise can do is to agree on half. Workers whose shares are independent with
-    mean 1/2 and standard deviation :math:`\sigma` get so far in a step with a chance of about
-    :math:`\exp(-0.2 \cdot 1.25 / \sigma^2)`, 3e-8 at :math:`\sigma = 0.12`, which small batches
-    have at the end of training; momentum makes shares of successive steps alike and the chance
-    larger.
+    (Page's test for a mean of a below 0.4). A worker opposes the others once s is above the
+    threshold. The weight w is 1. If a is the share of only n < 16 coordinates, it varies more, and
+    the weight is n / 16. Coordinates on which the worker's value is zero are not counted. A worker
+    whose updates are pure noise agrees on half at best. If a worker's shares are independent with
+    mean 1/2 and standard deviation :math:`\sigma`, s exceeds 1.25 in a step with a chance of about
+    :math:`\exp(-0.2 \cdot 1.25 / \sigma^2)`, 3e-8 at :math:`\sigma = 0.12`, a value that small
+    batches reach at the end of training. Momentum makes successive shares alike, and raises the
+    chance.
 
-    On scikit-learn's digits, 8 workers with 16 images each, no worker came above 0.78 in six clean
-    runs of 1,000 steps (48,000 shares, with and without momentum), and one that inverts its
-    gradient was above 1.25 after 8 steps with momentum, and after 16 without. Where three of eight
-    invert theirs and go on voting, honest ones pass the threshold in the end too: exclude flagged
-    workers, by passing `active=~opposes(state)` to the next update. An excluded worker is not
-    measured, and stays excluded. No honest worker was flagged in 1,000 steps of synthetic gradients
-    with up to three of eight workers excluded and up to 90% of the coordinates zero, whether the
-    same ones on all workers or different ones on each.
+    Runs on scikit-learn's digits had 8 workers with 16 images each. In six clean runs of 1,000
+    steps (48,000 shares, with and without momentum) s stayed at 0.78 or below on every worker. On a
+    worker that inverts its gradient s was above 1.25 after 8 steps with momentum, after 16 without.
+    If three of eight workers invert gradients and go on voting, honest workers finally exceed the
+    threshold, too. Exclude flagged workers: pass `active=~opposes(state)` to the next update. An
+    excluded worker is not measured, and stays excluded. Synthetic gradients flagged no honest
+    worker in 1,000 steps, with up to three of eight workers excluded and up to 90% of coordinates
+    zero, the same coordinates on all workers or different coordinates on each.
 
     Args:
-      state: the state of a transformation or optimiser with one or more votes with `agreement=True`
-        in it, of one worker or, from :class:`signax.DataParallel`, of all.
-      threshold: what s must exceed, above 0.
+      state: the state of a transformation or optimiser that has one or more votes with
+        `agreement=True`: one worker's state or, from :class:`signax.DataParallel`, all workers'.
+      threshold: the bound that s must exceed, above 0.
 
     Returns:
-      bool[] for the state of one worker, bool[M] for that of all: true if by any of the votes.
+      bool[] for one worker's state, bool[M] for all workers': true if any vote finds opposition.
 
     Raises:
       ValueError: no vote in the state measures agreement, or `threshold` is not above 0.

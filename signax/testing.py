@@ -1,4 +1,4 @@
-"""Faulty workers, for tests and studies: what some of them pass off as their updates."""
+"""Faulty and adversarial workers, for tests and studies."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -37,37 +37,37 @@ def adversary(
     attack: Attack | Callable[[Any, jax.Array], Any],
     key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces the updates of some workers by those of an attacker, and passes on the others'.
+    r"""Replace some workers' updates by forged updates, and pass on the other workers' updates.
 
-    Put it first in a chain. With g a worker's own updates, S the workers that are honest:
+    Put it first in a chain. With g a worker's own updates and S the honest workers:
 
     ============= ==========================================================================
     `"invert"`    :math:`-g`
-    `"random"`    normal numbers, as large as each leaf of g in the root of its mean square
+    `"random"`    Gaussian noise with the root mean square of each leaf of g
     `"zero"`      0
     `"nan"`       NaN
     `"inf"`       infinity
-    `"scale"`     :math:`10^6 g` (in f16, which ends before, :math:`256 g`)
+    `"scale"`     :math:`10^6 g` (in f16, whose range is too small, :math:`256 g`)
     `"collude"`   :math:`-\operatorname{sign} \sum_{i \in S} \operatorname{sign}(g_i)`, the worst
-                  for a vote: attackers see everybody's ballots and cast theirs against them (+1
-                  where they cancel)
+                  case of a vote: attackers see every honest ballot and vote against their
+                  majority (+1 if honest ballots cancel)
     ============= ==========================================================================
 
     Args:
       axis_name: the mapped axis along which the workers lie, or a tuple of axes.
-      workers: the indices of the attackers along it.
-      attack: one of the above, or a function of a worker's updates and of a random key, another
-        one on each worker and step. For a blind multiplicative adversary
+      workers: the indices of the attackers along the axis.
+      attack: a name from the table, or a function of a worker's updates and a random key. The key
+        differs between workers and steps. A blind multiplicative adversary, for example, is
         `lambda g, key: jax.tree.map(lambda leaf: leaf * jax.random.normal(key, leaf.shape), g)`.
-        What it returns must have the shapes of the updates, and is cast to their dtypes.
-      key: a random key; `"random"` needs one. The same key makes the same attack.
+        The result must have the updates' shapes, and is cast to their dtypes.
+      key: a random key. `"random"` and functions need a key. Equal keys make equal attacks.
 
     Returns:
-      A transformation with an `AdversaryState` that keeps shapes and dtypes. `"collude"` takes an
-      all-reduce of whole numbers, which no other attack does.
+      A transformation with an `AdversaryState` that keeps shapes and dtypes. Only `"collude"`
+      communicates, in an all-reduce of whole numbers.
 
     Raises:
-      ValueError: `attack` is unknown, or a worker is named twice or is none of the axis; at the
+      ValueError: `attack` is unknown, or an index in `workers` is repeated or out of range; at the
         update, a function returns other shapes.
       TypeError: `key` is not a random key, or missing; at the update, a leaf is not floating-point.
       NameError: at the update, the axis is not bound.
@@ -126,7 +126,7 @@ def _forge(
     axis_name: Hashable,
     attacks: jax.Array,
 ) -> Any:
-    """What this worker sends if it attacks."""
+    """The forged updates of this worker, for the case that it attacks."""
     if not isinstance(attack, str):
         return attack(updates, key)
     if attack == "random":

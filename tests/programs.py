@@ -1,7 +1,7 @@
-"""Prints a digest of the program that each of a dozen configurations of signax builds.
+"""Print a digest of the program that signax builds for each of a dozen configurations.
 
 `test_programs.py` runs this file with several values of PYTHONHASHSEED, which sets the order of
-Python's sets. Processes of one run must build the same programs, or they wait for one another.
+Python's sets. All processes of a run must build equal programs. Otherwise the run hangs.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ EVERY_ORDER = {
 
 
 def vote_and_mean(axis_name, **options):
-    """Votes on some leaves and averages the others."""
+    """An optimiser that votes on some leaves and averages the others."""
     groups = {
         "vote": signax.signum(0.1, axis_name=axis_name, **options),
         "mean": optax.chain(signax.average_updates(axis_name), optax.adam(0.1)),
@@ -46,7 +46,7 @@ def scaled(axis_name, **options):
 
 
 SHARDED = {"param_specs": EVERY_ORDER}
-# The mesh, the type of its axes, the transformation over its workers, and DataParallel's options.
+# Each entry: the mesh, the type of its axes, the transformation, and DataParallel's options.
 CONFIGURATIONS = {
     "vote": ({"data": 8}, AUTO, voted("data"), {}),
     "vote on blocks": (INSIDE, AUTO, voted("data"), SHARDED),

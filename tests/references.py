@@ -1,6 +1,6 @@
 """The algorithms in NumPy, written from the papers and from the statement of the vote's rules.
 
-Nothing here uses the library. Arrays are f64 unless a dtype is part of what is stated.
+Nothing here uses the library. Arrays are f64, unless an algorithm prescribes another dtype.
 """
 
 from functools import partial
@@ -36,7 +36,7 @@ def places(step, num_workers, shuffled=False):
 
 
 def participants(values, active):
-    """Which of M workers take part: those that are active and whose values are all finite."""
+    """Whether each of M workers takes part: it must be active, and all its values finite."""
     takes_part = np.isfinite(values).all(axis=1)
     return takes_part if active is None else takes_part & np.asarray(active)
 
@@ -76,7 +76,7 @@ def vote(values, step=0, zeros="dither", ties="dither", active=None, drift=0, sh
 class DitherMemory:
     """The memory of a vote: the drift of dead coordinates of even index, and the first absence.
 
-    After the pair of steps with the first absence, places are shuffled.
+    After the pair of steps that has the first absence, places are shuffled.
     """
 
     def __init__(self):
@@ -87,7 +87,7 @@ class DitherMemory:
         return {"drift": self.drift, "shuffled": step // 2 > self.first_missed}
 
     def advance(self, step, takes_part):
-        """Remembers a step, from bool[M]."""
+        """Record a step, where bool[M] says which workers took part."""
         dead = np.zeros((len(takes_part), 1))
         self.drift += vote(dead, step, active=takes_part, **self.at(step))[0]
         if not np.all(takes_part):
@@ -95,7 +95,7 @@ class DitherMemory:
 
 
 def votes(values, active=None):
-    """The decisions of a vote that remembers its dither: [T, d], from [T, M, d] values."""
+    """The decisions of a vote with a dither memory: [T, d], from [T, M, d] values."""
     memory, decisions = DitherMemory(), []
     for step, rows in enumerate(values):
         takes_part = participants(rows, None if active is None else active[step])
@@ -105,10 +105,10 @@ def votes(values, active=None):
 
 
 def agreements(values, active=None):
-    """Counts, for each of M workers, the coordinates on which it agrees and disagrees: [M, 2].
+    """Count, for each of M workers, the coordinates on which it agrees and disagrees: [M, 2].
 
-    A worker is compared with the others where their signs add up to 3 or more, or to -3 or less.
-    Zeros and excluded workers count for nothing.
+    A worker is compared with the others on coordinates where the others' signs add up to 3 or more,
+    or to -3 or less. Zeros and excluded workers are not counted.
     """
     values = np.asarray(values, np.float64)
     signs = np.sign(np.where(participants(values, active)[:, None], values, 0))
@@ -118,13 +118,13 @@ def agreements(values, active=None):
 
 
 def mean_of_signs(values, step=0, zeros="dither", active=None):
-    """The mean ballot of the workers that take part, from values [M, d]; 0 without any."""
+    """The mean ballot of the workers that take part, from values [M, d]; 0 if there are none."""
     ballots = cast(values, step, zeros, active)
     return ballots.mean(axis=0) if len(ballots) else np.zeros(ballots.shape[1])
 
 
 def mean(values, active=None):
-    """The mean over the workers that take part, from values [M, d]; 0 without any."""
+    """The mean over the workers that take part, from values [M, d]; 0 if there are none."""
     values = np.asarray(values, np.float64)
     takes_part = participants(values, active)
     return values[takes_part].mean(axis=0) if takes_part.any() else np.zeros(values.shape[1])
@@ -134,9 +134,9 @@ def mean(values, active=None):
 
 
 def ballots(values, zeros, ties, coin=0):
-    """A worker's bits for +1, and with "abstain" for -1: a list of bool[...] of the same shape.
+    """A worker's bits for +1, and with "abstain" for -1: a list of bool[...] like the values.
 
-    The coin is added to the parity of a coordinate for zero ballots. With dithered ties the bits of
+    For zero ballots the coin is added to the parity of a coordinate. With dithered ties the bits of
     odd coordinates are inverted.
     """
     values = np.asarray(values, np.float64)
@@ -150,9 +150,9 @@ def ballots(values, zeros, ties, coin=0):
 
 
 def packed(bits, axis=0, rows=None):
-    """Words of an array that is cut along an axis into 32 blocks of `rows` rows, with padding.
+    """Words of an array that is cut along an axis into 32 slabs of `rows` rows, with padding.
 
-    Bit b of word w is coordinate w of block b. By default blocks are as short as possible.
+    Bit b of word w is coordinate w of slab b. By default slabs are as short as possible.
     """
     rows = -(-bits.shape[axis] // 32) if rows is None else rows
     places = np.arange(bits.shape[axis])
@@ -179,7 +179,7 @@ def unpacked(words):
 
 
 def by_tiles(words, shape):
-    """Words in the order of tiles of 8 x 128 of the last two axes."""
+    """Words in the order of tiles: 8 x 128 words along the last two axes."""
     *first, row, column = np.unravel_index(np.arange(words.size), shape)
     order = np.lexsort([column % 128, row % 8, column // 128, row // 8, *reversed(first)])
     return words[order]
@@ -189,14 +189,14 @@ def by_tiles(words, shape):
 
 
 def warmup_steps(b1, horizon=100_000):
-    """The paper's C(b1): the first k from which both conditions hold, up to a horizon."""
+    """The paper's C(b1): the first k from which on both conditions hold, up to a horizon."""
     k = np.arange(horizon)
     filled = (k / 2 * b1**k <= 1 / ((1 - b1**2) * (k + 1))) & (b1 ** (k + 1) <= 0.5)
     return 0 if filled.all() else int(np.flatnonzero(~filled)[-1]) + 1
 
 
 def signum(gradients, b1, warmup=0, nesterov=False):
-    """The signs that Signum follows, with `warmup` first steps on the gradient's own sign."""
+    """The signs that Signum follows. The first `warmup` steps follow the gradient's own sign."""
     momentum, signs = np.zeros_like(gradients[0]), []
     for t, gradient in enumerate(gradients):
         momentum = b1 * momentum + (1 - b1) * gradient
@@ -227,7 +227,7 @@ def descend(params, directions, learning_rates, weight_decay=0.0):
 
 
 def scaled_sign(values, block="leaf"):
-    """mean |p| sign(p) over blocks of one array; for "tree" over a list of arrays."""
+    """mean |p| sign(p) over blocks of an array, or with "tree" over a list of arrays."""
     if block == "tree":
         scale = np.abs(np.concatenate([leaf.ravel() for leaf in values])).mean()
         return [scale * np.sign(leaf) for leaf in values]
@@ -269,14 +269,14 @@ def ef_sign_sgd(params, gradients, learning_rate):
     return np.array(steps)
 
 
-# Both directions: Zheng, Huang and Kwok 2019 (arXiv 1905.10936), over M workers that serve parts.
+# Feedback in both directions: Zheng, Huang and Kwok 2019 (arXiv 1905.10936). M workers serve parts.
 
 
 def columns(shape):
-    """The even number of columns of a leaf that is laid out as a matrix of 32 rows.
+    """The number of columns, always even, of a leaf that is laid out as a matrix of 32 rows.
 
-    A row consists of whole slices along the first axis, preferably a multiple of 8, unless padding
-    would exceed a 64th.
+    A row consists of whole slices along the first axis, preferably a multiple of 8 slices, unless
+    padding would exceed a 64th.
     """
     size = int(np.prod(shape))
     if len(shape) > 1 and size:
@@ -305,19 +305,19 @@ def blocks(shape, num_workers, block):
 
 
 def signed_blocks(values, block, parity):
-    """mean |p| over each block times the sign of each coordinate; zeros with even parity are +."""
+    """The mean |p| of a block times the sign of each coordinate. Zeros of even parity are +."""
     signs = np.where(values == 0, np.where(parity % 2 == 0, 1, -1), np.sign(values))
     number = np.bincount(block)
     return np.bincount(block, np.abs(values))[block] / number[block] * signs
 
 
-# Uniform quantisers of a Gaussian: Max 1960, table II. Half of the step for 4 and 16 levels, in
-# units of the mean magnitude, which is sqrt(2 / pi) standard deviations.
+# Uniform quantisers of a Gaussian: Max 1960, table II. The values are half the step for 4 and 16
+# levels, in units of the mean magnitude, which is sqrt(2 / pi) standard deviations.
 HALF_STEPS = {2: 0.9957 / 2 / 0.79788, 4: 0.3352 / 2 / 0.79788}
 
 
 def quantized_blocks(values, block, parity, bits):
-    """The nearest of 2^bits odd multiples of a scale, with the signs of `signed_blocks`."""
+    """Each value's nearest of 2^bits odd multiples of a scale, signed as in `signed_blocks`."""
     scaled = signed_blocks(values, block, parity)
     scale = HALF_STEPS[bits] * np.abs(scaled)
     safe = np.where(scale > 0, scale, 1)
@@ -326,13 +326,13 @@ def quantized_blocks(values, block, parity, bits):
 
 
 def mean_of_scaled_signs(leaves, feedback="both", block=None, decay=1.0, active=None, bits=1):
-    """Updates and memories after each of T steps, from lists of leaves [M, ...] for each step.
+    """Updates and memories after each of T steps, from a list of leaves [M, ...] for each step.
 
-    With more than one bit values are quantised by `quantized_blocks`.
+    With more than one bit, `quantized_blocks` quantises the values.
 
     Returns:
-      For each step and leaf, of d coordinates in row-major order, a triple: the update [d], the
-      workers' memories [M, d], the servers' [d].
+      For each step and each leaf of d coordinates, in row-major order, a triple: the update [d],
+      the workers' memories [M, d], and the servers' memories [d].
     """
     num_workers, shapes = len(leaves[0][0]), [leaf.shape[1:] for leaf in leaves[0]]
     leaves = [[leaf.reshape(num_workers, -1) for leaf in step] for step in leaves]
@@ -380,7 +380,7 @@ def momenta(gradients, b1):
 
 
 def stochastic_sign_mean(values, norm="l2"):
-    """The mean 2 P(+1) - 1 of each sign, with P(+1) = 1/2 + g / (2 norm), clipped at a bound."""
+    """The mean of each sign, 2 P(+1) - 1, with P(+1) = 1/2 + g / (2 norm), clipped at a bound."""
     largest = np.abs(values).max()
     if largest == 0:
         return np.zeros_like(values)

@@ -158,4 +158,16 @@ def test_a_run_of_version_0_1_0_goes_on(name, old_checkpoints):
     tx = old_checkpoint.data_parallel(name)
     first, last = old_checkpoint.SAVED_AT, old_checkpoint.STOP
     params, state = old_checkpoint.advance(tx, saved["params"], saved["state"], first, last)
-    chex.assert_trees_all_equal({"params": params, "state": state}, expected)
+    found = {"params": params, "state": state}
+    # Programs of other versions of XLA may round otherwise.
+    chex.assert_trees_all_close(*map(numbers, (found, expected)), rtol=1e-5, atol=1e-6)
+
+
+def numbers(tree):
+    """A tree with the numbers in its keys."""
+
+    def number(leaf):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+
+    return jax.tree.map(number, tree)

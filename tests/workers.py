@@ -1,4 +1,4 @@
-"""Meshes of workers, and functions of one worker mapped over M workers in each of JAX's ways."""
+"""Meshes of workers, and maps of a worker's function over M workers in each of JAX's ways."""
 
 import math
 
@@ -23,9 +23,10 @@ def auto_mesh(sizes):
 
 
 def on_workers(kind, function, num_workers):
-    """Maps a function of one worker's values to a function of rows, with one shared result.
+    """Map a function of one worker's values to a function of rows, with one shared result.
 
-    Under `shard_map` JAX's types prove that workers share the result; else rows are compared.
+    Under `shard_map` JAX's types prove that all workers have an equal result. Other maps compare
+    the rows.
     """
     if kind == "shard_map":
         mesh = auto_mesh({AXIS: num_workers})
@@ -45,7 +46,7 @@ def on_workers(kind, function, num_workers):
 
 
 def rows_of_workers(kind, function, num_workers):
-    """Maps a function of one worker's values to a function of rows, with one row per worker."""
+    """Map a function of one worker's values to a function of rows, with one row per worker."""
     if kind == "shard_map":
 
         def local(*rows):
@@ -67,7 +68,7 @@ def one_of_equals(rows):
 
 
 def assert_same_on_all_devices(tree, num_devices=8):
-    """Compares the devices' copies of every array bit for bit."""
+    """Assert that the devices' copies of every array are equal bit for bit."""
     for leaf in jax.tree.leaves(tree):
         shards = leaf.addressable_shards
         assert len(shards) == num_devices
@@ -75,7 +76,7 @@ def assert_same_on_all_devices(tree, num_devices=8):
 
 
 def large_floating(compiled, elements=8):
-    """The collectives of a compiled program that send larger floating-point arrays."""
+    """A compiled program's collectives with more than `elements` floating-point elements."""
     return [
         record
         for record in diagnostics.collectives(compiled)

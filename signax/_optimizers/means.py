@@ -1,4 +1,4 @@
-"""Optimisers by mean over workers: stochastic signs with momentum, and error feedback."""
+"""Optimisers that apply means over workers: SSDM, and signSGD with error feedback."""
 
 from collections.abc import Hashable
 from typing import Any, Literal, cast
@@ -34,29 +34,29 @@ def ssdm(
     transport: Transport = "auto",
     split_over: Hashable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Stochastic sign descent with momentum (SSDM), over the workers of an axis by mean of signs.
+    r"""Stochastic sign descent with momentum (SSDM) by the mean of signs of an axis's workers.
 
     .. math:: m_i \leftarrow \beta m_i + (1 - \beta) g_i, \quad
       x \leftarrow x - \alpha \left( \frac{1}{|S|} \sum_{i \in S} s_i + \lambda x \right), \quad
       E[s_i] = \frac{m_i}{\lVert m_i \rVert}
 
-    with random signs :math:`s_i` of each worker's own momentum, so that the mean of the signs is
-    right on average. The norm is that of a leaf. A worker whose gradient is not finite is out and
-    keeps its momentum. The revised analysis of the paper holds for workers whose gradients are
-    unbiased for the same objective.
+    Each worker draws random signs :math:`s_i` from its own momentum. Their mean is unbiased. The
+    norm is taken over a leaf. A worker whose gradient is not finite is excluded from S, and keeps
+    its momentum. The paper's revised analysis requires that all workers' gradients are unbiased for
+    one objective.
 
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule.
       key: a random key, the same on every worker.
-      beta: the decay :math:`\beta` of the momentum, in [0, 1). The paper takes
-        :math:`1 - K^{-1/2}`, and :math:`K^{-3/4}` for the step size, over K steps.
+      beta: the decay :math:`\beta` of the momentum, in [0, 1). For K steps the
+        paper takes :math:`1 - K^{-1/2}`, and the step size :math:`K^{-3/4}`.
       norm: see :func:`signax.scale_by_stochastic_sign`.
-      accumulator_dtype: the dtype of the momentum; by default that of the parameters.
+      accumulator_dtype: the dtype of the momentum; by default the parameters' dtype.
       weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate, added
         after the mean.
-      mask: which leaves decay: a tree of booleans, or a function of the parameters that gives one.
+      mask: which leaves decay: a tree of booleans, or a function from parameters to such a tree.
       axis_name: the mapped axis along which the workers lie; `None` for one worker.
-      zeros: see :func:`signax.mean_signs`. Only a leaf of zeros has a zero for a sign.
+      zeros: see :func:`signax.mean_signs`. Only an all-zero leaf has zero ballots.
       transport: see :func:`signax.mean_signs`.
       split_over: see :func:`signax.mean_signs`.
 
@@ -113,32 +113,32 @@ def ef_sign_sgd(
     feedback: Feedback = "both",
     num_workers: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""signSGD with error feedback, over the workers of an axis with feedback in both directions.
+    r"""signSGD with error feedback, for one worker or for the mean of the workers along an axis.
 
     .. math:: m \leftarrow g + \mu m, \quad p = m + e, \quad
       u = \frac{\lVert p \rVert_1}{d} \operatorname{sign}(p), \quad
       e \leftarrow p - u, \quad x \leftarrow x - \alpha (u + \lambda x)
 
-    for one worker. Over workers each compresses its own p, and servers compress the mean of what
-    was sent with memories of their own, see :func:`signax.mean_scaled_signs`; a worker whose
-    gradient is not finite is left out and keeps its momentum and memory.
+    The formulas are for one worker. With an axis each worker compresses its own p. Servers have
+    memories too, and compress the mean of the messages: see :func:`signax.mean_scaled_signs`. A
+    worker whose gradient is not finite is excluded, and keeps its momentum and memory.
 
-    It converges like gradient descent where the sign alone does not, so learning rates are those of
-    gradient descent, not of signSGD. The paper keeps the memory in units of the learning rate; here
-    it is in units of the gradient, which is the same for a constant learning rate, and right under
-    a schedule.
+    Unlike signs alone, signs with feedback converge like gradient descent. Use learning rates of
+    gradient descent, not of signSGD. The paper's memory contains the learning rate. Here the memory
+    is in units of the gradient: both agree for a constant learning rate, and this is also right
+    under a schedule.
 
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule.
       momentum: the decay :math:`\mu` of the momentum, as in `optax.sgd`; `None` keeps none.
-      nesterov: whether p is made of :math:`g + \mu m` in place of m.
-      block: what shares one scale, see :func:`signax.scale_by_scaled_sign`; over workers `"leaf"`
-        or a number, see :func:`signax.mean_scaled_signs`.
+      nesterov: whether :math:`g + \mu m` replaces m in p.
+      block: the coordinates that share a scale, see :func:`signax.scale_by_scaled_sign`; with an
+        axis `"leaf"` or a number, see :func:`signax.mean_scaled_signs`.
       decay: see :func:`signax.error_feedback`.
-      accumulator_dtype: the dtype of momentum and memories; by default that of the parameters.
-      weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate; it does not
-        enter the memory.
-      mask: which leaves decay: a tree of booleans, or a function of the parameters that gives one.
+      accumulator_dtype: the dtype of momentum and memories; by default the parameters' dtype.
+      weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate. The decay
+        does not enter the memory.
+      mask: which leaves decay: a tree of booleans, or a function from parameters to such a tree.
       axis_name: the mapped axis along which the workers lie; `None` for one worker.
       feedback: see :func:`signax.mean_scaled_signs`.
       num_workers: see :func:`signax.mean_scaled_signs`.
@@ -174,7 +174,7 @@ def ef_sign_sgd(
         options = MeanOptions(
             axis_name,
             feedback,
-            cast(Any, block),  # which refuses what only one worker can have
+            cast(Any, block),  # `averaged` raises for a block that needs one worker.
             decay,
             accumulator_dtype=accumulator_dtype,
             num_workers=num_workers,

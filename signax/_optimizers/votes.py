@@ -1,4 +1,4 @@
-"""Optimisers by majority vote: signSGD, Signum and Lion. Only optimisers have a learning rate."""
+"""Optimisers that apply majority votes: signSGD, Signum and Lion, each with a learning rate."""
 
 import math
 from collections.abc import Callable, Hashable
@@ -23,10 +23,10 @@ def descend(
     weight_decay: optax.ScalarOrSchedule,
     mask: Mask,
 ) -> optax.GradientTransformationExtraArgs:
-    """Chains a direction, decoupled weight decay and the learning rate."""
+    """Chain a direction, decoupled weight decay and the learning rate."""
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, low=-math.inf)
-    if isinstance(mask, (bool, jax.Array)):  # what a function gives for a number of steps
+    if isinstance(mask, (bool, jax.Array)):  # A mask function returned it for a step count.
         raise TypeError(
             f"mask={mask!r} must be a tree of booleans like the parameters, or a function: list "
             "'mask' in the static_args of optax.inject_hyperparams, which takes it for a schedule"
@@ -36,13 +36,13 @@ def descend(
     else:
         check_number("weight_decay", weight_decay, low=0)
         decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
-    # Without a decay no parameters are needed.
+    # `optax.add_decayed_weights` raises without parameters, even if the decay is 0.
     decay = _add_decay(weight_decay, mask) if decays else optax.identity()
     return optax.chain(direction, decay, optax.scale_by_learning_rate(learning_rate))
 
 
 def _add_decay(weight_decay: Any, mask: Mask) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights`, but raises where parameters would broadcast silently."""
+    """`optax.add_decayed_weights` that raises if a parameter would silently broadcast."""
     decay = optax.add_decayed_weights(weight_decay, mask)
 
     def update_fn(updates: optax.Updates, state: Any, params: Any = None):
@@ -56,7 +56,7 @@ def _add_decay(weight_decay: Any, mask: Mask) -> optax.GradientTransformation:
 def _voted(
     signs: optax.GradientTransformation, axis_name: Hashable | None, **options: Any
 ) -> optax.GradientTransformation:
-    """Lets the workers along an axis vote on their signs; without an axis there is one worker."""
+    """The vote of the workers along an axis on their signs. Without an axis there is one worker."""
     if axis_name is not None:
         return voted(signs, make_vote(axis_name, **options))
     defaults = {
@@ -76,7 +76,7 @@ def _voted(
 
 
 def _check_params(updates: Any, params: Any) -> None:
-    """Raises if parameters are not like their updates; an update may be `None`, as in Optax."""
+    """Raises if updates and parameters differ in shape or structure. An update may be `None`."""
 
     def check(path: Any, update: Any, param: Any):
         if update is not None and jnp.shape(update) != jnp.shape(param):
@@ -110,18 +110,18 @@ def sign_sgd(
     split_over: Hashable | None = None,
     agreement: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""signSGD, over the workers of an axis by majority vote.
+    r"""signSGD by majority vote of the workers along an axis.
 
     .. math:: x \leftarrow x - \alpha \left( \operatorname{sign} \sum_i \operatorname{sign}(g_i)
       + \lambda x \right)
 
-    Without an axis it is numerically `optax.sign_sgd`.
+    Without an axis the updates equal `optax.sign_sgd`'s.
 
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule.
       weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate, added
         after the vote.
-      mask: which leaves decay: a tree of booleans, or a function of the parameters that gives one.
+      mask: which leaves decay: a tree of booleans, or a function from parameters to such a tree.
       axis_name: the mapped axis along which the workers lie; `None` for one worker.
       zeros: see :func:`signax.majority_vote`.
       ties: see :func:`signax.majority_vote`.
@@ -176,24 +176,24 @@ def signum(
     split_over: Hashable | None = None,
     agreement: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Signum, signSGD with momentum, over the workers of an axis by majority vote.
+    r"""Signum, signSGD with momentum, by majority vote of the workers along an axis.
 
     .. math:: m_i \leftarrow \beta m_i + (1 - \beta) g_i, \quad
       x \leftarrow x - \alpha \left( \operatorname{sign} \sum_i \operatorname{sign}(m_i)
       + \lambda x \right)
 
-    Each worker keeps a momentum of its own. Without an axis it is numerically `optax.signum`. A
-    worker whose gradient is not finite is left out of the vote and keeps its momentum.
+    Each worker keeps its own momentum. Without an axis the updates equal `optax.signum`'s. A
+    worker whose gradient is not finite is excluded from the vote, and keeps its momentum.
 
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule.
       beta: the decay :math:`\beta` of the momentum, in [0, 1).
       warmup: see :func:`signax.scale_by_signum`.
       nesterov: see :func:`signax.scale_by_signum`.
-      accumulator_dtype: the dtype of the momentum; by default that of the parameters.
+      accumulator_dtype: the dtype of the momentum; by default the parameters' dtype.
       weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate, added
         after the vote.
-      mask: which leaves decay: a tree of booleans, or a function of the parameters that gives one.
+      mask: which leaves decay: a tree of booleans, or a function from parameters to such a tree.
       axis_name: the mapped axis along which the workers lie; `None` for one worker.
       zeros: see :func:`signax.majority_vote`.
       ties: see :func:`signax.majority_vote`.
@@ -252,24 +252,24 @@ def lion(
     split_over: Hashable | None = None,
     agreement: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Lion, over the workers of an axis by majority vote.
+    r"""Lion by majority vote of the workers along an axis.
 
     .. math:: c_i = \beta_1 m_i + (1 - \beta_1) g_i, \quad
       m_i \leftarrow \beta_2 m_i + (1 - \beta_2) g_i, \quad
       x \leftarrow x - \alpha \left( \operatorname{sign} \sum_i \operatorname{sign}(c_i)
       + \lambda x \right)
 
-    Each worker keeps a momentum of its own. Without an axis it is numerically `optax.lion`. A
-    worker whose gradient is not finite is left out of the vote and keeps its momentum.
+    Each worker keeps its own momentum. Without an axis the updates equal `optax.lion`'s. A
+    worker whose gradient is not finite is excluded from the vote, and keeps its momentum.
 
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule.
       b1: the weight :math:`\beta_1` of the momentum in the direction, in [0, 1).
       b2: the decay :math:`\beta_2` of the momentum, in [0, 1).
-      mu_dtype: the dtype of the momentum; by default that of the parameters.
+      mu_dtype: the dtype of the momentum; by default the parameters' dtype.
       weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate, added
         after the vote.
-      mask: which leaves decay: a tree of booleans, or a function of the parameters that gives one.
+      mask: which leaves decay: a tree of booleans, or a function from parameters to such a tree.
       axis_name: the mapped axis along which the workers lie; `None` for one worker.
       zeros: see :func:`signax.majority_vote`.
       ties: see :func:`signax.majority_vote`.

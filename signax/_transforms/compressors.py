@@ -1,4 +1,4 @@
-"""Compressors: transformations that keep little of an update, and know nothing of the past."""
+"""Compressors: transformations that keep a small part of each update, without any memory."""
 
 import functools
 import math
@@ -28,25 +28,25 @@ Block = Literal["leaf", "tree", "row"] | int
 
 
 def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformationExtraArgs:
-    r"""Replaces updates by their signs times their mean magnitude.
+    r"""Replace updates by their signs times their mean magnitude.
 
     .. math:: u = \frac{\lVert p \rVert_1}{d} \operatorname{sign}(p)
 
     for each block p of d coordinates. The error :math:`\lVert u - p \rVert^2` is
-    :math:`1 - \phi(p)` of :math:`\lVert p \rVert^2`, with :math:`\phi` the density that
-    :func:`signax.diagnostics.density` computes.
+    :math:`1 - \phi(p)` of :math:`\lVert p \rVert^2`. :func:`signax.diagnostics.density` computes
+    the density :math:`\phi`.
 
     Args:
-      block: what shares one scale: `"leaf"`, each array (the paper's layers); `"tree"`, all of
-        them; `"row"`, the last axis of each array; or a number of consecutive coordinates in
-        row-major order, of which an array's last block may have fewer.
+      block: the coordinates that share a scale: `"leaf"`, an array (the paper's layers); `"tree"`,
+        all arrays; `"row"`, the last axis of an array; or a number of consecutive coordinates in
+        row-major order. The last block of an array may have fewer coordinates.
 
     Returns:
       A stateless transformation that keeps shapes and dtypes. Means are accumulated in at least
-      f32; leaves of size 0 pass; the sign of 0 is 0.
+      f32. Leaves of size 0 pass through. The sign of 0 is 0.
 
     Raises:
-      ValueError: `block` is none of the above.
+      ValueError: `block` has another value.
       TypeError: `block` is traced; at the update, a leaf is not floating-point.
 
     Examples:
@@ -98,12 +98,12 @@ def _scaled_sign(p: jax.Array, block: Block) -> jax.Array:
 
 
 def _signed(scale: jax.Array, p: jax.Array) -> jax.Array:
-    # The scale of a tree may be beyond the range of one of its leaves.
+    # The scale of a tree may exceed the range of a leaf's dtype.
     return narrow(scale * jnp.sign(p).astype(scale.dtype), p.dtype)
 
 
 def _block_means(values: jax.Array, block: int) -> jax.Array:
-    """The mean of each coordinate's block: f[n] to f[n]; the last block may be short."""
+    """The mean of each coordinate's block, f[n] to f[n]. The last block may be short."""
     blocks = math.ceil(values.size / block)
     padded = jnp.pad(values, (0, blocks * block - values.size))
     sizes = jnp.minimum(block, values.size - block * jnp.arange(blocks))
@@ -129,25 +129,25 @@ def scale_by_stochastic_sign(
     norm: Literal["l2", "linf"] | float = "l2",
     axis_name: Hashable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces updates by random signs that are right on average.
+    r"""Replace updates by random signs that are unbiased up to the norm.
 
     .. math:: P(u_j = +1) = \frac{1}{2} + \frac{g_j}{2 \lVert g \rVert}, \quad u_j = -1
       \text{ otherwise}, \quad \text{so that} \quad E[u] = \frac{g}{\lVert g \rVert}
 
-    for each array g. With :math:`\ell_\infty` or a bound in place of the :math:`\ell_2` norm the
-    signs are less noisy.
+    for each array g. The signs are less noisy with :math:`\ell_\infty` or a bound than with the
+    :math:`\ell_2` norm.
 
     Args:
-      key: a random key. Every worker must be given the same one.
-      norm: `"l2"`, `"linf"`, or a positive bound B on the magnitudes, beyond which a coordinate
-        is clipped: its sign is then certain, and its mean g/B is not reached.
-      axis_name: the mapped axis along which workers lie, whose index is folded into the key, so
-        that they draw independently while the state stays the same on all of them. Without it
-        workers with the same key draw the same numbers.
+      key: a random key, the same on every worker.
+      norm: `"l2"`, `"linf"`, or a positive bound B on the magnitudes. A coordinate beyond the
+        bound is clipped: its sign is certain, and biased, since the mean cannot be g/B.
+      axis_name: the mapped axis along which the workers lie. A worker's index along the axis is
+        folded into the key: draws are independent, and the state is the same on all workers.
+        Without an axis, workers with equal keys draw equal numbers.
 
     Returns:
-      A transformation with a `ScaleByStochasticSignState`. An all-zero leaf gives 0, and a
-      coordinate that is not finite NaN (with a norm, its whole leaf).
+      A transformation with a `ScaleByStochasticSignState`. An all-zero leaf gives 0. A coordinate
+      that is not finite gives NaN, with `"l2"` or `"linf"` on its whole leaf.
 
     Raises:
       ValueError: `norm` is unknown or not positive.
@@ -199,7 +199,7 @@ def _stochastic_sign(g: jax.Array, key: jax.Array, norm: str | float) -> jax.Arr
         return g
     wide = g.astype(wide_dtype(g.dtype))
     if isinstance(norm, str):
-        mean = relative_to_peak(wide)  # of the sign
+        mean = relative_to_peak(wide)  # the mean of the sign
         if norm == "l2":
             length = jnp.sqrt(jnp.sum(jnp.square(mean)))
             mean = mean / jnp.where(length == 0, jnp.ones_like(length), length)
@@ -214,15 +214,15 @@ def _stochastic_sign(g: jax.Array, key: jax.Array, norm: str | float) -> jax.Arr
 
 
 def scale_by_top_k(fraction: float) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps the largest coordinates of each leaf and sets the others to zero.
+    r"""Keep the largest coordinates of each leaf and set the others to zero.
 
-    The k = ceil(fraction * d) coordinates of largest magnitude stay, the earlier one of equals. Its
-    error is at most :math:`1 - k/d` of the squared norm, so that :func:`signax.error_feedback`
-    makes up for it.
+    The k = ceil(fraction * d) coordinates of largest magnitude stay, earlier ones first in ties.
+    The squared error is at most :math:`1 - k/d` of the squared norm. This bound lets
+    :func:`signax.error_feedback` correct the error.
 
     Args:
-      fraction: the share of each leaf's coordinates to keep, above 0 and at most 1. A JAX array, as
-        under `optax.inject_hyperparams`, is as exact as its dtype: six digits in f32.
+      fraction: the share of each leaf's coordinates to keep, above 0 and at most 1. A JAX
+        array, as with `optax.inject_hyperparams`, is as exact as its dtype: six digits in f32.
 
     Returns:
       A stateless transformation that keeps shapes and dtypes.
@@ -270,16 +270,16 @@ class ScaleByRandomKState(NamedTuple):
 
 
 def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps random coordinates of each leaf and sets the others to zero.
+    r"""Keep random coordinates of each leaf and set the others to zero.
 
-    Of d coordinates k = ceil(fraction * d) stay as they are, drawn anew at every step. Its error is
-    on average :math:`1 - k/d` of the squared norm, so that :func:`signax.error_feedback` makes up
-    for it; it is not scaled by d/k, which would make it unbiased and that bound false.
+    Every step draws k = ceil(fraction * d) of d coordinates. The squared error is on average
+    :math:`1 - k/d` of the squared norm. The bound lets :func:`signax.error_feedback` correct the
+    error. Updates are not scaled by d/k: scaling makes them unbiased, but breaks the bound.
 
     Args:
-      fraction: the share of each leaf's coordinates to keep, above 0 and at most 1. A JAX array, as
-        under `optax.inject_hyperparams`, is as exact as its dtype: six digits in f32.
-      key: a random key. Workers that are given the same one keep the same coordinates.
+      fraction: the share of each leaf's coordinates to keep, above 0 and at most 1. A JAX
+        array, as with `optax.inject_hyperparams`, is as exact as its dtype: six digits in f32.
+      key: a random key. Workers with equal keys keep the same coordinates.
 
     Returns:
       A transformation with a `ScaleByRandomKState` that keeps shapes and dtypes.
@@ -324,10 +324,10 @@ def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransfor
 
 
 def _num_kept(fraction: Any, size: int) -> Any:
-    """ceil(fraction * size), of the decimal number that `fraction` was written as.
+    """ceil(fraction * size), where `fraction` is taken as the decimal number in the user's code.
 
-    A JAX array, traced or not, is as exact as its dtype: f32 keeps up to 3 coordinates in ten
-    million fewer. A number of Python or NumPy is exact.
+    A JAX array, traced or not, is as exact as its dtype: with f32 up to 3 coordinates in ten
+    million are missing. A Python or NumPy number is exact.
     """
     if isinstance(fraction, jax.Array):
         if not jnp.issubdtype(fraction.dtype, jnp.floating):
@@ -344,7 +344,7 @@ def _num_kept(fraction: Any, size: int) -> Any:
 
 
 def _keep_first(leaf: jax.Array, order: jax.Array, fraction: Any) -> jax.Array:
-    """Keeps the coordinates that stand among the first of `order`, a fraction of all."""
+    """Keep the coordinates at the front of `order`, a fraction of all, and zero the others."""
     first = jnp.arange(order.size) < _num_kept(fraction, leaf.size)
     kept = jnp.zeros(leaf.size, jnp.bool_).at[order].set(first)
     return jnp.where(kept.reshape(leaf.shape), leaf, 0)
