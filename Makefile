@@ -32,7 +32,7 @@ demo: .venv/examples  ## train on eight simulated workers, averaged and voted, a
 notebooks: .venv/notebooks  ## run the notebooks' paired text, and write them with what it gives
 	cd notebooks && ../.venv/bin/jupytext --quiet --to ipynb --execute [0-9]*.py
 
-test: lint  ## lint, types and the tests that matter most, at the newest jax: 8 minutes on two cores
+test: lint  ## lint, types and the tests that matter most, at the newest jax: 12 minutes on two cores
 	$(UNOPTIMISED) .venv/bin/python $(PYTEST) -m "$(QUICK)"
 
 test-all: test test-rest  ## run everything, at the newest jax and at the oldest

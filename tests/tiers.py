@@ -1,6 +1,6 @@
 """What `make test` leaves out, and what each of these tests alone catches.
 
-`make test` must stay below 8 minutes on two cores from a fresh clone, so it runs the tests that
+`make test` should take 8 minutes on two cores from a fresh clone, so it runs the tests that
 catch most. `THOROUGH` tests repeat a property over more cases than a quick test does, or check a
 property that few changes touch; conftest.py marks them. `SLOW` tests take many seconds or start
 processes; they are marked where they stand. `make test-all` runs everything.
