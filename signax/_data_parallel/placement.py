@@ -235,8 +235,8 @@ def rows_in(state: Any, layout: Layout, num_workers: int) -> int:
     structure = jax.tree.structure(state)
     if structure != layout.structure:
         raise ValueError(
-            f"state and params do not belong together: state is {structure}, but that of these "
-            f"params is {layout.structure}; make it with init on the same parameters"
+            f"state and params do not belong together: state is {structure}, but these params have "
+            f"the state {layout.structure}; make it with init on the same parameters"
         )
     for array, leaf in zip(jax.tree.leaves(state), layout.leaves, strict=True):
         if leaf.per_worker:
@@ -295,9 +295,9 @@ def _has_a_way(node: Any) -> bool:
 def resize_rows(rows: jax.Array, num_workers: int) -> jax.Array:
     """Deals the rows of M workers, [M, ...], out to another number of workers.
 
-    Floating-point rows are averaged. A key is that of the worker who was there, with the new index
-    folded in, and so is u32 in the shape of a raw key. Integers and booleans are taken over from
-    the worker who was there.
+    Each new row is the mean of floating-point rows. Each worker takes over keys, integers and
+    booleans from the worker who was there before, and folds its index into keys. An array of uint32
+    in the shape of a raw key counts as a key.
     """
     old = len(rows)
     if jnp.issubdtype(rows.dtype, jnp.floating):

@@ -64,7 +64,7 @@ def ssdm(
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range, or an option of the mean is given without an axis.
+      ValueError: an option is out of range, or the mean has an option but no axis.
       TypeError: `key` is not a random key.
 
     Examples:
@@ -147,7 +147,7 @@ def ef_sign_sgd(
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range, or an option of the mean is given without an axis.
+      ValueError: an option is out of range, or the mean has an option but no axis.
 
     Examples:
       >>> import jax.numpy as jnp, optax, signax

@@ -133,7 +133,7 @@ def sign_sgd(
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range, or an option of the vote is given without an axis.
+      ValueError: an option is out of range, or the vote has an option but no axis.
 
     Examples:
       >>> import jax.numpy as jnp, optax, signax
@@ -205,7 +205,7 @@ def signum(
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range, or an option of the vote is given without an axis.
+      ValueError: an option is out of range, or the vote has an option but no axis.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, signax
@@ -281,7 +281,7 @@ def lion(
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range, or an option of the vote is given without an axis.
+      ValueError: an option is out of range, or the vote has an option but no axis.
 
     Examples:
       >>> import jax.numpy as jnp, optax, signax

@@ -124,8 +124,8 @@ def check_memory(name: str, tree: Any, memory: Any, num_workers: int) -> None:
     wanted = [leaf.shape for leaf in jax.tree.leaves(parts)]
     if structure != expected or shapes != wanted:
         raise ValueError(
-            f"memory.server has leaves of shapes {shapes}, but those of these values for "
-            f"{num_workers} workers are {wanted}: it must come from scaled_signs_memory on the "
+            f"memory.server has leaves of shapes {shapes}, but these values need {wanted} for "
+            f"{num_workers} workers: it must come from scaled_signs_memory on the "
             "same values and workers, or through DataParallel.resize"
         )
 
@@ -137,7 +137,7 @@ def make_scaled(
     block: Literal["leaf"] | int,
     decay: Any,
 ) -> ScaledSigns:
-    """The codec that `make` builds, such as `ScaledSigns`; raises if an option is out of range."""
+    """Builds a codec, such as `ScaledSigns`, by `make`. Raises if an option is out of range."""
     check_axis_name(axis_name)
     block = check_block(block, ("leaf",))
     check_number("decay", decay, low=0, high=1, ends="[]")
