@@ -198,7 +198,7 @@ class Reply(NamedTuple):
 
 @runtime_checkable
 class Codec(Protocol):
-    """How values travel. Codecs are hashable values, made of options."""
+    """How values travel. A codec is a value, made of options."""
 
     @property
     def by_server(self) -> bool:
