@@ -82,7 +82,7 @@ def test_an_error_is_bounded_as_the_docstring_says(bits):
     ):
         values = jnp.asarray(values, jnp.float32)
         mean = jnp.mean(jnp.abs(values))
-        scale = codec.scale(mean)
+        scale = codec.scale(mean, jnp.float32)
         level = codec.magnitude(codec.digits(values, scale), scale)
         error = jnp.sum((jnp.abs(values) - level) ** 2)
         energy = jnp.sum(values**2)
@@ -125,3 +125,16 @@ def test_rejects_other_numbers_of_bits(bits):
 
 def test_scales_lie_between_zero_and_twice_the_mean_magnitude():
     assert all(0 < scale < 2 for scale in SCALES.values())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_stays_finite_at_the_end_of_the_range(bits, dtype):
+    """Each level is finite, and an infinity still excludes its worker."""
+    most = jnp.finfo(dtype).max
+    values = jnp.stack([jnp.full(40, -most), jnp.full(40, -most), jnp.full(40, jnp.inf)])
+    memory = signax.scaled_signs_memory(values[0].astype(dtype), 3)
+    mean = partial(signax.pmean_quantized, axis_name=AXIS, memory=memory, step=0, bits=bits)
+    updates, memory = jax.vmap(lambda row: mean(row), axis_name=AXIS)(values.astype(dtype))
+    np.testing.assert_allclose(updates, np.full((3, 40), -float(most)), rtol=0.4)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(memory))

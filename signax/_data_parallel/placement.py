@@ -131,7 +131,7 @@ class Workers(NamedTuple):
             if per_worker:
                 rows = *axis_names(self.axis_name), *entry_axes(spec[0])
                 spec = PartitionSpec(rows, *spec[1:])
-            return jax.sharding.reshard(leaf, NamedSharding(self.mesh, spec))
+            return self._reshard(leaf, spec)
 
         return jax.tree.map(reshard_leaf, tree)
 
@@ -140,11 +140,11 @@ class Workers(NamedTuple):
         if params is None or self.param_specs is None or not self.explicit:
             return self.reshard(params)
 
-        def reshard_leaf(leaf: Any, spec: PartitionSpec):
-            spec = _keep_axes(spec, self.explicit)
-            return jax.sharding.reshard(leaf, NamedSharding(self.mesh, spec))
+        return jax.tree.map(self._reshard, params, self.param_specs)
 
-        return jax.tree.map(reshard_leaf, params, self.param_specs)
+    def _reshard(self, leaf: Any, spec: PartitionSpec) -> jax.Array:
+        sharding = NamedSharding(self.mesh, _keep_axes(spec, self.explicit))
+        return jax.sharding.reshard(leaf, sharding)
 
     def constrain(self, tree: Any, specs: Any) -> Any:
         """Constrains the output of a step to the next step's input shardings."""

@@ -46,16 +46,21 @@ class Quantized(ScaledSigns):
 
     bits: Literal[1, 2, 4] = 2
 
-    def scale(self, magnitude: Array) -> Array:
-        return magnitude * jnp.asarray(SCALES[self.bits], magnitude.dtype)
+    def scale(self, magnitude: Array, dtype: Any) -> Array:
+        # The largest level stays within the dtype, with room for the rounding of the scale. An
+        # infinity stays too, for it excludes its worker.
+        most = float(jnp.finfo(dtype).max) * (1 - 2.0**-7) / (2**self.bits - 1)
+        scale = magnitude * jnp.asarray(SCALES[self.bits], magnitude.dtype)
+        return jnp.where(jnp.isfinite(magnitude), jnp.minimum(scale, most), magnitude)
 
     def digits(self, values: Array, scale: Array) -> list[Bool[Array, "..."]]:
-        most = 2 ** (self.bits - 1) - 1
-        safe = jnp.where(scale > 0, scale, 1)  # a block of zeros has the scale 0
-        steps = jnp.abs(values).astype(scale.dtype) / (2 * safe)
-        # A value that is not finite excludes its worker, so its number of steps does not matter.
-        steps = jnp.clip(jnp.nan_to_num(steps), 0, most).astype(jnp.uint32)
-        return [(steps >> digit) & 1 == 1 for digit in range(self.bits - 1)]
+        left, digits = jnp.abs(values).astype(scale.dtype), []
+        for digit in reversed(range(self.bits - 1)):
+            step = 2.0 ** (digit + 1) * scale
+            bit = left >= step
+            left = jnp.where(bit, left - step, left)
+            digits.append(bit)
+        return digits[::-1]
 
     def magnitude(self, digits: Sequence[Array], scale: Array) -> Array:
         weighted = [digit.astype(scale.dtype) * 2.0**weight for weight, digit in enumerate(digits)]

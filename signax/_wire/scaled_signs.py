@@ -75,8 +75,9 @@ class ScaledSigns:
     has_residual = True
     bits = 1
 
-    def scale(self, magnitude: Array) -> Array:
-        """The scale of a block from its mean magnitude."""
+    def scale(self, magnitude: Array, dtype: Any) -> Array:
+        """The scale of a block of values of `dtype`, from their mean magnitude."""
+        del dtype
         return magnitude
 
     def digits(self, values: Array, scale: Array) -> list[Bool[Array, "..."]]:
@@ -110,7 +111,10 @@ class ScaledSigns:
 
         words, scales, residual = [], [], list(leaves.values)
         for bundle, own, magnitude in zip(bundles, values, magnitudes, strict=True):
-            blocks, scale = bundle.blocks, _rounded(self.scale(magnitude), bundle.dtype)
+            blocks, scale = (
+                bundle.blocks,
+                _rounded(self.scale(magnitude, bundle.dtype), bundle.dtype),
+            )
             if bundle.in_parts:
                 scale = jnp.broadcast_to(scale, (blocks.num_workers, blocks.number))
                 word, error = self._compress_parts(own, scale, coin, blocks)
@@ -183,7 +187,7 @@ class ScaledSigns:
             real = jnp.concatenate(real, axis=1)
             part = jnp.where(real, add_memory(mean, error, self.decay), 0)[None]
             sizes = jnp.asarray(blocks.sizes())[worker.index][None]
-            scale = self.scale(_mean_magnitudes(part, sizes, blocks))
+            scale = self.scale(_mean_magnitudes(part, sizes, blocks), bundle.rounds_to)
             scale = _rounded(scale, bundle.rounds_to)
             word, left = self._compress_parts(part, scale, worker.coin, blocks)
             words.append(word)
