@@ -536,7 +536,7 @@ def trainer(method, batch_size, steps, num_workers=1):
 def tune(method, rates, *args):
     """Accuracies of as many seeds as there are rates, with the rate best for another seed."""
     train, runs = trainer(method, *args), len(rates)
-    _, losses = train(jnp.asarray(rates), jnp.full(runs, SEEDS - 1))
+    _, losses = train(jnp.asarray(rates), jnp.full(runs, SEEDS - 1, jnp.int32))
     best = within(rates, np.nanargmin(losses))
     accuracy, _ = train(jnp.full(runs, best), jnp.arange(runs))
     return np.asarray(accuracy, np.float64), best

@@ -39,14 +39,10 @@ def load_data():
     return train_test_split(images, labels, test_size=400, stratify=labels, random_state=0)
 
 
-def learn(tx, num_workers, steps, batch_size, seed, local=None, **options):
-    """Trains, and gives the loss on images that were held out and the share of them recognised.
-
-    `batch_size` is that of all workers together; `local` and `options` are those of
-    `DataParallel` and of its `train_step`.
-    """
-    images, others, labels, other_labels = load_data()
-    graph, params = nnx.split(Network(nnx.Rngs(seed)))
+@functools.cache
+def make_trainer(tx, num_workers, local=None, **options):
+    """Workers, a loss function and their compiled step, which is the same for every seed."""
+    graph, _ = nnx.split(Network(nnx.Rngs(0)))
 
     def loss_fn(params, batch):
         inputs, targets = batch
@@ -56,8 +52,19 @@ def learn(tx, num_workers, steps, batch_size, seed, local=None, **options):
     devices = jax.devices()[:num_workers]
     mesh = jax.make_mesh((num_workers,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     parallel = signax.DataParallel(tx, mesh, local=local)
-    state, step = parallel.init(params), parallel.train_step(loss_fn, **options)
-    rng = np.random.default_rng(seed)
+    return parallel, loss_fn, parallel.train_step(loss_fn, **options)
+
+
+def learn(tx, num_workers, steps, batch_size, seed, local=None, **options):
+    """Trains, and gives the loss on images that were held out and the share of them recognised.
+
+    `batch_size` is that of all workers together; `local` and `options` are those of
+    `DataParallel` and of its `train_step`.
+    """
+    parallel, loss_fn, step = make_trainer(tx, num_workers, local, **options)
+    images, others, labels, other_labels = load_data()
+    graph, params = nnx.split(Network(nnx.Rngs(seed)))
+    state, rng = parallel.init(params), np.random.default_rng(seed)
     for _ in range(steps):
         chosen = rng.integers(len(images), size=batch_size)
         params, state, _ = step(params, state, (images[chosen], labels[chosen]))

@@ -1,4 +1,4 @@
-"""Sixteen simulated devices for every test, a mesh of eight workers, and the mark `thorough`."""
+"""Sixteen simulated devices for every test, a mesh of eight workers, and the marks of tiers.py."""
 
 import hypothesis
 import jax
@@ -15,8 +15,12 @@ hypothesis.settings.load_profile("fixed")
 def pytest_collection_modifyitems(items):
     for item in items:
         module, name = item.path.stem, getattr(item, "originalname", item.name)
-        if name.removeprefix("test_") in tiers.THOROUGH.get(module, ()):
-            item.add_marker(pytest.mark.thorough)
+        name = name.removeprefix("test_")
+        if item.get_closest_marker("thorough") and name not in tiers.FURTHER_CASES.get(module, ()):
+            raise pytest.UsageError(f"FURTHER_CASES of tests/tiers.py lacks {name} of {module}")
+        for mark, table in {"thorough": tiers.THOROUGH, "slow": tiers.SLOW}.items():
+            if name in table.get(module, ()):
+                item.add_marker(mark)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ Python's sets. All processes of a run must build equal programs. Otherwise the r
 """
 
 import hashlib
+import itertools
 import math
 
 import jax
@@ -102,6 +103,8 @@ def lower(sizes, kind, tx, options):
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 16)
+    pairs = itertools.combinations(("data", "fsdp", "model", "chip", "slice"), 2)
+    print("order of sets:", "".join(str([*{*pair}].index(pair[0])) for pair in pairs))
     for name, configuration in CONFIGURATIONS.items():
         text = lower(*configuration)
         print(f"{name}: {hashlib.sha256(text.encode()).hexdigest()}")

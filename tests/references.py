@@ -3,7 +3,7 @@
 Nothing here uses the library. Arrays are f64, unless an algorithm prescribes another dtype.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
@@ -297,6 +297,7 @@ def servers(shape, num_workers):
     return server, row * share + within
 
 
+@cache
 def blocks(shape, num_workers, block):
     """The block of each coordinate: a server's part, or at most `block` coordinates of it."""
     server, place = servers(shape, num_workers)

@@ -259,14 +259,12 @@ def opposition_on_digits(b1, attackers, steps, num_workers=8, images_each=16):
     return np.asarray(run(params))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("b1", [0.0, 0.9])
 def test_an_inverting_worker_is_flagged_within_twenty_steps(b1):
     found = opposition_on_digits(b1, [3], 20)[-1] > THRESHOLD
     np.testing.assert_array_equal(found, np.arange(8) == 3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("b1", [0.0, 0.9])
 def test_no_worker_is_flagged_in_a_thousand_clean_steps(b1):
     found = opposition_on_digits(b1, [], 1000)

@@ -103,7 +103,6 @@ def test_rejects_invalid_options(load, capsys, monkeypatch, options, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_network_reports_plausible_bytes_and_times(start, tmp_path):
     workers, parameters, rate = 2, 300_001, 1e8
     process = start(
@@ -154,7 +153,6 @@ def test_network_reports_plausible_bytes_and_times(start, tmp_path):
     assert candidates["f32 mean"]["min"] <= 5 * candidates["f32 mean"]["wire_seconds"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_no_namespaces(load, start, tmp_path, number):
     if reason := load("namespaces").unavailable():
@@ -204,7 +202,6 @@ def test_a_step_lasts_as_long_as_on_the_slowest_worker(load):
 # --- kernels.py ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_kernels_reports_ratios_to_the_reference(start, tmp_path):
     options = ("--parameters", 70_000, "--workers", 9, "--rounds", 2)
     report, printed = run(start, tmp_path, "kernels", *options, "--shapes", "50000", "257x99")
@@ -260,7 +257,6 @@ def test_default_shapes_have_about_the_same_size(load):
 # --- scaling.py ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_scaling_reports_bytes_counting_and_compilation(start, tmp_path):
     options = ("--parameters", 100_000, "--most-workers", 8, "--devices", 4, "--leaves", 1, 2)
     options += ("--rounds", 2, "--compilations", 1)
@@ -299,7 +295,6 @@ def test_a_transformer_has_the_requested_number_of_leaves(load, leaves):
 # --- step.py ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_step_reports_ratios_to_momentum(start, tmp_path):
     report, printed = run(start, tmp_path, "step", "--parameters", 60_000, "--rounds", 2)
     assert [result["tree"] for result in report["results"]] == ["transformer", "flat"]

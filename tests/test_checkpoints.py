@@ -117,7 +117,6 @@ def test_restoring_with_another_number_of_workers_needs_resize(tmp_path):
     assert_equal(other.resize(found, params), other.resize(state, params))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["signum", "ef_sign_sgd"])
 @pytest.mark.parametrize("num_workers", [4, 16])
 def test_training_continues_with_another_number_of_workers_without_a_jump_in_loss(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import PartitionSpec
-from workers import AXIS, MAPS, auto_mesh, on_workers, one_of_equals
+from workers import AXIS, MAPS, auto_mesh, on_workers, one_of_equals, rows_of_workers
 
 import signax
 from signax import diagnostics
@@ -64,14 +64,13 @@ def assert_votes_equal_the_reference(kind, num_workers, shapes, options):
 
 
 def maps_and_workers(*quick):
-    """Numbers of workers under each map; all cases but `quick` are slow."""
-    cases = [
-        *itertools.product(["shard_map"], range(1, 10)),
-        *itertools.product(["vmap"], [1, 4, 7]),
+    """Numbers of workers under each map: around those at which a count needs one bit more."""
+    numbers = {"shard_map": (1, 2, 3, 4, 7, 8, 9), "vmap": (1, 4), "pmap": (2, 5)}
+    cases = [(kind, number) for kind in numbers for number in numbers[kind]]
+    further = [
+        pytest.param(*case, marks=pytest.mark.thorough) for case in cases if case not in quick
     ]
-    cases += itertools.product(["pmap"], [2, 5, 8])
-    slow = [pytest.param(*case, marks=pytest.mark.slow) for case in cases if case not in quick]
-    return pytest.mark.parametrize(("kind", "num_workers"), [*quick, *slow])
+    return pytest.mark.parametrize(("kind", "num_workers"), [*quick, *further])
 
 
 @maps_and_workers(("shard_map", 3), ("vmap", 1), ("vmap", 4), ("pmap", 2))
@@ -148,7 +147,6 @@ def test_a_leaf_that_just_fills_its_parts_is_decided_completely(bits):
     assert_a_flat_leaf_is_decided_whole(2, 32 * 2 * 127 + bits, 3)
 
 
-@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     num_workers=st.integers(1, 5),
@@ -475,10 +473,10 @@ def test_sharded_parameters_are_voted_on_block_by_block(zeros):
 def test_steps_beyond_32_bits_wrap_around(step):
     values = jnp.zeros((3, 9))
 
-    def vote(step):
-        return jax.vmap(lambda g: signax.pvote(g, AXIS, step=step), axis_name=AXIS)(values)
+    def votes(values):
+        return [signax.pvote(values, AXIS, step=s) for s in (step, jnp.uint32(step % 2**32))]
 
-    np.testing.assert_array_equal(vote(step), vote(jnp.uint32(step % 2**32)))
+    np.testing.assert_array_equal(*rows_of_workers("vmap", votes, 3)(values))
 
 
 @pytest.mark.parametrize("step", ["1", 1.5, True, [1], jnp.ones(1, jnp.int32)], ids=str)

@@ -93,10 +93,7 @@ def assert_replicas_are_identical(tree, num_devices):
     return replicated
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OPTIMISERS if name != "signum"]
-
-
-@pytest.mark.parametrize("name", ["signum", *SLOW])
+@pytest.mark.parametrize("name", OPTIMISERS)
 def test_a_thousand_steps_with_an_excluded_worker_in_each(name):
     absences = Absences(seed=len(name))
     mesh = auto_mesh({"data": NUM_WORKERS})

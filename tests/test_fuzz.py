@@ -60,7 +60,6 @@ def random_shape(rng):
 SHAPES = [(), (1,), (33,), (256, 128), (64, 256), (8, 32, 16)]
 
 
-@pytest.mark.slow
 def test_packing_and_unpacking_of_ten_thousand_arrays():
     rng, seen, each = np.random.default_rng(0), 0, 320
     while seen < CASES:
@@ -112,7 +111,6 @@ def expected_words(bits, cut, layout):
     return words.reshape(sets, -1)
 
 
-@pytest.mark.slow
 def test_packing_and_unpacking_of_ten_thousand_trees():
     rng, seen, each = np.random.default_rng(1), 0, 1700
     while seen < CASES:

@@ -86,10 +86,7 @@ def test_rejects_a_batch_that_workers_cannot_share():
     assert "--batch-size 32 is no multiple of 3 workers" in finished.stderr
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(name, marks=() if name == "lion" else pytest.mark.slow) for name in METHODS],
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_short_run_writes_its_report(tmp_path, method):
     report, finished = train(tmp_path, "--method", method, "--figure", tmp_path / "out.png")
     assert (report["method"], report["workers"], report["seed"]) == (method, 4, 3)
@@ -129,7 +126,6 @@ def load_arrays(folder):
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-@pytest.mark.slow
 def test_a_stopped_and_continued_run_equals_an_uninterrupted_run(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     expected, _ = train(tmp_path, "--checkpoint", whole)
@@ -280,7 +276,6 @@ def test_tune_searches_one_grid_with_all_seeds_and_resumes(tune, tmp_path, capsy
         tune("--steps", 9)
 
 
-@pytest.mark.slow
 def test_network_trains_in_processes_and_compares_times(tmp_path):
     tuned = {
         "adamw": {"step_size": 4e-3, "momentum": 0.9},

@@ -219,7 +219,6 @@ def test_per_worker_leaves_are_found(name, mesh):
     assert placed(tx, mesh) == (own, shared)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_per_worker_leaves_are_the_leaves_that_differ_when_workers_run(name):
     tx, own, _ = CASES[name]

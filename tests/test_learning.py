@@ -4,12 +4,9 @@ import functools
 
 import numpy as np
 import optax
-import pytest
 from digits import learn, warmup_cosine
 
 import signax
-
-pytestmark = pytest.mark.slow
 
 SEEDS = (0, 1, 2)
 

@@ -17,8 +17,6 @@ from processes import EXAMPLES, environment, free_address
 PROGRAM = EXAMPLES / "multihost.py"
 SECONDS = 600  # generous, since the machine may be busy
 
-slow = pytest.mark.slow
-
 
 class Run:
     """A running example, which writes its output into a folder."""
@@ -154,17 +152,6 @@ def test_rejects_a_batch_that_devices_cannot_share(start):
 # Runs that must be equal, bit for bit.
 
 
-def test_two_stopped_and_continued_processes_equal_one_process(train, tmp_path):
-    short = "--steps", 12, "--batch-size", 16, "--seed", 3
-    expected = train("--devices", 2, *short)
-    two = "--processes", 2, "--checkpoint", tmp_path / "saved", *short
-    stopped = train(*two, "--stop-at", 6)
-    with pytest.raises(AssertionError):
-        assert_same(stopped, expected)
-    assert_same(train(*two), expected)
-
-
-@slow
 @pytest.mark.parametrize(
     ("workers", "alike"),
     [
@@ -173,13 +160,15 @@ def test_two_stopped_and_continued_processes_equal_one_process(train, tmp_path):
     ],
 )
 def test_a_stopped_and_continued_run_equals_an_uninterrupted_run(train, tmp_path, workers, alike):
-    expected = train(*alike, "--steps", 100)
-    saving = "--steps", 100, "--checkpoint", tmp_path / "saved", "--checkpoint-every", 20
-    train(*workers, *saving, "--stop-at", 50)
+    steps = "--steps", 40
+    expected = train(*alike, *steps)
+    saving = *steps, "--checkpoint", tmp_path / "saved", "--checkpoint-every", 8
+    stopped = train(*workers, *saving, "--stop-at", 20)
+    with pytest.raises(AssertionError):
+        assert_same(stopped, expected)
     assert_same(train(*workers, *saving), expected)
 
 
-@slow
 def test_a_preempted_cluster_loses_no_step(start, train, tmp_path):
     """The test restarts the run after the first signal, and the launcher after the second."""
     steps, params = ("--steps", 1000), tmp_path / "stopped.npz"
@@ -202,7 +191,6 @@ def test_a_preempted_cluster_loses_no_step(start, train, tmp_path):
     assert_same(load(params), train("--devices", 2, *steps))
 
 
-@slow
 def test_rejects_continuing_a_run_of_other_settings(start, tmp_path):
     settings = {"--devices": 2, "--steps": 4, "--batch-size": 8, "--seed": 0}
 
@@ -226,7 +214,6 @@ def test_rejects_continuing_a_run_of_other_settings(start, tmp_path):
         assert f"holds a run with {name} = {old}" in stderr
 
 
-@slow
 def test_resize_continues_with_another_number_of_workers(start, train, tmp_path):
     options = "--steps", 8, "--batch-size", 24, "--checkpoint"
     train("--devices", 2, *options, tmp_path / "saved", "--stop-at", 4)
@@ -265,7 +252,6 @@ def newest(saved):
     return max((int(step.name) for step in saved.glob("*") if step.name.isdigit()), default=0)
 
 
-@slow
 def test_kills_at_any_moment_do_not_change_the_parameters(start, train, tmp_path):
     """Processes are killed while they start, between steps, and while a checkpoint is written.
 
@@ -336,7 +322,6 @@ def test_a_missing_process_times_out(start):
     assert "in initialize" in run.stderr  # the traceback
 
 
-@slow
 def test_a_process_that_hangs_ends_the_run(start):
     run = start("--processes", 2, "--steps", 1_000_000, "--timeout", 30)
     workers = run.workers()
@@ -349,7 +334,6 @@ def test_a_process_that_hangs_ends_the_run(start):
     assert not any(map(is_running, workers))
 
 
-@slow
 def test_shows_the_error_of_a_process_that_died(start, tmp_path):
     (tmp_path / "file").touch()
     run = start("--processes", 2, "--checkpoint", tmp_path / "file" / "folder")
@@ -358,7 +342,7 @@ def test_shows_the_error_of_a_process_that_died(start, tmp_path):
     assert "NotADirectoryError" in run.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_all_processes(start, number):
     run = start("--processes", 2, "--steps", 1_000_000)
     workers = run.workers()

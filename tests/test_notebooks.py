@@ -31,7 +31,6 @@ def test_outputs_come_from_one_run_without_errors(path):
     assert not [output for output in outputs if output.get("name") == "stderr"]
 
 
-@pytest.mark.slow
 @each
 def test_a_notebook_runs_and_its_claims_hold(path):
     notebook = nbformat.read(path, 4)

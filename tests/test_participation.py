@@ -50,7 +50,7 @@ def partitioned(kernel, others):
 def test_a_vote_excludes_workers_by_the_values_that_reach_it(before, voters):
     tx = signax.leave_out_nonfinite(optax.chain(before, signax.majority_vote(AXIS)))
     rows = jnp.array([[1.0, 2.0], [-1.0, 3.0], [jnp.inf, 1.0]])
-    _, state = jax.vmap(lambda g: tx.update(g, tx.init(g)), axis_name=AXIS)(rows)
+    _, state = rows_of_workers("vmap", lambda g: tx.update(g, tx.init(g)), 3)(rows)
     np.testing.assert_array_equal(optax.tree.get(state, "voters"), voters)
 
 

@@ -226,7 +226,6 @@ for num_workers in (8, 2):
 """
 
 
-@pytest.mark.slow
 def test_resize_works_across_processes():
     coordinator = free_address()
     processes = [

@@ -48,7 +48,6 @@ def test_slices_learn_and_only_bits_cross_between_them(of_one_process):
     assert sent["inside"]["f32"] > 100 * sent["between"]["u32"]
 
 
-@pytest.mark.slow
 def test_one_process_for_each_slice_gives_the_same_losses_and_bytes(tmp_path, of_one_process):
     coordinator = free_address()
     # Without an address to bind, the coordinator listens to the whole network.

@@ -6,10 +6,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-
 PROGRAMS = Path(__file__).with_name("programs.py")
-SEEDS = range(1, 9)
+SEEDS = 3, 16  # of the string hashes: they turn around every set of two axis names
 
 
 def digests(seed):
@@ -22,10 +20,10 @@ def digests(seed):
     return dict(line.rsplit(": ", 1) for line in finished.stdout.splitlines())
 
 
-@pytest.mark.slow
 def test_programs_do_not_depend_on_string_hashes():
     with ThreadPoolExecutor(2) as pool:
-        first, *others = pool.map(digests, SEEDS)
+        first, second = pool.map(digests, SEEDS)
+    orders = first.pop("order of sets"), second.pop("order of sets")
+    assert all(a != b for a, b in zip(*orders, strict=True)), "choose other seeds"
     assert len(first) == 15
-    differing = {name for other in others for name in first if other[name] != first[name]}
-    assert not differing
+    assert first == second

@@ -1,6 +1,5 @@
 """Facts that two of the project's files state are the same in both."""
 
-import ast
 import pathlib
 import re
 import tomllib
@@ -65,27 +64,9 @@ def test_every_module_that_contributing_names_exists():
         assert (ROOT / name).is_file() or any((ROOT / "signax").rglob(name)), name
 
 
-def functions(module):
-    """The tests of a module, each with the source of its marks and the module's own marks."""
-    tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text())
-    names = {"slow", "SLOW"}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and "slow" in ast.unparse(node.value):
-            names |= {ast.unparse(target) for target in node.targets}
-    whole = "pytestmark" in names
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            marks = " ".join(map(ast.unparse, node.decorator_list))
-            is_slow = whole or any(re.search(rf"\b{name}\b", marks) for name in names)
-            yield node.name.removeprefix("test_"), is_slow
-
-
-def test_the_list_of_tests_that_make_test_leaves_out_is_complete():
-    for table in (tiers.THOROUGH, tiers.SLOW):
+def test_every_test_that_a_tier_names_exists():
+    for table in (tiers.FURTHER_CASES, tiers.THOROUGH, tiers.SLOW):
         for module, names in table.items():
-            missing = names.keys() - {name for name, _ in functions(module)}
+            source = (ROOT / "tests" / f"{module}.py").read_text()
+            missing = names.keys() - set(re.findall(r"^def test_(\w+)", source, re.MULTILINE))
             assert not missing, f"{module} has no test {missing}"
-    for path in (ROOT / "tests").glob("test_*.py"):
-        slow = {name for name, is_slow in functions(path.stem) if is_slow}
-        unlisted = slow - tiers.SLOW.get(path.stem, {}).keys()
-        assert not unlisted, f"tests/tiers.py does not list {unlisted} of {path.stem}"

@@ -108,7 +108,6 @@ def compiled(name):
     return jax.jit(tx.init), jax.jit(tx.update)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 @given(st.data())
 @few

@@ -39,7 +39,7 @@ def assert_parts_equal_the_reference(parts, rows, dimension, step, zeros="dither
     [
         ("shard_map", 4),
         ("vmap", 3),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("vmap", 1), ("pmap", 2)]),
+        *(pytest.param(*case, marks=pytest.mark.thorough) for case in [("vmap", 1), ("pmap", 2)]),
     ],
 )
 def test_parts_equal_the_reference_along_every_dimension(kind, num_workers):

@@ -94,7 +94,7 @@ def test_of_gaussian_values_the_published_share_is_left_out(bits, distortion):
     values = jnp.asarray(np.random.default_rng(0).standard_normal(200_000), jnp.float32)
     memory = signax.scaled_signs_memory(values, 1, feedback="worker")
     mean = partial(signax.pmean_quantized, axis_name=AXIS, memory=memory, step=0, bits=bits)
-    _, memory = jax.vmap(lambda row: mean(row), axis_name=AXIS)(values[None])
+    _, memory = rows_of_workers("vmap", mean, 1)(values[None])
     share = np.sum(np.square(memory.worker)) / np.sum(np.square(values))
     assert share == pytest.approx(distortion, rel=0.03)
 
@@ -135,6 +135,6 @@ def test_stays_finite_at_the_end_of_the_range(bits, dtype):
     values = jnp.stack([jnp.full(40, -most), jnp.full(40, -most), jnp.full(40, jnp.inf)])
     memory = signax.scaled_signs_memory(values[0].astype(dtype), 3)
     mean = partial(signax.pmean_quantized, axis_name=AXIS, memory=memory, step=0, bits=bits)
-    updates, memory = jax.vmap(lambda row: mean(row), axis_name=AXIS)(values.astype(dtype))
+    updates, memory = rows_of_workers("vmap", mean, 3)(values.astype(dtype))
     np.testing.assert_allclose(updates, np.full((3, 40), -float(most)), rtol=0.4)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(memory))

@@ -88,13 +88,15 @@ def reference(values, **options):
 
 
 CASES = [("shard_map", 3, None), ("vmap", 4, 8), ("pmap", 2, None)]
-SLOW = [("shard_map", m, (None, 6, 1000)[m % 3]) for m in range(1, 10) if m != 3]
-SLOW += [("shard_map", 3, 6), ("shard_map", 8, None), ("shard_map", 8, 6), ("pmap", 8, 5)]
+FURTHER_CASES = [
+    ("shard_map", 1, 6), ("shard_map", 2, 1000), ("shard_map", 3, 6), ("shard_map", 5, 1000),
+    ("shard_map", 8, None), ("shard_map", 9, 6), ("pmap", 4, 5),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("kind", "num_workers", "block"),
-    [*CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)],
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.thorough) for case in FURTHER_CASES)],
 )
 def test_fifty_steps_with_both_memories_equal_the_reference(kind, num_workers, block):
     num_steps = 50
@@ -199,7 +201,6 @@ def test_the_formula_equals_the_bytes_of_the_program(dtypes):
         assert sent == diagnostics.wire_bytes(tree, 4, scheme="scaled_signs")
 
 
-@pytest.mark.slow
 def test_a_transformer_sends_one_bit_each_way():
     num_workers, tree = 8, transformer_shapes()
     assert len(jax.tree.leaves(tree)) == 200
@@ -292,7 +293,6 @@ def test_programs_grow_linearly_with_the_number_of_small_leaves(feedback):
     assert len(many.as_text()) < 4.5 * len(few.as_text())
 
 
-@pytest.mark.slow
 def test_temporary_memory_of_small_leaves_is_bounded_by_their_size():
     tree = [jax.ShapeDtypeStruct((2, 1500), jnp.float32)] * 100
     tx = signax.DataParallel(signax.mean_scaled_signs(AXIS), auto_mesh({AXIS: 8}), AXIS)
@@ -345,11 +345,13 @@ def test_rejects_invalid_arguments():
 
 def test_accepts_python_and_numpy_integers_as_block_size():
     rows = jnp.ones((2, 300)).at[:, ::7].set(-3)
-    found = [
-        jax.vmap(lambda g, tx=tx: tx.update(g, tx.init(g))[0], axis_name=AXIS)(rows)
-        for tx in (signax.mean_scaled_signs(AXIS, block=size) for size in (8, np.int64(8)))
-    ]
-    np.testing.assert_array_equal(*found)
+
+    @partial(rows_of_workers, "vmap", num_workers=2)
+    def updates(rows):
+        txs = (signax.mean_scaled_signs(AXIS, block=size) for size in (8, np.int64(8)))
+        return [tx.update(rows, tx.init(rows))[0] for tx in txs]
+
+    np.testing.assert_array_equal(*updates(rows))
     with pytest.raises(TypeError, match=r"block must be known.*'block' in the static_args"):
         signax.mean_scaled_signs(AXIS, block=jnp.int32(8))
 

@@ -1,14 +1,34 @@
 """What `make test` leaves out, and what each of these tests alone catches.
 
 `make test` should take 8 minutes on two cores from a fresh clone, so it runs the tests that
-catch most. `THOROUGH` tests repeat a property over more cases than a quick test does, or check a
-property that few changes touch; conftest.py marks them. `SLOW` tests take many seconds or start
-processes; they are marked where they stand. `make test-all` runs everything.
+catch most. conftest.py marks the others by these tables:
+
+    FURTHER_CASES   tests that `make test` runs too; those of their cases that it leaves out are
+                    marked `thorough` where they stand
+    THOROUGH        tests that repeat a property over more cases than a quick test does, or check a
+                    property that few changes touch; programs are compiled without optimisations
+    SLOW            tests that start processes, or compute for long: they need optimised programs
 """
+
+FURTHER_CASES = {
+    "test_collectives": {
+        "votes_equal_the_reference_with_any_number_of_absent_workers": "M from 1 to 9",
+        "votes_on_large_leaves_equal_the_reference": "M from 1 to 9, above 16,384 words",
+    },
+    "test_means": {
+        "means_of_signs_equal_the_reference_with_any_number_of_absent_workers": "M from 1 to 9",
+    },
+    "test_pvote_scatter": {"parts_equal_the_reference_along_every_dimension": "vmap and pmap"},
+    "test_scaled_signs": {
+        "fifty_steps_with_both_memories_equal_the_reference": "M from 1 to 9, three block sizes",
+    },
+    "test_sharded_params": {
+        "training_gives_the_same_parameters_on_every_mesh": "meshes of up to three axes",
+    },
+}
 
 THOROUGH = {
     "test_agreement": {
-        "no_honest_worker_is_flagged_when_coordinates_are_dead": "false alarms",
         "share_covers_all_blocks_of_sharded_leaves": "agreement under param_specs",
     },
     "test_benchmarks": {
@@ -16,51 +36,46 @@ THOROUGH = {
         "a_step_along_packed_words_follows_their_signs": "benchmarks/kernels.py",
         "compiled_programs_send_the_bytes_of_the_formula": "benchmarks/scaling.py",
         "a_timed_step_equals_a_step_of_the_optimizer": "benchmarks/step.py",
-        "crossover_prints_and_plots_a_sweep": "benchmarks/crossover.py",
     },
     "test_checkpoints": {
         "a_restored_run_equals_the_uninterrupted_run_bit_for_bit": "state that Orbax does not keep",
+        "training_continues_with_another_number_of_workers_without_a_jump_in_loss": "a resize",
+    },
+    "test_collectives": {
+        "leaves_around_every_size_of_parts_are_decided_completely": "sizes around 16,384 words",
     },
     "test_compressors": {
         "a_fraction_in_an_array_keeps_the_same_count_compiled_and_eagerly": "rounding of fractions",
     },
     "test_conformance": {
         "compiled_equals_eager": "Python side effects, and values that tracing freezes",
-        "scalars_and_empty_leaves_come_out_finite": "divisions by an empty leaf's size",
         "no_dtype_is_promoted_by_accident": "promotion under strict dtype rules",
+        "scalars_and_empty_leaves_come_out_finite": "divisions by an empty leaf's size",
+        "settings_of_jax_change_nothing": "x64, strict promotion, no jit, rank promotion",
         "update_works_without_parameters_where_none_are_used": "needless reads of params",
     },
-    "test_endurance": {
-        "a_thousand_steps_with_an_excluded_worker_in_each": "slow drifts between replicas",
-    },
-    "test_examples": {
-        "a_short_run_writes_its_report_and_the_vote_sends_few_bytes": "the demo's own code",
-    },
     "test_fuzz": {
+        "packing_and_unpacking_of_ten_thousand_arrays": "shapes that nobody thought of",
+        "packing_and_unpacking_of_ten_thousand_trees": "bundles that nobody thought of",
         "sealing_and_unsealing_of_ten_thousand_messages": "sizes around every boundary",
     },
-    "test_language_model": {
-        "a_short_run_writes_its_report": "the example's own code",
-        "tune_searches_one_grid_with_all_seeds_and_resumes": "benchmarks/language_model.py",
+    "test_layout": {
+        "per_worker_leaves_are_the_leaves_that_differ_when_workers_run": "the walk",
     },
-    "test_loops": {"a_short_run_lowers_the_loss": "the examples' own code"},
     "test_means": {"many_workers_are_counted_exactly": "counting in a loop, above 128 workers"},
     "test_mean_optimizers": {"a_step_of_ssdm_is_unbiased": "a bias in random signs"},
-    "test_multihost": {
-        "two_stopped_and_continued_processes_equal_one_process": "several processes, end to end",
-        "a_process_that_dies_ends_the_run": "the launcher",
-        "a_missing_process_times_out": "the launcher",
-    },
     "test_participation": {
         "one_nonfinite_block_of_a_sharded_leaf_excludes_its_worker": "finiteness per block",
     },
     "test_placement": {
         "resize_works_for_numbers_that_the_transformation_does_not_support": "few workers",
     },
-    "test_pod": {"slices_learn_and_only_bits_cross_between_them": "the example's own code"},
+    "test_properties": {"steps_keep_shapes_dtypes_and_finiteness": "extreme values, by Hypothesis"},
     "test_scaled_signs": {
         "a_checkpoint_continues_the_same_on_every_mesh": "scales that depend on the mesh",
+        "a_transformer_sends_one_bit_each_way": "bytes of 200 leaves",
         "programs_grow_linearly_with_the_number_of_small_leaves": "quadratic programs",
+        "temporary_memory_of_small_leaves_is_bounded_by_their_size": "memory of many small leaves",
         "the_formula_equals_the_bytes_of_the_program": "wire_bytes of scaled signs",
     },
     "test_sharded_params": {
@@ -81,77 +96,54 @@ THOROUGH = {
 SLOW = {
     "test_agreement": {
         "an_inverting_worker_is_flagged_within_twenty_steps": "the power of opposition",
-        "no_worker_is_flagged_in_a_thousand_clean_steps": "its false alarms on real gradients",
+        "no_honest_worker_is_flagged_when_coordinates_are_dead": "false alarms",
+        "no_worker_is_flagged_in_a_thousand_clean_steps": "false alarms on real gradients",
     },
     "test_benchmarks": {
-        "network_reports_plausible_bytes_and_times": "benchmarks/network.py, with real links",
-        "an_interrupted_run_leaves_no_namespaces": "its clean-up",
+        "an_interrupted_run_leaves_no_namespaces": "the clean-up of benchmarks/network.py",
+        "crossover_prints_and_plots_a_sweep": "benchmarks/crossover.py",
         "kernels_reports_ratios_to_the_reference": "benchmarks/kernels.py as a command",
+        "network_reports_plausible_bytes_and_times": "benchmarks/network.py, with real links",
         "scaling_reports_bytes_counting_and_compilation": "benchmarks/scaling.py as a command",
         "step_reports_ratios_to_momentum": "benchmarks/step.py as a command",
     },
-    "test_checkpoints": {
-        "training_continues_with_another_number_of_workers_without_a_jump_in_loss": "a resize",
-    },
-    "test_collectives": {
-        "leaves_around_every_size_of_parts_are_decided_completely": "sizes around 16,384 words",
-    },
-    "test_conformance": {
-        "settings_of_jax_change_nothing": "x64, strict promotion, no jit, rank promotion",
-    },
     "test_endurance": {
-        "a_thousand_steps_with_an_excluded_worker_in_each": "other methods",
+        "a_thousand_steps_with_an_excluded_worker_in_each": "slow drifts between replicas",
     },
-    "test_examples": {"the_voted_run_is_as_accurate_as_adamw": "the demo's claim"},
-    "test_fuzz": {
-        "packing_and_unpacking_of_ten_thousand_arrays": "shapes that nobody thought of",
-        "packing_and_unpacking_of_ten_thousand_trees": "bundles that nobody thought of",
+    "test_examples": {
+        "a_short_run_writes_its_report_and_the_vote_sends_few_bytes": "the demo's own code",
+        "the_voted_run_is_as_accurate_as_adamw": "the demo's claim",
     },
     "test_language_model": {
-        "a_short_run_writes_its_report": "methods other than Lion",
+        "a_short_run_writes_its_report": "the example's own code",
         "a_stopped_and_continued_run_equals_an_uninterrupted_run": "the example's checkpoints",
         "network_trains_in_processes_and_compares_times": "benchmarks/language_model.py network",
-    },
-    "test_layout": {
-        "per_worker_leaves_are_the_leaves_that_differ_when_workers_run": "the walk",
+        "tune_searches_one_grid_with_all_seeds_and_resumes": "benchmarks/language_model.py tune",
     },
     "test_learning": {
         "eight_local_steps_for_each_vote_reach_the_same_loss": "a claim of README",
         "with_small_batches_error_feedback_matches_sgd_and_scaled_signs_do_not": "a claim of [4]",
     },
     "test_loops": {
-        "a_whole_run_learns_the_digits": "loops that learn slowly",
+        "a_whole_run_learns_the_digits": "the examples' own code",
         "pmap_and_shard_map_give_the_same_results": "differences between the maps",
     },
-    "test_means": {
-        "means_of_signs_equal_the_reference_with_any_number_of_absent_workers": "M from 1 to 9",
-    },
     "test_multihost": {
-        "kills_at_any_moment_do_not_change_the_parameters": "checkpoints that are cut short",
-        "a_process_that_hangs_ends_the_run": "survivors that wait forever",
-        "a_stopped_and_continued_run_equals_an_uninterrupted_run": "checkpoints, end to end",
-        "rejects_continuing_a_run_of_other_settings": "a checkpoint of another run",
-        "shows_the_error_of_a_process_that_died": "messages that nobody sees",
-        "an_interrupt_ends_all_processes": "processes that outlive their launcher",
+        "a_missing_process_times_out": "a launcher that waits forever",
         "a_preempted_cluster_loses_no_step": "signals",
+        "a_process_that_dies_ends_the_run": "survivors of a death",
+        "a_process_that_hangs_ends_the_run": "survivors that wait forever",
+        "a_stopped_and_continued_run_equals_an_uninterrupted_run": "processes and checkpoints",
+        "an_interrupt_ends_all_processes": "processes that outlive their launcher",
+        "kills_at_any_moment_do_not_change_the_parameters": "checkpoints that are cut short",
+        "rejects_continuing_a_run_of_other_settings": "a checkpoint of another run",
         "resize_continues_with_another_number_of_workers": "resize across processes, end to end",
+        "shows_the_error_of_a_process_that_died": "messages that nobody sees",
     },
     "test_notebooks": {"a_notebook_runs_and_its_claims_hold": "the sources' claims"},
     "test_placement": {"resize_works_across_processes": "shardings of several processes"},
     "test_pod": {
         "one_process_for_each_slice_gives_the_same_losses_and_bytes": "other programs",
-    },
-    "test_programs": {
-        "programs_do_not_depend_on_string_hashes": "iteration over sets on the way to a program",
-    },
-    "test_properties": {"steps_keep_shapes_dtypes_and_finiteness": "extreme values, by Hypothesis"},
-    "test_pvote_scatter": {"parts_equal_the_reference_along_every_dimension": "vmap and pmap"},
-    "test_scaled_signs": {
-        "fifty_steps_with_both_memories_equal_the_reference": "M from 1 to 9, three block sizes",
-        "a_transformer_sends_one_bit_each_way": "bytes of 200 leaves",
-        "temporary_memory_of_small_leaves_is_bounded_by_their_size": "memory of many small leaves",
-    },
-    "test_sharded_params": {
-        "training_gives_the_same_parameters_on_every_mesh": "meshes of up to three axes",
+        "slices_learn_and_only_bits_cross_between_them": "the example's own code",
     },
 }
