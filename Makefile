@@ -19,8 +19,8 @@ QUICK = not slow and not thorough
 UNOPTIMISED = XLA_FLAGS=--xla_backend_optimization_level=0
 unexport PYTHONDONTWRITEBYTECODE  # pytest rewrites every module again where it cannot be stored
 
-.PHONY: help demo notebooks test test-all test-rest lint test-shapes test-slow test-oldest test-accelerators \
-	mutants clean
+.PHONY: help demo notebooks test test-all test-rest lint test-shapes test-thorough test-slow test-oldest \
+	test-accelerators mutants clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -37,7 +37,7 @@ test: lint  ## lint, types and the tests that matter most, at the newest jax: 12
 
 test-all: test test-rest  ## run everything, at the newest jax and at the oldest
 
-test-rest: test-shapes test-slow test-oldest test-accelerators  ## run what `make test` leaves out
+test-rest: test-shapes test-thorough test-slow test-oldest test-accelerators  ## run what `make test` leaves out
 
 lint: .venv/test  ## lint, check the format, the direction of imports, and the types
 	.venv/bin/ruff check
@@ -51,12 +51,15 @@ test-shapes: .venv/test
 		--jaxtyping-packages=signax._wire,beartype.beartype tests/test_words.py tests/test_packing.py \
 		tests/test_exchange.py tests/test_quantized.py tests/test_means.py
 
+test-thorough: .venv/test
+	$(UNOPTIMISED) .venv/bin/python $(PYTEST) -m thorough
+
 test-slow: .venv/test
-	.venv/bin/python $(PYTEST) -m "slow or thorough"
+	.venv/bin/python $(PYTEST) -m slow
 
 # Benchmarks, which are for developers, run at the newest jax.
 test-oldest: .venv-oldest/test
-	$(UNOPTIMISED) .venv-oldest/bin/python $(PYTEST) -m "not slow" --ignore=tests/test_benchmarks.py
+	$(UNOPTIMISED) .venv-oldest/bin/python $(PYTEST) -m "$(QUICK)" --ignore=tests/test_benchmarks.py
 
 test-accelerators: .venv-accelerators/accelerators  ## compile for TPU pods and GPUs, and read the programs
 	JAX_PLATFORMS=cpu SIGNAX_ACCELERATORS=1 .venv-accelerators/bin/python -m pytest -q \
