@@ -32,10 +32,10 @@ demo: .venv/examples  ## train on eight simulated workers, averaged and voted, a
 notebooks: .venv/notebooks  ## run the notebooks' paired text, and write them with what it gives
 	cd notebooks && ../.venv/bin/jupytext --quiet --to ipynb --execute [0-9]*.py
 
-test: lint  ## lint, types and the tests that matter most, at the newest jax: 12 minutes on two cores
+test: lint  ## lint, types and the tests that matter most, at the newest jax: 7 minutes on two cores
 	$(UNOPTIMISED) .venv/bin/python $(PYTEST) -m "$(QUICK)"
 
-test-all: test test-rest  ## run everything, at the newest jax and at the oldest
+test-all: test test-rest  ## run everything: half an hour on two cores
 
 test-rest: test-shapes test-thorough test-slow test-oldest test-accelerators  ## run what `make test` leaves out
 

@@ -116,7 +116,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_sweep(sweep: Sequence[dict[str, Any]], file: str) -> None:
-    """Raises if a sweep has too few settings to fit the model, or none to compare it with."""
+    """Raise if a sweep has too few settings to fit the model, or none to compare it with."""
     for workers in {setting["workers"] for setting in sweep} or {0}:
         rates = [one["rate_bits_per_second"] for one in sweep if one["workers"] == workers]
         unlimited = rates.count(None)

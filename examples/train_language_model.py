@@ -464,7 +464,7 @@ def parse_arguments(parser):
 
 
 def check_shares(parser, args, parts, named):
-    """Raises if the batch or the validation windows do not divide into equal parts."""
+    """Raise if the batch or the validation windows do not divide into equal parts."""
     for name in ("batch_size", "validation_windows"):
         if (value := getattr(args, name)) % parts:
             parser.error(f"--{name.replace('_', '-')} {value} is no multiple of {parts} {named}")

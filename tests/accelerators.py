@@ -227,7 +227,7 @@ def _compile(function: jax.stages.Wrapped, *args: Any) -> Program:
 
 
 def main() -> None:
-    """Prints a line for each target and tree."""
+    """Print a line for each target and tree."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

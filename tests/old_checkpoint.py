@@ -34,7 +34,7 @@ def initial_params():
 
 
 def advance(tx, params, state, first, last):
-    """Takes steps along gradients that depend on the step alone; a worker misses step 1."""
+    """Take steps along gradients that depend on the step alone; a worker misses step 1."""
     update = jax.jit(tx.update)
     for step in range(first, last):
         rng = np.random.default_rng(step)

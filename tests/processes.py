@@ -17,7 +17,7 @@ def environment():
 
 
 def run_program(path, *options):
-    """Runs a Python program to its end."""
+    """Run a Python program to its end."""
     command = [sys.executable, str(path), *map(str, options)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 

@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 
 def over_workers(tx, num_workers):
-    """Runs `tx` on workers with equal updates, as a transformation of one worker's updates."""
+    """Run `tx` on workers with equal updates, as a transformation of one worker's updates."""
     tx = optax.with_extra_args_support(tx)
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -29,7 +29,7 @@ def load(monkeypatch):
 
 @pytest.fixture
 def start():
-    """Starts a benchmark, and terminates it at the end of the test so it can clean up."""
+    """Start a benchmark, and terminate it at the end of the test so it can clean up."""
     with contextlib.ExitStack() as stack:
 
         def start(name, *options):
@@ -169,7 +169,7 @@ def test_an_interrupted_run_leaves_no_namespaces(load, start, tmp_path, number):
 
 
 def run(start, tmp_path, name, *options):
-    """Runs a benchmark, and returns its report and its output."""
+    """Run a benchmark, and return its report and its output."""
     report, figure = tmp_path / "out" / "report.json", tmp_path / "out" / "figure.png"
     process = start(f"{name}.py", *options, "--json", report, "--figure", figure)
     printed, errors = process.communicate(timeout=300)

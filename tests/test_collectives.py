@@ -81,7 +81,7 @@ def test_votes_equal_the_reference_with_any_number_of_absent_workers(kind, num_w
 
 @pytest.fixture
 def as_accelerators_pack(monkeypatch):
-    """Makes programs take the default branch of `lax.platform_dependent`."""
+    """Make programs take the default branch of `lax.platform_dependent`."""
     jax.clear_caches()
     monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **_: default(*args))
     yield

@@ -34,7 +34,7 @@ def train(folder, *options):
 
 
 def parse(monkeypatch, program, *options):
-    """Runs a program in this process until it exits."""
+    """Run a program in this process until it exits."""
     monkeypatch.setattr(sys, "argv", [program.name, *options])
     monkeypatch.syspath_prepend(str(program.parent))
     with pytest.raises(SystemExit) as stopped:
@@ -226,7 +226,7 @@ def test_times_run_until_the_final_loss_of_adamw(benchmark):
 
 @pytest.fixture
 def tune(benchmark, monkeypatch, tmp_path):
-    """Runs `tune` with a stub for the example, and returns the options of each call."""
+    """Run `tune` with a stub for the example, and return the options of each call."""
 
     def tune(*options):
         called = []

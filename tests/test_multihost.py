@@ -41,7 +41,7 @@ class Run:
         return self.process.wait(SECONDS)
 
     def wait_for(self, text, times=1):
-        """Waits until the output matches a pattern `times` times, and returns the last match."""
+        """Wait until the output matches a pattern `times` times, and return the last match."""
         deadline = time.monotonic() + SECONDS
         while len(found := list(re.finditer(text, self.stdout + self.stderr))) < times:
             assert self.process.poll() is None, self.stderr
@@ -58,7 +58,7 @@ class Run:
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts the example, and terminates it at the end of the test."""
+    """Start the example, and terminate it at the end of the test."""
     with contextlib.ExitStack() as stack:
 
         def start(*options):
@@ -72,7 +72,7 @@ def start(tmp_path):
 
 @pytest.fixture
 def train(start, tmp_path):
-    """Runs the example to its end and returns the parameters."""
+    """Run the example to its end and return the parameters."""
 
     def train(*options):
         run = start("--params", tmp_path / "params.npz", *options)
@@ -231,7 +231,7 @@ def test_resize_continues_with_another_number_of_workers(start, train, tmp_path)
 
 
 def freeze_in_a_save(worker, saved):
-    """Stops a process while it writes a checkpoint, which stays incomplete."""
+    """Stop a process while it writes a checkpoint, which stays incomplete."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         if half_written(saved):

@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a function to accept old names of arguments, `old="new"`, with a warning."""
+    """Decorate a function to accept old names of arguments, `old="new"`, with a warning."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -35,7 +35,7 @@ def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def check_mode(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raises if a mode is not one of the `allowed` strings."""
+    """Raise if a mode is not one of the `allowed` strings."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}")
 
@@ -43,7 +43,7 @@ def check_mode(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 def check_number(
     name: str, value: Any, *, low: float, high: float = float("inf"), ends: str = "[)"
 ) -> None:
-    """Raises if a concrete number lies outside an interval; traced numbers pass.
+    """Raise if a concrete number lies outside an interval; traced numbers pass.
 
     `ends` says which ends belong to the interval, as in `"[)"` or `"(]"`.
     """
@@ -65,7 +65,7 @@ _STATIC = (
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raises if a value is not a whole number of at least 1."""
+    """Raise if a value is not a whole number of at least 1."""
     if isinstance(value, jax.Array):
         raise TypeError(f"{name} {_STATIC.format(name)}")
     try:
@@ -77,7 +77,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def check_block(block: Any, allowed: tuple[str, ...]) -> Any:
-    """Returns a block size as a Python value; raises if it is neither allowed nor a size."""
+    """Return a block size as a Python value; raise if it is neither allowed nor a size."""
     if isinstance(block, jax.Array):
         raise TypeError(f"block {_STATIC.format('block')}")
     if isinstance(block, np.integer):
@@ -92,7 +92,7 @@ def check_block(block: Any, allowed: tuple[str, ...]) -> Any:
 
 
 def check_accumulator_dtype(dtype: Any, name: str = "accumulator_dtype") -> None:
-    """Raises if a moving average could not move in a dtype."""
+    """Raise if a moving average could not move in a dtype."""
     if dtype is None:
         return
     try:
@@ -107,14 +107,14 @@ def check_accumulator_dtype(dtype: Any, name: str = "accumulator_dtype") -> None
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raises if a value is not a single boolean."""
+    """Raise if a value is not a single boolean."""
     dtype = getattr(value, "dtype", type(value))
     if dtype not in (bool, jnp.bool_) or jnp.ndim(value) != 0:
         raise TypeError(f"{name}={value!r} must be one boolean for each worker")
 
 
 def check_axis_name(axis_name: Hashable) -> None:
-    """Raises if a value cannot name a mapped axis, or several in a tuple."""
+    """Raise if a value cannot name a mapped axis, or several in a tuple."""
     axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if not axes or None in axes or isinstance(axis_name, (list, set)):
         raise TypeError(
@@ -126,13 +126,13 @@ def check_axis_name(axis_name: Hashable) -> None:
 
 
 def check_learning_rate(learning_rate: Any) -> None:
-    """Raises if a learning rate is neither a number nor a schedule, nor `None`."""
+    """Raise if a learning rate is neither a number nor a schedule, nor `None`."""
     if learning_rate is not None and not callable(learning_rate):
         check_number("learning_rate", learning_rate, low=-float("inf"))
 
 
 def check_transformation(name: str, value: Any) -> None:
-    """Raises if a value is not an Optax transformation, but a function that makes one."""
+    """Raise if a value is not an Optax transformation, but a function that makes one."""
     if not (hasattr(value, "init") and hasattr(value, "update")):
         raise TypeError(
             f"{name}={value!r} is not a gradient transformation: pass what calling signax.<name>() "
@@ -141,7 +141,7 @@ def check_transformation(name: str, value: Any) -> None:
 
 
 def check_key(key: Any) -> None:
-    """Raises if a value is not a single JAX random key, typed or raw."""
+    """Raise if a value is not a single JAX random key, typed or raw."""
     dtype = getattr(key, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     raw = dtype == jnp.uint32 and jnp.ndim(key) == 1

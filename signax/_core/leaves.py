@@ -72,7 +72,7 @@ def mean(values: jax.Array, axis: int | None = None, keepdims: bool = False) -> 
 
 
 def narrow(values: jax.Array, dtype: Any) -> jax.Array:
-    """Casts to another dtype. Finite values beyond its range saturate; infinities stay."""
+    """Cast to another dtype. Finite values beyond its range saturate; infinities stay."""
     most = float(jnp.finfo(dtype).max)
     if float(jnp.finfo(values.dtype).max) > most:
         values = jnp.where(jnp.isfinite(values), jnp.clip(values, -most, most), values)
@@ -80,7 +80,7 @@ def narrow(values: jax.Array, dtype: Any) -> jax.Array:
 
 
 def short_of_infinity(values: jax.Array, *causes: jax.Array) -> jax.Array:
-    """Clips values to the range of their dtype; NaN where one of the causes is not finite.
+    """Clip values to the range of their dtype; NaN where one of the causes is not finite.
 
     The clip leaves room for the rounding of sums over values at the end of the range.
     """
@@ -118,7 +118,7 @@ def relative_to_peak(values: jax.Array) -> jax.Array:
 
 
 def check_floating(tree: Any, name: str = "updates", *, only_arrays: bool = True) -> None:
-    """Raises if a leaf is not an array of real floating-point numbers of at least 16 bits.
+    """Raise if a leaf is not an array of real floating-point numbers of at least 16 bits.
 
     With `only_arrays=False`, where shapes and dtypes alone matter, Python floats pass too.
     """
@@ -143,7 +143,7 @@ def check_alike(
     other: Any,
     remedy: str = "the state must come from init on the same parameters",
 ) -> None:
-    """Raises if two trees differ in structure, or in the shape of a leaf."""
+    """Raise if two trees differ in structure, or in the shape of a leaf."""
     structure, expected = jax.tree.structure(tree), jax.tree.structure(other)
     if structure != expected:
         raise ValueError(
@@ -197,7 +197,7 @@ def worker_index(axis_name: Hashable) -> jax.Array:
 def check_votable(
     tree: Any, axis_name: Hashable, split_over: Hashable | None = None, name: str = "updates"
 ) -> None:
-    """Raises if a leaf is not floating-point, or is known to be equal on all workers."""
+    """Raise if a leaf is not floating-point, or is known to be equal on all workers."""
     check_floating(tree, name)
     if not varies(worker_index(axis_name), axis_name):
         return  # vmap, pmap and check_vma=False type everything as invariant
@@ -268,7 +268,7 @@ class ShardingGroup(NamedTuple):
 def sharding_groups(
     leaves: Sequence[jax.Array], specs: Sequence[PartitionSpec] | None
 ) -> list[ShardingGroup]:
-    """Groups leaves that are not empty by the axes over which they are sharded."""
+    """Group leaves that are not empty by the axes over which they are sharded."""
     specs = [PartitionSpec()] * len(leaves) if specs is None else specs
     mesh_axes = jax.sharding.get_abstract_mesh().axis_names
     groups: dict[tuple[Hashable, ...], ShardingGroup] = {}

@@ -17,7 +17,7 @@ from signax._data_parallel.placement import Workers, check_state, resize_state, 
 
 
 class DataParallel(mapped.Aggregator):
-    r"""Runs a transformation on every worker of a mesh axis, on global arrays.
+    r"""Run a transformation on every worker of a mesh axis, on global arrays.
 
     It is itself a gradient transformation, for use under plain `jax.jit`: training loops written
     for Optax stay as they are, `TrainState.apply_gradients` and `nnx.Optimizer.update` included.
@@ -148,7 +148,7 @@ class DataParallel(mapped.Aggregator):
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        """Transforms the workers' updates into the update that all of them apply.
+        """Transform the workers' updates into the update that all of them apply.
 
         Args:
           updates: gradients with one row per worker, as `value_and_grad` returns them.
@@ -207,7 +207,7 @@ class DataParallel(mapped.Aggregator):
         return layout.structure.unflatten(map(abstract, layout.leaves))
 
     def resize(self, state: Any, params: optax.Params, num_workers: int | None = None) -> Any:
-        """Makes a state for another number of workers, outside of `jax.jit`.
+        """Make a state for another number of workers, outside of `jax.jit`.
 
         Rows are dealt out in order: with twice as many workers each two start as copies of one, and
         with half as many each starts as the mean of two, so the mean of momenta and of error

@@ -179,7 +179,7 @@ def _find_per_worker(
 
 
 def _state_specs(tx: Any, state: Any, params: Any, param_specs: Any) -> list[PartitionSpec]:
-    """Shards each state leaf over further axes like the parameter of the same shape."""
+    """Shard each state leaf over further axes like the parameter of the same shape."""
     whole = PartitionSpec()
     if param_specs is None:
         return [whole for _ in jax.tree.leaves(state)]

@@ -29,7 +29,7 @@ else:
 
 
 def check_batch(batch: Any, num_workers: int, accumulate: int) -> None:
-    """Raises if a batch cannot be cut into equal shares, and each share into micro-batches."""
+    """Raise if a batch cannot be cut into equal shares, and each share into micro-batches."""
     for path, leaf in jax.tree.leaves_with_path(batch):
         shape = jnp.shape(leaf)
         if not shape or shape[0] % (num_workers * accumulate):
@@ -102,7 +102,7 @@ def _follow(
     local: optax.GradientTransformation,
     state: Any,
 ) -> tuple[Any, Any, Any]:
-    """Takes a step for each micro-batch on a copy of the parameters: the start minus the end.
+    """Take a step for each micro-batch on a copy of the parameters: the start minus the end.
 
     If a loss, a gradient or the state is not finite at any step, the difference is NaN (the sign of
     an infinity would be finite), and the state is the state before all steps.
@@ -130,7 +130,7 @@ def map_gradient(
     accumulate: int,
     local: optax.GradientTransformation | None,
 ) -> Callable[..., Any]:
-    """Returns `f(params, local_state, batch, replicated, key) -> (value, rows, local_state)`.
+    """Return `f(params, local_state, batch, replicated, key) -> (value, rows, local_state)`.
 
     Rows are gradients, or with `local` differences of parameters.
     """
@@ -183,7 +183,7 @@ class LocalStepsState(NamedTuple):
 def with_local_state(
     local: optax.GradientTransformation, tx: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps the state of local steps beside the state of `tx`, and leaves it alone."""
+    """Keep the state of local steps beside the state of `tx`, and leave it alone."""
 
     def init_fn(params: optax.Params):
         return LocalStepsState(local=local.init(params), exchanged=tx.init(params))
@@ -196,7 +196,7 @@ def with_local_state(
 
 
 def own_local_state(per_worker: PerWorker | None) -> PerWorker:
-    """Gives each worker its own state of local steps, though no update shows that it differs."""
+    """Give each worker its own state of local steps, though no update shows that it differs."""
 
     def is_per_worker(path: str, leaf: jax.ShapeDtypeStruct) -> bool | None:
         if path.startswith(".local"):
@@ -315,7 +315,7 @@ def _conditional_vote(axis_name: Hashable) -> ValueError:
 def with_extra_args(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Passes extra arguments to every transformation that accepts any, even `optax.MultiSteps`.
+    """Pass extra arguments to every transformation that accepts any, even `optax.MultiSteps`.
 
     Such a transformation learns of all updates, so its votes and means exclude the same workers.
     """

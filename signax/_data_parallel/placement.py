@@ -72,7 +72,7 @@ class Workers(NamedTuple):
     def shard_map(
         self, function: Callable[..., Any], in_specs: Any, out_specs: Any, check_vma: bool = True
     ) -> Callable[..., Any]:
-        """Maps a function of one worker over all workers."""
+        """Map a function of one worker over all workers."""
         return jax.shard_map(
             function,
             mesh=self.mesh,
@@ -121,7 +121,7 @@ class Workers(NamedTuple):
         return jax.tree.map(without_row, updates)
 
     def reshard(self, tree: Any, *, per_worker: bool = False) -> Any:
-        """Lays arrays out as Explicit axes demand, with rows over the workers' axis."""
+        """Lay arrays out as Explicit axes demand, with rows over the workers' axis."""
         if not self.explicit:
             return jax.tree.map(jnp.asarray, tree)
 
@@ -136,7 +136,7 @@ class Workers(NamedTuple):
         return jax.tree.map(reshard_leaf, tree)
 
     def reshard_params(self, params: Any) -> Any:
-        """Lays parameters out as `param_specs` says, if it is given."""
+        """Lay parameters out as `param_specs` says, if it is given."""
         if params is None or self.param_specs is None or not self.explicit:
             return self.reshard(params)
 
@@ -147,7 +147,7 @@ class Workers(NamedTuple):
         return jax.sharding.reshard(leaf, sharding)
 
     def constrain(self, tree: Any, specs: Any) -> Any:
-        """Constrains the output of a step to the next step's input shardings."""
+        """Constrain the output of a step to the next step's input shardings."""
         if self.param_specs is None or self.explicit:
             return tree
 
@@ -157,7 +157,7 @@ class Workers(NamedTuple):
         return jax.tree.map(constrain_leaf, tree, specs)
 
     def check_rows(self, updates: Any, params: Any) -> None:
-        """Raises if updates do not have one row like the parameters for each worker."""
+        """Raise if updates do not have one row like the parameters for each worker."""
         expected = None if params is None else jax.tree.leaves(params)
         if expected is not None and jax.tree.structure(updates) != jax.tree.structure(params):
             raise ValueError(
@@ -175,7 +175,7 @@ class Workers(NamedTuple):
                 )
 
     def check_active(self, active: Any) -> None:
-        """Raises if a value is not one boolean for each worker."""
+        """Raise if a value is not one boolean for each worker."""
         if active is None:
             return
         right_dtype = getattr(active, "dtype", None) == jnp.bool_
@@ -186,7 +186,7 @@ class Workers(NamedTuple):
             )
 
     def check_replicated(self, updates: Any) -> None:
-        """Raises if types know that updates differ between the workers."""
+        """Raise if types know that updates differ between the workers."""
         for path, leaf in jax.tree.leaves_with_path(updates):
             if varying_axes(leaf, self.axis_name):
                 raise ValueError(
@@ -215,7 +215,7 @@ def _typed_spec(array: Any) -> PartitionSpec:
 
 
 def _check_param_specs(specs: Any, mesh: Mesh, axis_name: Hashable) -> None:
-    """Raises if a spec is not a `PartitionSpec`, or shards a parameter over the workers' axis."""
+    """Raise if a spec is not a `PartitionSpec`, or shards a parameter over the workers' axis."""
     for path, spec in jax.tree.leaves_with_path(specs):
         name = f"param_specs{jax.tree_util.keystr(path)}"
         if not isinstance(spec, PartitionSpec):
@@ -248,7 +248,7 @@ def rows_in(state: Any, layout: Layout, num_workers: int) -> int:
 
 
 def check_state(state: Any, layout: Layout, num_workers: int) -> None:
-    """Raises if a state belongs to other parameters, or to another number of workers."""
+    """Raise if a state belongs to other parameters, or to another number of workers."""
     rows = rows_in(state, layout, num_workers)
     if rows != num_workers:
         path = next(leaf.path for leaf in layout.leaves if leaf.per_worker)
@@ -293,7 +293,7 @@ def _has_a_way(node: Any) -> bool:
 
 
 def resize_rows(rows: jax.Array, num_workers: int) -> jax.Array:
-    """Deals the rows of M workers, [M, ...], out to another number of workers.
+    """Deal the rows of M workers, [M, ...], out to another number of workers.
 
     Each new row is the mean of floating-point rows. Each worker takes over keys, integers and
     booleans from the worker who was there before, and folds its index into keys. An array of uint32
@@ -316,7 +316,7 @@ def resize_rows(rows: jax.Array, num_workers: int) -> jax.Array:
 
 
 def _fold(keys: jax.Array, workers: jax.Array) -> jax.Array:
-    """Folds each worker's index into its keys: key[M, ...]."""
+    """Fold each worker's index into its keys: key[M, ...]."""
     flat = keys.reshape(len(keys), -1)
     folded = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(0, None)))(flat, workers)
     return folded.reshape(keys.shape)

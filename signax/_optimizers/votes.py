@@ -76,7 +76,7 @@ def _voted(
 
 
 def _check_params(updates: Any, params: Any) -> None:
-    """Raises if updates and parameters differ in shape or structure. An update may be `None`."""
+    """Raise if updates and parameters differ in shape or structure. An update may be `None`."""
 
     def check(path: Any, update: Any, param: Any):
         if update is not None and jnp.shape(update) != jnp.shape(param):

@@ -46,7 +46,7 @@ def scale_by_signum(
     nesterov: bool = False,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces updates by the signs of their moving average.
+    r"""Replace updates by the signs of their moving average.
 
     .. math:: m_t = \beta m_{t-1} + (1 - \beta) g_t, \quad u_t = \operatorname{sign}(m_t)
 
@@ -156,7 +156,7 @@ def error_feedback(
     learning_rate: optax.ScalarOrSchedule | None = None,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adds to each update what compression has left out so far.
+    r"""Add to each update what compression has left out so far.
 
     .. math:: p_t = g_t + \lambda e_t, \quad u_t = C(p_t), \quad e_{t+1} = p_t - u_t
 
@@ -244,14 +244,14 @@ def current_rate(learning_rate: optax.ScalarOrSchedule | None, count: Any) -> An
 
 
 def in_units_of(rate: Any, memory: Any) -> Any:
-    """Scales a memory in units of the gradient by the rate of the updates."""
+    """Scale a memory in units of the gradient by the rate of the updates."""
     if rate is None:
         return memory
     return jax.tree.map(lambda e: e * jnp.asarray(rate, e.dtype), memory)
 
 
 def in_gradient_units(rate: Any, left: Any, scaled: Any, memory: Any) -> Any:
-    """Divides the residual of a step by its rate; keeps the old memory where the step did."""
+    """Divide the residual of a step by its rate; keep the old memory where the step did."""
     if rate is None:
         return left
 
@@ -267,7 +267,7 @@ def in_gradient_units(rate: Any, left: Any, scaled: Any, memory: Any) -> Any:
 def checked(
     inner: optax.GradientTransformation, memory: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Holds an Optax transformation to this library's contract.
+    """Hold an Optax transformation to this library's contract.
 
     Leaves must be floating-point, the state's field `memory` must be a tree like the updates, and
     updates keep their dtypes.

@@ -134,7 +134,7 @@ NO_EXTRAS = Extras()
 def leave_out_nonfinite(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Excludes a worker from every vote and mean in `inner` if any of its updates is not finite.
+    """Exclude a worker from every vote and mean in `inner` if any of its updates is not finite.
 
     By itself each vote and mean judges the leaves that it is given. Under `optax.partition` and
     `optax.masked` these are a part of all leaves: this transformation lets each vote know of the
@@ -187,7 +187,7 @@ def leave_out_nonfinite(
 def hold_if_nonfinite(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps NaN and infinity out of a transformation's state.
+    """Keep NaN and infinity out of a transformation's state.
 
     If the incoming updates, the inner transformation's output or its new floating-point state hold
     a NaN or an infinity, the floating-point state stays as it was (counts and keys advance, as on
@@ -224,7 +224,7 @@ def hold_if_nonfinite(
 
 
 def mark_nonfinite(new_updates: Any, updates: Any, new_state: Any) -> Any:
-    """Makes at least one new update NaN if the old updates or the new state are not finite.
+    """Make at least one new update NaN if the old updates or the new state are not finite.
 
     State that is laid out like the updates, such as a momentum, is examined coordinate by
     coordinate, in the same pass as the updates.

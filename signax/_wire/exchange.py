@@ -80,7 +80,7 @@ def exchange(
     like: Any = None,
     name: str = "updates",
 ) -> Outcome:
-    """Sends a tree of values, and returns what the workers make of them together.
+    """Send a tree of values, and return what the workers make of them together.
 
     Args:
       tree: this worker's values.
@@ -144,7 +144,7 @@ def take_part(finite: Bool[Array, ""], active: Array | bool | None) -> Bool[Arra
 
 
 def assign(array: list[Any], positions: Sequence[int], values: Sequence[Any]) -> None:
-    """Writes values to positions of a list. An empty list of values changes nothing."""
+    """Write values to positions of a list. An empty list of values changes nothing."""
     if values:
         for position, value in zip(positions, values, strict=True):
             array[position] = value
@@ -157,7 +157,7 @@ def _leaves_of(group: ShardingGroup, values: Sequence[Array], like: Sequence[Arr
 def _on_blocks(
     function: Callable[..., Any], axes: Sequence[Hashable], in_specs: Any, out_specs: Any
 ) -> Any:
-    """Maps a function of one device's blocks over the devices of a worker."""
+    """Map a function of one device's blocks over the devices of a worker."""
     if not axes:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))
@@ -173,7 +173,7 @@ def _message_specs(group: ShardingGroup, codec: Codec, route: Route) -> Any:
 def _encode_group(
     group: ShardingGroup, leaves: Leaves, codec: Codec, route: Route, worker: Worker
 ) -> Encoded:
-    """Encodes a group; the flag gets one element for each device."""
+    """Encode a group; the flag gets one element for each device."""
 
     def encode(leaves: Leaves, coin: Array):
         if route.transport == "sum":
@@ -217,7 +217,7 @@ def _settle_group(
     header: Array,
     memory: list[Array],
 ) -> _Result:
-    """Sends a group's message and decodes the reply."""
+    """Send a group's message and decode the reply."""
     whole, flat = PartitionSpec(), PartitionSpec(group.axes or None)
     split, position, position_spec = find_axis(route.split_over)
 
@@ -267,7 +267,7 @@ def send(
     combine: Combine,
     position: Array,
 ) -> Reply:
-    """Sends a message, and returns the reply of all servers together.
+    """Send a message, and return the reply of all servers together.
 
     `position` is this device's along the axis over which the exchange is split, if there is one.
     """
@@ -305,7 +305,7 @@ def _pad(plane: Array, words: int) -> Array:
 def ask_server(
     rows: Sequence[UInt32[Array, "M _"]], header: Array, axis_name: Hashable, combine: Combine
 ) -> Reply:
-    """Sends row k to server k, and returns the reply of this worker as a server."""
+    """Send row k to server k, and return the reply of this worker as a server."""
     sealed = seal(rows, header)
     # Under vmap a tiled all_to_all needs a batched operand. The header, which holds the sender's
     # index, makes it one.
@@ -314,7 +314,7 @@ def ask_server(
 
 
 def _collect(reply: Reply, axis_name: Hashable, words: int | None = None) -> Reply:
-    """Sends every server's reply to all, and joins planes end to end to `words` words if given.
+    """Send every server's reply to all, and join planes end to end to `words` words if given.
 
     JAX types the result as the same on every worker, which the reply of one server is not.
     """
@@ -333,7 +333,7 @@ def _collect(reply: Reply, axis_name: Hashable, words: int | None = None) -> Rep
 
 
 def gather(array: Array, axis_name: Hashable) -> Array:
-    """Stacks the workers' arrays, [...] to [M, ...]; replicated by type where types can tell."""
+    """Stack the workers' arrays, [...] to [M, ...]; replicated by type where types can tell."""
     if varies(array, axis_name):
         return lax.all_gather(array, axis_name, to="invarying")
     shape = array.shape
@@ -343,7 +343,7 @@ def gather(array: Array, axis_name: Hashable) -> Array:
 
 
 def _sum(integers: Sequence[Array], header: Array, axis_name: Hashable) -> Sums:
-    """Sums integer ballots of -1, 0 and +1 of any shape."""
+    """Sum integer ballots of -1, 0 and +1 of any shape."""
     counted = [jnp.where(header > 0, integer, 0) for integer in integers]
     totals, (voters, coins, ties) = lax.psum((counted, header_bits(header)), axis_name)
     tie = (ties > 0).astype(jnp.uint32)

@@ -107,7 +107,7 @@ def scaled_signs_memory(
 
 
 def check_memory(name: str, tree: Any, memory: Any, num_workers: int) -> None:
-    """Raises if a memory belongs to other values, or to another number of workers."""
+    """Raise if a memory belongs to other values, or to another number of workers."""
     if not isinstance(memory, ScaledSignsMemory):
         raise TypeError(
             f"memory is of type {type(memory).__name__}: start with signax.scaled_signs_memory, "
@@ -137,7 +137,7 @@ def make_scaled(
     block: Literal["leaf"] | int,
     decay: Any,
 ) -> ScaledSigns:
-    """Builds a codec, such as `ScaledSigns`, by `make`. Raises if an option is out of range."""
+    """Build a codec, such as `ScaledSigns`, by `make`. Raise if an option is out of range."""
     check_axis_name(axis_name)
     block = check_block(block, ("leaf",))
     check_number("decay", decay, low=0, high=1, ends="[]")
@@ -161,7 +161,7 @@ def exchange_with_memory(
     specs: Sequence[PartitionSpec] | None = None,
     name: str = "updates",
 ) -> tuple[Outcome, ScaledSignsMemory]:
-    """Exchanges values plus memories, and returns the outcome and the new memory.
+    """Exchange values plus memories, and return the outcome and the new memory.
 
     A worker that does not take part keeps its memory. A server does too, where nobody takes part.
     """

@@ -30,7 +30,7 @@ MOST_WASTE = 1 / 64  # the share of padding words that a better layout may cost
 
 @runtime_checkable
 class BitRule(Hashable, Protocol):
-    """Turns the values of coordinates into bits: one or two planes."""
+    """Turn the values of coordinates into bits: one or two planes."""
 
     @property
     def planes(self) -> int: ...
@@ -61,7 +61,7 @@ class Fold(NamedTuple):
 
 
 def fold(shape: tuple[int, ...]) -> Fold:
-    """Chooses where to cut an array into slabs.
+    """Choose where to cut an array into slabs.
 
     TPUs store the last two axes in tiles of 8 x 128, in the order that needs less padding. The axis
     to cut lies outside the tiles, or else is the outer axis of a tile, cut into multiples of 8. If
@@ -93,7 +93,7 @@ def num_words(leaves: Sequence[Any]) -> int:
 def pack(
     leaves: Sequence[Array], rule: BitRule, coin: UInt32[Array, ""]
 ) -> tuple[list[UInt32[Array, " words"]], Bool[Array, ""]]:
-    """Packs the bits of all coordinates and finds whether all values are finite, in one pass.
+    """Pack the bits of all coordinates and find whether all values are finite, in one pass.
 
     Args:
       leaves: floating-point arrays of any shape, at least one of them not empty.
@@ -115,7 +115,7 @@ def pack(
 def unpack(
     planes: Sequence[UInt32[Array, " words"]], leaves: Sequence[Any]
 ) -> list[list[Bool[Array, "..."]]]:
-    """Unpacks planes of u32[num_words(leaves)]: for each leaf, a bool[shape] from each plane."""
+    """Unpack planes of u32[num_words(leaves)]: for each leaf, a bool[shape] from each plane."""
     large, small = _by_size(leaves)
     planes = lax.optimization_barrier(planes)  # or every coordinate searches for its word
     bits = [[jnp.zeros(leaf.shape, jnp.bool_) for _ in planes] for leaf in leaves]  # if empty
@@ -148,7 +148,7 @@ def odd(shape: tuple[int, ...]) -> Bool[Array, "..."]:
 def _pack_array(
     array: Float[Array, "..."], coin: UInt32[Array, ""], rule: BitRule
 ) -> tuple[list[UInt32[Array, " words"]], Bool[Array, ""]]:
-    """Packs one array into planes, and finds whether it is finite."""
+    """Pack one array into planes, and find whether it is finite."""
     cpu, default = (partial(pack, rule=rule) for pack in (pack_consecutive, pack_slabs))
     return lax.platform_dependent(array, coin, cpu=cpu, default=default)  # GPU and TPU: slabs
 
@@ -156,7 +156,7 @@ def _pack_array(
 def pack_consecutive(
     array: Float[Array, "..."], coin: UInt32[Array, ""], *, rule: BitRule
 ) -> tuple[list[UInt32[Array, " words"]], Bool[Array, ""]]:
-    """Packs for CPUs: bit b of word w belongs to coordinate 32 w + b."""
+    """Pack for CPUs: bit b of word w belongs to coordinate 32 w + b."""
     flat = array.reshape(-1)
     rest = flat.size % WORD_BITS
     rows = flat[: flat.size - rest].reshape(-1, WORD_BITS)
@@ -173,7 +173,7 @@ def pack_consecutive(
 def pack_slabs(
     array: Float[Array, "..."], coin: UInt32[Array, ""], *, rule: BitRule
 ) -> tuple[list[UInt32[Array, " words"]], Bool[Array, ""]]:
-    """Packs for GPUs and TPUs: bit b of word w belongs to coordinate w of slab b.
+    """Pack for GPUs and TPUs: bit b of word w belongs to coordinate w of slab b.
 
     The bits of a coordinate are first written as one byte, so XLA fuses the computation of the
     values with that write, in any layout. Values that come in slabs need no such byte.
@@ -185,7 +185,7 @@ def pack_slabs(
 
 
 def join_slabs(fields: Sequence[Bool[Array, "..."]], cut: Fold, flags: int = 1) -> Sequence[Array]:
-    """Joins the bits of an array's slabs, bool[cut.shape] each, as `merge_bits` does."""
+    """Join the bits of an array's slabs, bool[cut.shape] each, as `merge_bits` does."""
     if cut.length > 1:
         padding = [(0, 0)] * len(cut.shape)
         padding[cut.axis] = (0, WORD_BITS * cut.length - cut.shape[cut.axis])
@@ -203,17 +203,17 @@ def _fields(values: Array, odd: Array, coin: Array, rule: BitRule) -> list[Array
 
 
 def _to_bytes(fields: Sequence[Array]) -> Array:
-    """Stores fields as bits of a byte: bool[...] each to u8[...]."""
+    """Store fields as bits of a byte: bool[...] each to u8[...]."""
     return reduce(operator.or_, [bit.astype(jnp.uint8) << n for n, bit in enumerate(fields)])
 
 
 def _from_bytes(codes: Array, fields: int) -> list[Array]:
-    """Inverts `_to_bytes`."""
+    """Invert `_to_bytes`."""
     return [(codes >> n) & 1 == 1 for n in range(fields)]
 
 
 def merge_bits(fields: Sequence[Array], axis: int, flags: int = 1) -> Sequence[Array]:
-    """Merges an axis of 32: into words for most fields, by OR for the last `flags` fields.
+    """Merge an axis of 32: into words for most fields, by OR for the last `flags` fields.
 
     One reduction reads all fields, and XLA fuses their computation with it.
     """
@@ -233,7 +233,7 @@ def _is_tiled(shape: tuple[int, ...]) -> bool:
 
 
 def _by_tiles(words: UInt32[Array, "..."], shape: tuple[int, ...]) -> UInt32[Array, " words"]:
-    """Flattens words in the order of a TPU's memory, where that is a no-op."""
+    """Flatten words in the order of a TPU's memory, where that is a no-op."""
     if not _is_tiled(shape):
         return words.reshape(-1)
     tiles = words.reshape(-1, shape[-2] // 8, 8, shape[-1] // 128, 128)
@@ -241,7 +241,7 @@ def _by_tiles(words: UInt32[Array, "..."], shape: tuple[int, ...]) -> UInt32[Arr
 
 
 def _from_tiles(words: UInt32[Array, " words"], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """Inverts `_by_tiles`."""
+    """Invert `_by_tiles`."""
     if not _is_tiled(shape):
         return words.reshape(shape)
     tiles = words.reshape(-1, shape[-2] // 8, shape[-1] // 128, 8, 128)
@@ -249,7 +249,7 @@ def _from_tiles(words: UInt32[Array, " words"], shape: tuple[int, ...]) -> UInt3
 
 
 def in_slabs(array: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Views an array as its 32 slabs along a new first axis, where the view costs nothing.
+    """View an array as its 32 slabs along a new first axis, where the view costs nothing.
 
     XLA packs elementwise results of arrays in slabs in the pass that computes them.
     """
@@ -261,7 +261,7 @@ def in_slabs(array: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _unpack_array(words: UInt32[Array, " words"], shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """Unpacks words into bool[shape]."""
+    """Unpack words into bool[shape]."""
     cpu, default = (partial(unpack, shape=shape) for unpack in (unpack_consecutive, unpack_slabs))
     return lax.platform_dependent(words, cpu=cpu, default=default)  # GPU and TPU: slabs
 
@@ -269,7 +269,7 @@ def _unpack_array(words: UInt32[Array, " words"], shape: tuple[int, ...]) -> Boo
 def unpack_consecutive(
     words: UInt32[Array, " words"], shape: tuple[int, ...]
 ) -> Bool[Array, "..."]:
-    """Inverts `pack_consecutive`."""
+    """Invert `pack_consecutive`."""
     size = math.prod(shape)
     words = words[: -(-size // WORD_BITS), None]
     bits = (words >> lax.broadcasted_iota(jnp.uint32, (len(words), WORD_BITS), 1)) & 1 == 1
@@ -282,13 +282,13 @@ def unpack_consecutive(
 
 
 def unpack_slabs(words: UInt32[Array, " words"], shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """Inverts `pack_slabs`."""
+    """Invert `pack_slabs`."""
     cut = fold(shape)
     return split_slabs(_from_tiles(words, cut.word_shape), cut).reshape(shape)
 
 
 def split_slabs(words: UInt32[Array, "..."], cut: Fold) -> Bool[Array, "..."]:
-    """Inverts `join_slabs` for one plane: u32[cut.word_shape] to bool[cut.shape]."""
+    """Invert `join_slabs` for one plane: u32[cut.word_shape] to bool[cut.shape]."""
     before, after = cut.shape[: cut.axis], cut.shape[cut.axis + 1 :]
     slabs = jnp.expand_dims(words, cut.axis)
     in_slabs = (*before, WORD_BITS, cut.length, *after)

@@ -54,20 +54,20 @@ def part_shape(shape: tuple[int, ...], num_workers: int) -> tuple[int, int]:
 
 
 def cut_leaf(leaf: Num[Array, "..."], num_workers: int) -> Num[Array, "M 32 S"]:
-    """Cuts a leaf into its parts."""
+    """Cut a leaf into its parts."""
     columns = matrix(leaf.shape).words
     rows = jnp.pad(leaf.reshape(-1), (0, WORD_BITS * columns - leaf.size))
     return jnp.swapaxes(cut_columns(rows.reshape(WORD_BITS, columns), num_workers), 0, 1)
 
 
 def join_leaf(parts: Num[Array, "M 32 S"], shape: tuple[int, ...]) -> Num[Array, "..."]:
-    """Inverts `cut_leaf`."""
+    """Invert `cut_leaf`."""
     rows = join_columns(jnp.swapaxes(parts, 0, 1), matrix(shape).words)
     return rows.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
 def cut_columns(columns: Num[Array, "*others W"], num_workers: int) -> Num[Array, "*others M S"]:
-    """Cuts one entry per column of a leaf, such as its word, into the parts' entries."""
+    """Cut one entry per column of a leaf, such as its word, into the parts' entries."""
     *others, length = columns.shape
     part = 2 * -(-length // (2 * num_workers))
     padding = [(0, 0) for _ in others] + [(0, num_workers * part - length)]
@@ -75,7 +75,7 @@ def cut_columns(columns: Num[Array, "*others W"], num_workers: int) -> Num[Array
 
 
 def join_columns(parts: Num[Array, "*others M S"], length: int) -> Num[Array, "*others W"]:
-    """Inverts `cut_columns` for `length` columns."""
+    """Invert `cut_columns` for `length` columns."""
     return parts.reshape(*parts.shape[:-2], -1)[..., :length]
 
 
@@ -120,7 +120,7 @@ class Blocks(NamedTuple):
         return -(-WORD_BITS * self.columns[0] // self.length)
 
     def _runs(self) -> Iterator[tuple[slice, slice, int]]:
-        """Yields each run of leaves with equally many columns: its blocks, columns, and a leaf's.
+        """Yield each run of leaves with equally many columns: its blocks, columns, and a leaf's.
 
         Programs grow with the number of runs, so leaves should come sorted.
         """
@@ -210,7 +210,7 @@ class Bundle(NamedTuple):
 
 
 def find_bundles(leaves: Leaves, num_workers: int, length: int | None) -> list[Bundle]:
-    """Sorts leaves into bundles, for blocks of `length` coordinates or of a leaf's whole part."""
+    """Sort leaves into bundles, for blocks of `length` coordinates or of a leaf's whole part."""
     groups: dict[Any, list[int]] = {}
     for n, (leaf, like) in enumerate(zip(*leaves, strict=True)):
         is_alone = length is not None or leaf.size >= SMALL
@@ -233,7 +233,7 @@ def side_by_side(leaves: Sequence[Array], num_workers: int) -> Float[Array, "M 3
 
 
 def take_apart(parts: Float[Array, "M 32 S"], blocks: Blocks) -> list[Array]:
-    """Inverts `side_by_side`."""
+    """Invert `side_by_side`."""
     each = jnp.split(parts, np.cumsum(blocks.columns)[:-1], axis=2)
     return [join_leaf(part, shape) for part, shape in zip(each, blocks.shapes, strict=True)]
 
@@ -250,7 +250,7 @@ def write_message(
 def read_message(
     message: UInt32[Array, "n words"], bundles: Sequence[Bundle], planes: int
 ) -> list[tuple[UInt32[Array, "n _"], Float[Array, "n _"]]]:
-    """Inverts `write_message` for words of `planes` bits per coordinate."""
+    """Invert `write_message` for words of `planes` bits per coordinate."""
     dtypes = [wide_dtype(bundle.dtype) for bundle in bundles]
     edges = np.cumsum([planes * sum(bundle.blocks.columns) for bundle in bundles])
     *words, last = jnp.split(message, edges, axis=1)

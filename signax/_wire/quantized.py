@@ -30,7 +30,7 @@ SCALES = {2: 0.9957 / 2 / 0.79788, 4: 0.3352 / 2 / 0.79788}
 
 
 def check_bits(bits: Bits) -> None:
-    """Raises if there is no codec of so many bits."""
+    """Raise if there is no codec of so many bits."""
     if bits not in SCALES:
         raise ValueError(f"bits={bits!r} is not built: use {' or '.join(map(str, SCALES))}")
 
@@ -78,7 +78,7 @@ def pmean_quantized(
     decay: float = 1.0,
     active: jax.Array | bool | None = None,
 ) -> tuple[Any, ScaledSignsMemory]:
-    r"""Averages quantised values, with error feedback: 2 or 4 bits per coordinate.
+    r"""Average quantised values, with error feedback: 2 or 4 bits per coordinate.
 
     It is :func:`signax.pmean_scaled_signs` with a finer compressor of b bits,
 

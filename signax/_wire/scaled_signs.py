@@ -178,7 +178,7 @@ class ScaledSigns:
     def _compress_means(
         self, bundles: Sequence[Bundle], means: Sequence[Array], voters: Array, context: Context
     ) -> tuple[UInt32[Array, "1 words"], list[Array]]:
-        """Compresses the means of this server's parts, and returns its new memory of them."""
+        """Compress the means of this server's parts, and return its new memory of them."""
         words, scales, memory, worker = [], [], list(context.memory), context.worker
         for bundle, mean in zip(bundles, means, strict=True):
             blocks = bundle.blocks
@@ -226,7 +226,7 @@ class ScaledSigns:
     def _compress_leaf(
         self, leaf: Float[Array, "..."], scale: Float[Array, ""], coin: Array
     ) -> tuple[UInt32[Array, "M _"], Float[Array, "M 1"], Float[Array, "..."]]:
-        """Compresses a leaf: returns its parts' words and scales, and the residual."""
+        """Compress a leaf: return its parts' words and scales, and the residual."""
         (sign,) = RULES(leaf, packing.odd(leaf.shape), coin)
         digits = self.digits(leaf, scale)
         magnitude = self.magnitude(digits, scale)
@@ -259,7 +259,7 @@ class ScaledSigns:
         coin: Array,
         blocks: Blocks,
     ) -> tuple[UInt32[Array, "n _"], Float[Array, "n 32 S"]]:
-        """Compresses parts side by side: returns their words and the residual."""
+        """Compress parts side by side: return their words and the residual."""
         odd = lax.broadcasted_iota(jnp.int32, parts.shape, 2) % 2 == 1
         (sign,) = RULES(parts, odd, coin)
         scale = blocks.spread(scales)
@@ -305,6 +305,6 @@ def _mean_over_parts(
 
 
 def _rounded(scales: Array, dtype: Any) -> Array:
-    """Rounds scales to the dtype in which they are sent."""
+    """Round scales to the dtype in which they are sent."""
     # Without the barrier XLA may compute a scale for every coordinate that uses it.
     return lax.optimization_barrier(narrow(scales, dtype).astype(scales.dtype))

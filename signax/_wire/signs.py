@@ -59,7 +59,7 @@ class Rules(NamedTuple):
         return self.ties == self.zeros == "dither"
 
     def check(self) -> None:
-        """Raises if a mode is unknown."""
+        """Raise if a mode is unknown."""
         check_mode("zeros", self.zeros, ("dither", "abstain", "plus"))
         check_mode("ties", self.ties, ("dither", "plus"))
 
@@ -107,7 +107,7 @@ class Rules(NamedTuple):
 
 
 class WithOpinions(NamedTuple):
-    """Adds a second bit to each ballot of one bit: whether the value is not zero."""
+    """Add a second bit to each ballot of one bit: whether the value is not zero."""
 
     rules: Rules
 

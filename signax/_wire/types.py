@@ -219,15 +219,15 @@ class Codec(Protocol):
         ...
 
     def encode(self, leaves: Leaves, coin: Array, axes: tuple[Hashable, ...]) -> Encoded:
-        """Encodes blocks of leaves that are sharded over `axes`."""
+        """Encode blocks of leaves that are sharded over `axes`."""
         ...
 
     def combine(self, sealed: Array, widths: Sequence[int], context: Context) -> Reply:
-        """Combines M sealed messages, u32[M, n / 128, 128], of planes of the given widths."""
+        """Combine M sealed messages, u32[M, n / 128, 128], of planes of the given widths."""
         ...
 
     def decode(self, reply: Reply, leaves: Leaves) -> list[Array]:
-        """Decodes the replies of all servers into updates like `leaves.like`."""
+        """Decode the replies of all servers into updates like `leaves.like`."""
         ...
 
 
@@ -257,7 +257,7 @@ class Summable(Codec, Protocol):
         ...
 
     def encode_integers(self, leaves: Leaves, coin: Array, num_workers: int) -> Encoded:
-        """Encodes leaves as integers of -1, 0 and +1, wide enough for sums over M workers."""
+        """Encode leaves as integers of -1, 0 and +1, wide enough for sums over M workers."""
         ...
 
     def decode_sums(

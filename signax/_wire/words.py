@@ -28,7 +28,7 @@ def spread(bit: Array | int) -> Array | np.uint32:
 
 
 def count(rows: UInt32[Array, "M *n"], *more: UInt32[Array, "*n"]) -> list[UInt32[Array, "*n"]]:
-    """Adds M + N rows of bits to the (M + N).bit_length() planes of their sum."""
+    """Add M + N rows of bits to the (M + N).bit_length() planes of their sum."""
     unlooped = len(rows) if len(rows) < 2 * CHUNK else len(rows) % CHUNK
     planes = _add([[*more, *rows[:unlooped]]])
     if unlooped == len(rows):
@@ -46,7 +46,7 @@ def count(rows: UInt32[Array, "M *n"], *more: UInt32[Array, "*n"]) -> list[UInt3
 
 
 def _add(columns: list[list[Array]]) -> list[Array]:
-    """Adds lists of u32[n], of bits that weigh 1, 2, 4, ..., to the planes of the sum.
+    """Add lists of u32[n], of bits that weigh 1, 2, 4, ..., to the planes of the sum.
 
     A carry-save adder: three planes of one weight become one plane of that weight and one carry of
     the next, in five operations, until one plane of each weight is left.
@@ -70,7 +70,7 @@ def _add(columns: list[list[Array]]) -> list[Array]:
 
 
 def add_number(planes: Sequence[Array], number: int) -> list[Array]:
-    """Adds a number below 2^len(planes) to every sum; returns one more plane."""
+    """Add a number below 2^len(planes) to every sum; return one more plane."""
     ones = jnp.full_like(planes[0], ALL_BITS)
     columns = [[plane, ones] if number >> n & 1 else [plane] for n, plane in enumerate(planes)]
     added = _add(columns)
@@ -108,7 +108,7 @@ def compare(
     plus_planes: Sequence[Array],
     minus_planes: Sequence[Array],
 ) -> UInt32[Array, "2 M"]:
-    """Counts the coordinates on which each worker agrees and disagrees with the others.
+    """Count the coordinates on which each worker agrees and disagrees with the others.
 
     With S the sum of all ballots, the sum of the others' is S - 1 for a worker that voted +1. Such
     a worker agrees where S is at least 4, and disagrees where S is at most -2.
@@ -139,7 +139,7 @@ def _lead(plus: Sequence[Array], minus: Sequence[Array], least: int) -> tuple[Ar
 
 
 def compare_sums(own: Sequence[Array], totals: Sequence[Array]) -> UInt32[Array, "2"]:
-    """Counts the coordinates on which this worker agrees and disagrees with the others.
+    """Count the coordinates on which this worker agrees and disagrees with the others.
 
     Args:
       own: this worker's ballots, integers of -1, 0 and +1.
@@ -218,7 +218,7 @@ def dead_decision(
 
 
 def read_headers(headers: UInt32[Array, " M"]) -> Headers:
-    """Reads the headers of M workers."""
+    """Read the headers of M workers."""
     votes, coins, ties = header_bits(headers)
     voters, tie = jnp.sum(votes, dtype=jnp.uint32), jnp.max(ties)
     dead = dead_decision(jnp.sum(coins, dtype=jnp.uint32), voters, tie)
@@ -244,7 +244,7 @@ def words_of(count: int, dtype: Any) -> int:
 
 
 def to_words(numbers: Array) -> Array:
-    """Reinterprets the bits of numbers of 2, 4 or 8 bytes: f[n, count] to u32[n, words]."""
+    """Reinterpret the bits of numbers of 2, 4 or 8 bytes: f[n, count] to u32[n, words]."""
     if numbers.dtype.itemsize == 2:
         numbers = jnp.pad(numbers, ((0, 0), (0, numbers.shape[1] % 2)))
         numbers = numbers.reshape(len(numbers), -1, 2)
@@ -253,7 +253,7 @@ def to_words(numbers: Array) -> Array:
 
 
 def from_words(words: Array, count: int, dtype: Any) -> Array:
-    """Inverts `to_words`."""
+    """Invert `to_words`."""
     if np.dtype(dtype).itemsize == 8:
         words = words.reshape(len(words), -1, 2)
     numbers = lax.bitcast_convert_type(words, dtype)
@@ -283,7 +283,7 @@ def choose_transport(up: int, down: int, num_workers: int) -> Literal["packed", 
 def seal(
     planes: Sequence[UInt32[Array, "n _"]], header: UInt32[Array, ""]
 ) -> UInt32[Array, "n rows 128"]:
-    """Lays planes end to end and appends the header; a header of 0 blanks the planes."""
+    """Lay planes end to end and append the header; a header of 0 blanks the planes."""
     flat = jnp.concatenate(planes, axis=1)
     row, lane = divmod(flat.shape[1], LANES)
     if lane:
@@ -298,7 +298,7 @@ def seal(
 def unseal(
     sealed: UInt32[Array, "n rows 128"], widths: Sequence[int]
 ) -> tuple[list[UInt32[Array, "n _"]], UInt32[Array, " n"]]:
-    """Inverts `seal` for planes of the given widths: returns the planes and the headers."""
+    """Invert `seal` for planes of the given widths: return the planes and the headers."""
     stops = np.cumsum(widths).tolist()
     row, lane = divmod(stops[-1], LANES)
     flat = sealed[:, : row + (lane > 0)].reshape(len(sealed), -1)

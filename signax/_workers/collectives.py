@@ -30,7 +30,7 @@ def pvote(
     transport: Transport = "auto",
     split_over: Hashable | None = None,
 ) -> Any:
-    r"""Decides the sign of every coordinate by majority vote, one bit each way.
+    r"""Decide the sign of every coordinate by majority vote, one bit each way.
 
     With :math:`b_i \in \{+1, -1, 0\}` the sign of worker i's value on a coordinate and S the
     workers that take part,
@@ -103,7 +103,7 @@ def pmean_signs(
     transport: Transport = "auto",
     split_over: Hashable | None = None,
 ) -> Any:
-    r"""Averages the signs of every coordinate: one bit up, the count down.
+    r"""Average the signs of every coordinate: one bit up, the count down.
 
     With :math:`b_i \in \{+1, -1, 0\}` the sign of worker i's value on a coordinate and S the
     workers that take part,
@@ -161,7 +161,7 @@ def pmean_scaled_signs(
     decay: float = 1.0,
     active: jax.Array | bool | None = None,
 ) -> tuple[Any, ScaledSignsMemory]:
-    r"""Averages scaled signs, with error feedback: one bit per coordinate and a scale per block.
+    r"""Average scaled signs, with error feedback: one bit per coordinate and a scale per block.
 
     .. math:: p_i = g_i + \lambda e_i, \quad e_i \leftarrow p_i - C(p_i), \quad
       P = \frac{1}{|S|} \sum_{i \in S} C(p_i) + \lambda E, \quad E \leftarrow P - C(P), \quad

@@ -79,7 +79,7 @@ def mean_scaled_signs(
     accumulator_dtype: Any = None,
     num_workers: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces updates by the mean of the workers' scaled signs, with error feedback.
+    r"""Replace updates by the mean of the workers' scaled signs, with error feedback.
 
     .. math:: p_i = g_i + \lambda e_i, \quad e_i \leftarrow p_i - C(p_i), \quad
       P = \frac{1}{|S|} \sum_{i \in S} C(p_i) + \lambda E, \quad E \leftarrow P - C(P), \quad
@@ -150,7 +150,7 @@ def mean_quantized(
     accumulator_dtype: Any = None,
     num_workers: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces updates by the mean of the workers' quantised values, with error feedback.
+    r"""Replace updates by the mean of the workers' quantised values, with error feedback.
 
     It is :func:`signax.mean_scaled_signs` with the compressor of :func:`signax.pmean_quantized`: 2
     or 4 bits per coordinate each way, and a scale per leaf or block. All other options are the

@@ -41,7 +41,7 @@ def mean_signs(
     transport: Transport = "auto",
     split_over: Hashable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces updates by the exact mean of the workers' signs: one bit up, the count down.
+    r"""Replace updates by the exact mean of the workers' signs: one bit up, the count down.
 
     .. math:: u = \frac{1}{|S|} \sum_{i \in S} \operatorname{sign}(u_i)
 
@@ -114,7 +114,7 @@ class AverageUpdatesState(NamedTuple):
 
 
 def average_updates(axis_name: Hashable) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces updates by their full-precision mean over the workers that take part.
+    r"""Replace updates by their full-precision mean over the workers that take part.
 
     .. math:: u = \frac{1}{|S|} \sum_{i \in S} u_i
 

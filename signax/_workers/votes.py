@@ -72,7 +72,7 @@ def majority_vote(
     split_over: Hashable | None = None,
     agreement: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces updates by the majority of the workers' signs, one bit each way.
+    r"""Replace updates by the majority of the workers' signs, one bit each way.
 
     .. math:: u = \operatorname{sign} \sum_{i \in S} \operatorname{sign}(u_i)
 
@@ -203,7 +203,7 @@ def _exchange(
 
 
 def _check_enough_workers(updates: optax.Updates, route: Route) -> None:
-    """Raises if there are too few workers for a clear majority of the others."""
+    """Raise if there are too few workers for a clear majority of the others."""
     check_votable(updates, route.axis_name, route.split_over)
     if lax.axis_size(route.axis_name) < LEAST_VOTERS:
         raise ValueError(
@@ -312,7 +312,7 @@ def voted(signs: optax.GradientTransformation, vote: Vote) -> optax.GradientTran
 
 
 def own_updates(axis_name: Hashable) -> optax.GradientTransformation:
-    """Raises if types know that updates are equal on all workers, as a vote does.
+    """Raise if types know that updates are equal on all workers, as a vote does.
 
     It belongs before a memory: after one, every worker's updates differ in any case.
     """
@@ -326,7 +326,7 @@ def own_updates(axis_name: Hashable) -> optax.GradientTransformation:
 
 
 def _in_slabs(updates: Any, state: Any, param_specs: Any) -> tuple[Any, Any]:
-    """Views updates, and state of their shapes, in slabs where the view costs nothing.
+    """View updates, and state of their shapes, in slabs where the view costs nothing.
 
     The barriers keep XLA from seeing that the arrays are the same, and from moving the reshape
     behind the computation.
