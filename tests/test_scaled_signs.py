@@ -356,6 +356,16 @@ def test_accepts_python_and_numpy_integers_as_block_size():
         signax.mean_scaled_signs(AXIS, block=jnp.int32(8))
 
 
+def test_a_learning_rate_works_with_an_empty_leaf():
+    params = {"vector": jnp.zeros(5), "empty": jnp.zeros((0, 3))}
+    rows = {"vector": jnp.full((2, 5), 3.0), "empty": jnp.zeros((2, 0, 3))}
+    mean = signax.mean_scaled_signs("data", learning_rate=lambda count: 1 / (1 + count))
+    tx = signax.DataParallel(mean, auto_mesh({"data": 2}))
+    updates, _ = jax.jit(tx.update)(rows, tx.init(params), params)
+    np.testing.assert_array_equal(updates["vector"], np.full(5, 3))
+    assert updates["empty"].shape == (0, 3)
+
+
 def test_num_workers_must_be_static_under_inject_hyperparams():
     tx = optax.inject_hyperparams(signax.ef_sign_sgd)(0.1, axis_name=AXIS, num_workers=2)
     with pytest.raises(TypeError, match=r"num_workers must be known.*'num_workers' in the static_"):

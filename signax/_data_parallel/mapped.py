@@ -294,10 +294,12 @@ def _state_rows(state: Any, workers: Workers, layout: Layout) -> list[jax.Array]
     for array, leaf in zip(jax.tree.leaves(state), layout.leaves, strict=True):
         array = jnp.asarray(array)
         if not leaf.per_worker and varying_axes(array, workers.axis_name):
-            raise ValueError(
-                f"state{leaf.path} differs between workers but is to be shared: let per_worker "
-                "return True for it"
-            )
+            if array.size:
+                raise ValueError(
+                    f"state{leaf.path} differs between workers but is to be shared: let per_worker "
+                    "return True for it"
+                )
+            array = jnp.zeros(array.shape, array.dtype)  # equal, whatever types say
         rows.append(workers.row(lax.optimization_barrier(array)) if leaf.per_worker else array)
     return rows
 
