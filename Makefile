@@ -37,7 +37,9 @@ test: lint  ## lint, types and the tests that matter most, at the newest jax: 7 
 
 test-all: test test-rest  ## run everything: half an hour on two cores
 
-test-rest: test-shapes test-thorough test-slow test-oldest test-accelerators  ## run what `make test` leaves out
+# The compilers for accelerators leave half of a core idle.
+test-rest: test-shapes test-thorough test-slow  ## run what `make test` leaves out
+	$(MAKE) --jobs 2 --output-sync=target test-oldest test-accelerators
 
 lint: .venv/test  ## lint, check the format, the direction of imports, and the types
 	.venv/bin/ruff check
@@ -54,8 +56,9 @@ test-shapes: .venv/test
 test-thorough: .venv/test
 	$(UNOPTIMISED) .venv/bin/python $(PYTEST) -m thorough
 
+# These wait for other processes, so a third one at a time keeps two cores busy.
 test-slow: .venv/test
-	.venv/bin/python $(PYTEST) -m slow
+	.venv/bin/python $(PYTEST) -n 3 -m slow
 
 # Benchmarks, which are for developers, run at the newest jax.
 test-oldest: .venv-oldest/test
