@@ -13,6 +13,7 @@ of the mean of its part, and each adds it to what it compresses at the next step
 import dataclasses
 import math
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -109,6 +110,7 @@ class ScaledSigns:
             share = 1 / math.prod(lax.axis_size(axis) for axis in axes)
             assign(magnitudes, whole, lax.psum([magnitudes[n] * share for n in whole], axes))
 
+        codec = dataclasses.replace(self, decay=None)  # hashable
         words, scales, residual = [], [], list(leaves.values)
         for bundle, own, magnitude in zip(bundles, values, magnitudes, strict=True):
             blocks, scale = (
@@ -120,7 +122,7 @@ class ScaledSigns:
                 word, error = self._compress_parts(own, scale, coin, blocks)
                 errors = take_apart(error, blocks)
             else:
-                word, scale, error = self._compress_leaf(own, scale, coin)
+                word, scale, error = _compress_leaf(codec, own, scale, coin)
                 errors = [error]
             words.append(word)
             scales.append(scale)
@@ -223,21 +225,6 @@ class ScaledSigns:
             for part, size, bundle in zip(each, sizes, bundles, strict=True)
         ]
 
-    def _compress_leaf(
-        self, leaf: Float[Array, "..."], scale: Float[Array, ""], coin: Array
-    ) -> tuple[UInt32[Array, "M _"], Float[Array, "M 1"], Float[Array, "..."]]:
-        """Compress a leaf: return its parts' words and scales, and the residual."""
-        (sign,) = RULES(leaf, packing.odd(leaf.shape), coin)
-        digits = self.digits(leaf, scale)
-        magnitude = self.magnitude(digits, scale)
-        left = leaf - jnp.where(sign, magnitude, -magnitude).astype(leaf.dtype)
-        fold = matrix(leaf.shape)
-        fields = [bit.reshape(fold.shape) for bit in (sign, *digits)]
-        planes = packing.join_slabs(fields, fold, flags=0)
-        words = [cut_columns(plane.reshape(-1), self.num_workers) for plane in planes]
-        scales = jnp.broadcast_to(scale, (self.num_workers, 1))
-        return _concatenate(words), scales, left
-
     def _expand_leaf(
         self, words: UInt32[Array, "M _"], scales: Float[Array, "M 1"], shape: tuple[int, ...]
     ) -> Float[Array, "..."]:
@@ -277,6 +264,23 @@ class ScaledSigns:
         sign, *digits = ((plane[:, None] >> positions) & 1 == 1 for plane in planes)
         magnitude = self.magnitude(digits, blocks.spread(scales))
         return jnp.where(sign, magnitude, -magnitude)
+
+
+@partial(jax.jit, static_argnums=0)  # one trace for all leaves of a shape
+def _compress_leaf(
+    codec: ScaledSigns, leaf: Float[Array, "..."], scale: Float[Array, ""], coin: Array
+) -> tuple[UInt32[Array, "M _"], Float[Array, "M 1"], Float[Array, "..."]]:
+    """Compress a leaf: return its parts' words and scales, and the residual."""
+    (sign,) = RULES(leaf, packing.odd(leaf.shape), coin)
+    digits = codec.digits(leaf, scale)
+    magnitude = codec.magnitude(digits, scale)
+    left = leaf - jnp.where(sign, magnitude, -magnitude).astype(leaf.dtype)
+    fold = matrix(leaf.shape)
+    fields = [bit.reshape(fold.shape) for bit in (sign, *digits)]
+    planes = packing.join_slabs(fields, fold, flags=0)
+    words = [cut_columns(plane.reshape(-1), codec.num_workers) for plane in planes]
+    scales = jnp.broadcast_to(scale, (codec.num_workers, 1))
+    return _concatenate(words), scales, left
 
 
 def _concatenate(planes: Sequence[Array]) -> Array:
