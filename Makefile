@@ -56,9 +56,9 @@ test-shapes: .venv/test
 test-thorough: .venv/test
 	$(UNOPTIMISED) .venv/bin/python $(PYTEST) -m thorough
 
-# These wait for other processes, so a third one at a time keeps two cores busy.
+# One after the other in conftest.py's order, the longest first. Many wait for processes: three fill two cores.
 test-slow: .venv/test
-	.venv/bin/python $(PYTEST) -n 3 -m slow
+	.venv/bin/python -m pytest -n 3 --dist load --maxschedchunk 1 -q -m slow
 
 # Benchmarks, which are for developers, run at the newest jax.
 test-oldest: .venv-oldest/test

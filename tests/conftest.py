@@ -21,6 +21,7 @@ def pytest_collection_modifyitems(items):
         for mark, table in {"thorough": tiers.THOROUGH, "slow": tiers.SLOW}.items():
             if name in table.get(module, ()):
                 item.add_marker(mark)
+    items.sort(key=lambda item: item.path.stem != "test_notebooks")  # they take longest
 
 
 @pytest.fixture(scope="session")
