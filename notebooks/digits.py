@@ -41,7 +41,7 @@ def load_data():
 
 @functools.cache
 def make_trainer(tx, num_workers, local=None, **options):
-    """Workers, a loss function and their compiled step, which is the same for every seed."""
+    """The workers, a loss function and their training step, which every seed shares."""
     graph, _ = nnx.split(Network(nnx.Rngs(0)))
 
     def loss_fn(params, batch):
@@ -56,10 +56,10 @@ def make_trainer(tx, num_workers, local=None, **options):
 
 
 def learn(tx, num_workers, steps, batch_size, seed, local=None, **options):
-    """Trains, and gives the loss on images that were held out and the share of them recognised.
+    """Train, and return the loss on held-out images and the share of them that is recognised.
 
-    `batch_size` is that of all workers together; `local` and `options` are those of
-    `DataParallel` and of its `train_step`.
+    `batch_size` counts the images of all workers together. `DataParallel` takes `local`, and its
+    `train_step` takes `options`.
     """
     parallel, loss_fn, step = make_trainer(tx, num_workers, local, **options)
     images, others, labels, other_labels = load_data()

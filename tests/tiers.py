@@ -3,11 +3,11 @@
 `make test` should take 8 minutes on two cores from a fresh clone, so it runs the tests that
 catch most. conftest.py marks the others by these tables:
 
-    FURTHER_CASES   tests that `make test` runs too; those of their cases that it leaves out are
-                    marked `thorough` where they stand
-    THOROUGH        tests that repeat a property over more cases than a quick test does, or check a
-                    property that few changes touch; programs are compiled without optimisations
-    SLOW            tests that start processes, or compute for long: they need optimised programs
+    FURTHER_CASES   `make test` runs some cases of these tests; `pytest.param` marks the others
+                    `thorough` in the test's own file
+    THOROUGH        these tests repeat a property over more cases than a quick test does, or check
+                    a property that few changes touch; their programs are not optimised
+    SLOW            these tests start processes or compute for long, so their programs are optimised
 """
 
 FURTHER_CASES = {

@@ -299,7 +299,7 @@ def _state_rows(state: Any, workers: Workers, layout: Layout) -> list[jax.Array]
                     f"state{leaf.path} differs between workers but is to be shared: let per_worker "
                     "return True for it"
                 )
-            array = jnp.zeros(array.shape, array.dtype)  # equal, whatever types say
+            array = jnp.zeros(array.shape, array.dtype)  # nothing in it can differ
         rows.append(workers.row(lax.optimization_barrier(array)) if leaf.per_worker else array)
     return rows
 

@@ -64,7 +64,8 @@ def ssdm(
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range, or the mean has an option but no axis.
+      ValueError: an option is out of range, or an option of the mean is given without
+        `axis_name`.
       TypeError: `key` is not a random key.
 
     Examples:
@@ -147,7 +148,8 @@ def ef_sign_sgd(
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range, or the mean has an option but no axis.
+      ValueError: an option is out of range, or an option of the mean is given without
+        `axis_name`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, signax

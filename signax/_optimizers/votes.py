@@ -133,7 +133,8 @@ def sign_sgd(
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range, or the vote has an option but no axis.
+      ValueError: an option is out of range, or an option of the vote is given without
+        `axis_name`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, signax
@@ -205,7 +206,8 @@ def signum(
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range, or the vote has an option but no axis.
+      ValueError: an option is out of range, or an option of the vote is given without
+        `axis_name`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, signax
@@ -281,7 +283,8 @@ def lion(
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range, or the vote has an option but no axis.
+      ValueError: an option is out of range, or an option of the vote is given without
+        `axis_name`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, signax

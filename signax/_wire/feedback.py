@@ -137,7 +137,7 @@ def make_scaled(
     block: Literal["leaf"] | int,
     decay: Any,
 ) -> ScaledSigns:
-    """Build a codec, such as `ScaledSigns`, by `make`. Raise if an option is out of range."""
+    """Check the options, and build a codec from them by `make`, such as `ScaledSigns`."""
     check_axis_name(axis_name)
     block = check_block(block, ("leaf",))
     check_number("decay", decay, low=0, high=1, ends="[]")

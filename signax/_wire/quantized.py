@@ -86,7 +86,8 @@ def pmean_quantized(
       \frac{|p_j|}{2 s} \right\rfloor, 2^{b-1} - 1\right) + 1\right) s, \quad
       s = c_b \frac{\lVert p \rVert_1}{d}
 
-    so that levels are the odd multiples of s. The constants :math:`c_2 = 0.62` and
+    so that levels are the odd multiples of s. A scale is capped so that its largest level is
+    finite. The constants :math:`c_2 = 0.62` and
     :math:`c_4 = 0.21` minimise the squared error of Gaussian values, of which 12% and 1.2% are
     left out (a scaled sign leaves out 36%).
 

@@ -110,13 +110,11 @@ class ScaledSigns:
             share = 1 / math.prod(lax.axis_size(axis) for axis in axes)
             assign(magnitudes, whole, lax.psum([magnitudes[n] * share for n in whole], axes))
 
-        codec = dataclasses.replace(self, decay=None)  # hashable
+        codec = dataclasses.replace(self, decay=None)  # jit hashes it, and decay may be an array
         words, scales, residual = [], [], list(leaves.values)
         for bundle, own, magnitude in zip(bundles, values, magnitudes, strict=True):
-            blocks, scale = (
-                bundle.blocks,
-                _rounded(self.scale(magnitude, bundle.dtype), bundle.dtype),
-            )
+            blocks = bundle.blocks
+            scale = _rounded(self.scale(magnitude, bundle.dtype), bundle.dtype)
             if bundle.in_parts:
                 scale = jnp.broadcast_to(scale, (blocks.num_workers, blocks.number))
                 word, error = self._compress_parts(own, scale, coin, blocks)
