@@ -31,8 +31,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from report import print_table, save
 
 from signax.diagnostics import exchange_seconds, wire_bytes
@@ -260,10 +262,17 @@ def draw(args: argparse.Namespace, predictions: Sequence[dict[str, Any]]) -> Non
     measured.set(
         xscale="log",
         yscale="log",
-        xlabel="rate of each link (bit/s)",
-        ylabel="f32 mean step / voted step (times)",
-        title=f"{workers} processes: measured (dots), model (dashes)",
+        xlabel="rate of each link",
+        ylabel="step with an f32 mean / step with a vote",
+        title=f"Measured, {workers} processes (dashes: model)",
     )
+    ratios = [1, 2, 5, 10, 20]
+    measured.set_yticks(ratios, [f"{ratio}x" for ratio in ratios])
+    measured.yaxis.set_minor_formatter(NullFormatter())
+    for text, side in (("the vote is faster", "bottom"), ("the mean is faster", "top")):
+        where = {"va": side, "transform": measured.get_yaxis_transform()}
+        measured.text(0.02, 1, text, size="small", **where)
+    label_rates(measured, 8, 10)
     measured.legend()
 
     x, y = np.logspace(8, 13, 60), np.logspace(4, 10, 60)
@@ -272,18 +281,33 @@ def draw(args: argparse.Namespace, predictions: Sequence[dict[str, Any]]) -> Non
     doublings, levels = np.log2(ratios), [-1, -0.5, -0.1, 0.1, 0.5, 1, 2, 3, 4]
     colors = {"cmap": "RdBu", "norm": TwoSlopeNorm(0, -2, 4)}  # white means equal times
     filled = by_model.contourf(x, y, doublings, levels, **colors, extend="both")
-    bar = figure.colorbar(filled, label="bf16 mean / vote (times)", ticks=levels)
-    bar.set_ticklabels([f"{2.0**level:.2g}" for level in levels])
+    bar = figure.colorbar(filled, label="exchange of a bf16 mean / of a vote", ticks=levels)
+    bar.set_ticklabels([f"{2.0**level:.2g}x" for level in levels])
     by_model.set(
         xscale="log",
         yscale="log",
-        xlabel="rate of each link (bit/s)",
+        xlabel="rate of each link",
         ylabel="parameters",
-        title=f"{args.workers} workers, {args.latency * 1e6:g} us, "
-        f"{args.memory_bandwidth / 1e12:g} TB/s: model",
+        title=f"Model, {args.workers} workers ({args.latency * 1e6:g} us per collective, "
+        f"{args.memory_bandwidth / 1e12:g} TB/s)",
     )
+    label_rates(by_model, 8, 13)
+    by_model.set_yticks([1e4, 1e6, 1e8, 1e10], ["10 k", "1 M", "100 M", "10 B"])
+    for place, text in (((0.25, 0.75), "vote"), ((0.72, 0.2), "average")):
+        color = "white" if text == "vote" else "black"
+        by_model.text(*place, text, transform=by_model.transAxes, color=color, size="x-large")
     Path(args.figure).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.figure, dpi=120)
+
+
+def label_rates(axes: Axes, first: int, last: int) -> None:
+    """Label powers of ten on the axis of rates."""
+    units = {"Mbit/s": 1e6, "Gbit/s": 1e9, "Tbit/s": 1e12}
+    ticks, labels = [10.0**power for power in range(first, last + 1)], []
+    for tick in ticks:
+        unit = max((unit for unit in units if units[unit] <= tick), key=units.__getitem__)
+        labels.append(f"{tick / units[unit]:g}\n{unit}")
+    axes.set_xticks(ticks, labels)
 
 
 if __name__ == "__main__":

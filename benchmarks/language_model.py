@@ -2,6 +2,7 @@
 
     python benchmarks/language_model.py tune
     sudo python benchmarks/language_model.py network
+    python benchmarks/language_model.py draw
 
 `tune` measures the cost of one bit in loss. All methods share steps, batches and schedule. The step
 size and momentum come from one grid: 0.001 times powers of two, by the decays of `--momenta`. For
@@ -14,6 +15,8 @@ computation each. Each process has its own link of the given rate (namespaces.py
 by AdamW on means in full precision, and by votes, with the step sizes and momenta found by `tune`.
 `seconds` is the time of all steps until a validation loss is at most AdamW's final validation loss.
 It excludes validation and compiling for every method. Votes may take `--voted-steps` steps.
+
+`draw` draws the validation losses over time from the saved results of `network`.
 
 Options that are not listed here are passed to the example: `tune --layers 2 --batch-size 16`.
 """
@@ -53,8 +56,12 @@ Run = dict[str, Any]
 
 
 def main() -> None:
-    """Run one of the two commands."""
+    """Run one of the three commands."""
     args = parse_arguments()
+    if args.command == "draw":
+        draw(json.loads(Path(args.json).read_text()), args.figure)
+        print(f"The figure is {args.figure}.")
+        return
     for number in (signal.SIGINT, signal.SIGTERM):  # exit by an exception, which deletes namespaces
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     runs = finished_runs(args)
@@ -76,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False,  # the example's --seed is no abbreviation of --seeds
     )
     add = parser.add_argument
-    add("command", choices=("tune", "network"))
+    add("command", choices=("tune", "network", "draw"))
     add("--methods", nargs="+", choices=[*first_exponents], default=[*first_exponents])
     add(
         "--momenta",
@@ -99,7 +106,12 @@ def parse_arguments() -> argparse.Namespace:
         help="network: results of tune to take step sizes from",
     )
     add("--json", metavar="FILE", help="(default benchmarks/results/language_model*.json)")
-    add("--figure", metavar="FILE", help="network: draw validation losses over time")
+    add(
+        "--figure",
+        metavar="FILE",
+        default=str(here / "results" / "language_model_network.png"),
+        help="draw: the figure (default benchmarks/results/language_model_network.png)",
+    )
     args, args.options = parser.parse_known_args()
     tunes = args.command == "tune"
     name = "language_model" if tunes else "language_model_network"
@@ -257,8 +269,6 @@ def network(args: argparse.Namespace, runs: list[Run]) -> None:
             results = {"times": times(runs), "runs": runs}
             save(args.json, "language_model_network", settings_of(args), results)
     print_times(times(runs))
-    if args.figure:
-        draw(args, runs)
 
 
 def is_finished(args: argparse.Namespace, runs: Sequence[Run], wanted: Mapping[str, Any]) -> bool:
@@ -332,28 +342,41 @@ def print_times(rows: Sequence[Mapping[str, Any]]) -> None:
     print_table(head, table)
 
 
-def draw(args: argparse.Namespace, runs: Sequence[Run]) -> None:
+def draw(report: dict[str, Any], path: str) -> None:
     """Save the figure: validation losses over the seconds of training, a curve for each seed."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    runs, rows, settings = report["results"]["runs"], report["results"]["times"], report["settings"]
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.subplots()
-    limited = runs[0]["link"] == "namespaces"
-    where = f"behind links of {args.rate}/s" if limited else "on one machine, without links"
-    for number, method in enumerate(dict.fromkeys(run["method"] for run in runs)):
+    methods = dict.fromkeys(run["method"] for run in runs)
+    for number, method in enumerate(methods):
         own = [run for run in runs if run["method"] == method]
         for run in own:
             curve = run["curve"]
             axes.plot(curve["seconds"], curve["validation_loss"], color=f"C{number}", alpha=0.7)
-        axes.lines[-1].set_label(f"{method}, {own[0]['bytes_per_step']:,} bytes per step")
-    axes.set(
-        xlabel="time of training (s)",
-        ylabel="validation loss (nats per character)",
-        title=f"{args.workers} processes {where}",
+        seconds = [row["seconds"] for row in rows if row["method"] == method]
+        name = "AdamW on averaged gradients" if method == BASELINE else f"{method.title()}, voted"
+        axes.lines[-1].set_label(f"{name}: {own[0]['bytes_per_step'] / 1e6:.2g} MB per step")
+        if all(seconds):
+            mean = statistics.mean(seconds)
+            axes.axvline(mean, color=f"C{number}", linestyle=":", linewidth=1)
+            axes.text(mean, 0.5, f" {mean:.0f} s", transform=axes.get_xaxis_transform())
+    axes.axhline(
+        statistics.mean(row["target"] for row in rows), color="gray", linestyle=":", linewidth=1
     )
-    axes.legend()
+    limited = runs[0]["link"] == "namespaces"
+    rate = bits_per_second(settings["rate"]) / 1e6
+    where = f"links of {rate:g} Mbit/s" if limited else "one machine, without links"
+    axes.set(
+        xlabel="seconds of training",
+        ylabel="validation loss (nats per character)",
+        title=f"{settings['workers']} processes, {where}: time to AdamW's loss (dotted)",
+    )
+    axes.margins(x=0.07)
+    axes.legend(loc="upper right")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    Path(args.figure).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.figure, dpi=150)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
