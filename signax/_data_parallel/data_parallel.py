@@ -1,74 +1,76 @@
 """DataParallel: every worker's state and gradients as global arrays, under `jax.jit`."""
 
 from collections.abc import Callable, Hashable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from signax._core.checks import check_count, check_transformation
+from signax._core.checks import check_transformation
 from signax._core.leaves import is_traced
 from signax._data_parallel import mapped
-from signax._data_parallel.layout import Layout, Leaf, PerWorker, find_layout
-from signax._data_parallel.placement import Workers, check_state, resize_state, rows_in
+from signax._data_parallel.layout import PerWorker, find_layout
+from signax._data_parallel.placement import Layouts, Workers, check_state
+from signax._data_parallel.state import StateOnMesh
 
 
-class DataParallel(mapped.Aggregator):
+class DataParallel(StateOnMesh):
     r"""Run a transformation on every worker of a mesh axis, on global arrays.
 
-    It is itself a gradient transformation, for use under plain `jax.jit`: training loops written
-    for Optax stay as they are, `TrainState.apply_gradients` and `nnx.Optimizer.update` included.
+    It is itself a gradient transformation, for use under plain `jax.jit`. Training loops written
+    for Optax need no change, `TrainState.apply_gradients` and `nnx.Optimizer.update` included.
     `tx` runs on each worker's own gradient and state in `jax.shard_map` with `check_vma=True`:
     JAX's types prove that the parameters stay the same on all workers.
 
     State that differs between workers, such as momentum, gets a leading axis with one row per
-    worker, sharded over the mesh axis; the rest is replicated. Tracing `tx` tells which state
-    differs. The M workers, `num_workers`, are the size of the axis, or the product of several.
+    worker, sharded over the mesh axis. The rest is replicated. Tracing `tx` shows which state
+    differs.
 
     Args:
       tx: the transformation of one worker, with a vote or a mean over `axis_name` in it. It is
-        traced without extra arguments, so each of those needs a default.
-      mesh: a mesh that has the axis; its axes may be of type Auto or Explicit.
+        traced without extra arguments, so give every extra argument a default.
+      mesh: a `jax.sharding.Mesh` that has the axis; its axes may be of type Auto or Explicit.
       axis_name: the mesh axis along which the workers lie, or a tuple of axes.
-      param_specs: for parameters that are sharded over further mesh axes, a tree like the
-        parameters of their `PartitionSpec`s. A vote then runs on local blocks, and nothing is
-        gathered. The outputs of `train_step` have the shardings of its inputs.
-      local: an optimiser of one worker for the steps that it takes on a copy of the parameters
-        between two votes, see `local_steps`. The state is then a `LocalStepsState`.
+      param_specs: for parameters that are sharded over further mesh axes, a tree of
+        `jax.sharding.PartitionSpec` like the parameters. A vote then runs on local blocks, and
+        nothing is gathered. The outputs of `train_step` have the shardings of its inputs.
+      local: an optimiser of one worker for steps on its own copy of the parameters between two
+        votes, see :meth:`local_steps`. The state is then a :class:`signax.LocalStepsState`.
       per_worker: overrides the layout: a function of a state leaf's path (as
-        `jax.tree_util.keystr` writes it) and of its shape and dtype on one worker. True gives each
-        worker a copy, False shares one (JAX rejects it if it differs), None keeps the layout.
+        `jax.tree_util.keystr` writes it) and of its `jax.ShapeDtypeStruct` on one worker. True
+        gives each worker a copy. False shares one (JAX rejects a shared leaf that differs). None
+        keeps the layout.
+
+    Attributes:
+      num_workers: int, M, the size of the axis, or the product of the sizes of several axes.
 
     Raises:
       ValueError: the mesh has no such axis, or `param_specs` names the workers' axis or an unknown
-        one.
-      TypeError: `axis_name` names no axis.
+        axis.
+      TypeError: `tx` or `local` is not a transformation, `mesh` is not a mesh, `axis_name` names no
+        axis, or `param_specs` holds something else than specs.
 
     Examples:
       >>> import jax, jax.numpy as jnp, signax
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
       >>> tx = signax.DataParallel(signax.signum(0.5, axis_name="data"), mesh)
       >>> loss_fn = lambda params, batch: jnp.mean((batch - params) ** 2)
-      >>> params = jnp.zeros(3)
+      >>> params, batch = jnp.zeros(3), jnp.ones((2 * tx.num_workers, 3))
       >>> state = tx.init(params)
       >>> step = tx.train_step(loss_fn)
-      >>> params, state, loss = step(params, state, jnp.ones((2 * tx.num_workers, 3)))
+      >>> params, state, loss = step(params, state, batch)
       >>> print(params, loss)
       [0.5 0.5 0.5] 1.0
     """
 
     tx: optax.GradientTransformationExtraArgs
-    mesh: Mesh
     axis_name: Hashable
-    num_workers: int
     param_specs: Any
     local: optax.GradientTransformation | None
     _name: str
     _workers: Workers
-    _find_layout: Callable[..., Layout]
     _map_update: Callable[..., Any]
     _compiled_update: Callable[..., Any]
 
@@ -103,7 +105,8 @@ class DataParallel(mapped.Aggregator):
         self.num_workers = workers.num_workers
         self.param_specs = param_specs
         self._workers = workers
-        self._find_layout = cache(partial(find_layout, self.tx, mesh, axis_name, per_worker))
+        find = partial(find_layout, self.tx, mesh, axis_name, per_worker)
+        self._layout = Layouts(workers, find)
         self._map_update = partial(
             mapped.map_update, tx=self.tx, workers=workers, layout_of=self._layout
         )
@@ -131,13 +134,21 @@ class DataParallel(mapped.Aggregator):
     def init(  # pyright: ignore[reportIncompatibleVariableOverride]
         self, params: optax.Params
     ) -> optax.OptState:
-        """The state of `params`, placed on the mesh.
+        """Make the initial state of `params`, and place it on the mesh.
 
         Args:
-          params: the parameters, which need not lie on the mesh.
+          params: the parameters, a tree of floating-point arrays. They need not lie on the mesh.
 
         Returns:
           The state of `tx`. Leaves that differ between workers have a leading axis of M rows.
+
+        Raises:
+          ValueError: `params` and `param_specs` differ in structure, `per_worker` shares a leaf
+            that differs, or `tx` votes under a condition that differs between workers.
+          TypeError: `tx` requires an extra argument, or a part of `tx` takes only some.
+
+        Examples:
+          See :meth:`value_and_grad`.
         """
         return mapped.map_init(params, self.tx, self._workers, self._layout(params))
 
@@ -154,7 +165,8 @@ class DataParallel(mapped.Aggregator):
           updates: gradients with one row per worker, as `value_and_grad` returns them.
           state: the state that `init`, or the previous update, returned.
           params: the parameters; `None` if `tx` needs none.
-          **extra_args: `active`, bool[M], says which workers take part. `tx` gets the others whole.
+          **extra_args: `active`, bool[M], says which workers may take part. `tx` gets the other
+            extra arguments whole.
 
         Returns:
           Updates like the parameters, the same on every worker, and the new state.
@@ -163,6 +175,9 @@ class DataParallel(mapped.Aggregator):
           ValueError: `updates` lack a row per worker, the state belongs to other parameters or
             workers, or the updates of `tx` differ between workers.
           TypeError: `active` is not an array of M booleans.
+
+        Examples:
+          See :meth:`value_and_grad`.
         """
         self._workers.check_rows(updates, params)
         self._workers.check_active(extra_args.get("active"))
@@ -175,94 +190,44 @@ class DataParallel(mapped.Aggregator):
         traced = {name: extra_args[name] for name in extra_args.keys() - dict(static).keys()}
         return self._compiled_update(updates, state, params, active, traced, static)
 
-    def state_shardings(self, params: optax.Params) -> Any:
-        """The shardings of the state of `params`, for `out_shardings` and for checkpoints.
-
-        Args:
-          params: the parameters, or their `jax.ShapeDtypeStruct`s.
-
-        Returns:
-          A tree like the state, of `NamedSharding`s.
-        """
-        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state(params))
-
-    def abstract_state(self, params: optax.Params, num_workers: int | None = None) -> Any:
-        """The shapes, dtypes and shardings of the state of `params`, to restore a checkpoint into.
-
-        Args:
-          params: the parameters, or their `jax.ShapeDtypeStruct`s.
-          num_workers: the number of workers that saved the state, by default this mesh's. Use
-            `resize` for a state saved with another number of workers.
-
-        Returns:
-          A tree like the state, of `jax.ShapeDtypeStruct`s.
-        """
-        wanted = self._wanted(num_workers)
-        layout = self._layout(params, wanted)
-
-        def abstract(leaf: Leaf) -> jax.ShapeDtypeStruct:
-            shape = (wanted, *leaf.shape) if leaf.per_worker else leaf.shape
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
-
-        return layout.structure.unflatten(map(abstract, layout.leaves))
-
-    def resize(self, state: Any, params: optax.Params, num_workers: int | None = None) -> Any:
-        """Make a state for another number of workers, outside of `jax.jit`.
-
-        Rows are dealt out in order: with twice as many workers each two start as copies of one, and
-        with half as many each starts as the mean of two, so the mean of momenta and of error
-        memories stays the same. Servers' memories are cut into new parts, keys get the new worker's
-        index folded in (uint32 in the shape of a raw key counts as a key), and integers are those
-        of the worker who was there.
-
-        Args:
-          state: a state of these parameters, with rows for any number of workers.
-          params: the parameters, or their `jax.ShapeDtypeStruct`s.
-          num_workers: the number wanted, by default this mesh's. A checkpoint of 1 is small.
-
-        Returns:
-          The state, on this mesh; with the default number laid out as `update` takes it.
-
-        Raises:
-          ValueError: the state belongs to other parameters, or `num_workers` is not positive.
-
-        Examples:
-          >>> import jax, jax.numpy as jnp, optax, signax
-          >>> signum = signax.signum(0.1, axis_name="data")
-          >>> tx = signax.DataParallel(signum, jax.make_mesh((1,), ("data",)))
-          >>> state = tx.resize(tx.init(jnp.zeros(3)), jnp.zeros(3), 4)  # for a mesh of four
-          >>> print(optax.tree.get(state, "momentum").shape)
-          (4, 3)
-        """
-        wanted = self._wanted(num_workers)
-        had = rows_in(state, self._layout(params), self.num_workers)
-        before, after = self._layout(params, had), self._layout(params, wanted)
-        check_state(state, before, had)
-        return resize_state(state, before, after, self.mesh, wanted)
-
     def value_and_grad(
         self, loss_fn: Callable[..., Any], *, has_aux: bool = False, accumulate: int = 1
     ) -> Callable[..., Any]:
-        """Like `jax.value_and_grad`, with the gradient of each worker's share of the batch.
+        """Differentiate a loss on each worker's own share of the batch.
 
         Args:
-          loss_fn: a function of `(params, batch, *replicated)`, and of `key=` if a key is given,
-            to a scalar loss, or with `has_aux` to a pair of the loss and anything else.
+          loss_fn: a function of `(params, batch, *replicated)`, and of `key=` if a key is given. It
+            returns a scalar loss, or with `has_aux` a pair of the loss and anything else.
           has_aux: whether `loss_fn` returns such a pair.
           accumulate: the number of micro-batches in each worker's share; gradients and losses are
             averaged over them, in at least f32, before anything is sent.
 
         Returns:
-          A function of `(params, batch, *replicated, key=None)`. The leaves of `batch` are cut
-          along their first axis, whose length must be a multiple of M times `accumulate`; every
-          worker gets `replicated` whole; the worker's index (and the micro-batch's) is folded into
-          `key`, so workers draw different dropout masks. It returns `(loss, grads)` or `((loss,
-          aux), grads)`: the mean of the workers' finite losses (NaN if none is), gradients with one
-          row per worker, and aux with one row per worker (then one per micro-batch).
+          A function of `(params, batch, *replicated, key=None)` to `(loss, grads)`, or with
+          `has_aux` to `((loss, aux), grads)`. The leaves of `batch` are cut along their first axis,
+          whose length must be a multiple of M times `accumulate`. Every worker gets `replicated`
+          whole. The worker's index (and the micro-batch's) is folded into `key`, so workers draw
+          different dropout masks. The loss is the mean of the workers' finite losses, or NaN
+          without any. Gradients have one row per worker. So has aux, with an axis of micro-batches
+          after the axis of workers if there are several.
 
         Raises:
           ValueError: `accumulate` is below 1; at the call, the batch cannot be cut evenly.
           TypeError: `accumulate` is not a whole number; at the call, `key` is not a random key.
+
+        Examples:
+          >>> import jax, jax.numpy as jnp, optax, signax
+          >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+          >>> tx = signax.DataParallel(signax.sign_sgd(0.5, axis_name="data"), mesh)
+          >>> loss_fn = lambda params, batch: jnp.mean((batch - params) ** 2)
+          >>> params, batch = jnp.zeros(3), jnp.ones((2 * tx.num_workers, 3))
+          >>> state = tx.init(params)
+          >>> loss, grads = tx.value_and_grad(loss_fn)(params, batch)
+          >>> updates, state = tx.update(grads, state, params)
+          >>> print(loss, grads.shape == (tx.num_workers, 3))
+          1.0 True
+          >>> print(optax.apply_updates(params, updates))
+          [0.5 0.5 0.5]
         """
         gradient = mapped.map_gradient(loss_fn, self._workers, has_aux, accumulate, None)
 
@@ -275,23 +240,44 @@ class DataParallel(mapped.Aggregator):
     def local_steps(
         self, loss_fn: Callable[..., Any], *, has_aux: bool = False, accumulate: int = 1
     ) -> Callable[..., Any]:
-        """Differences of parameters over each worker's own steps, to vote on instead of gradients.
+        r"""Differences of parameters over local steps, to vote on instead of gradients.
 
-        Each worker follows the gradients of its micro-batches one after the other, by the optimiser
-        `local`, on a copy of the parameters. `tx` gets the start minus the end.
+        .. math:: x_{i, 0} = x, \quad
+          x_{i, t} = x_{i, t - 1} + u_{i, t}, \quad \Delta_i = x - x_{i, k}
+
+        Each worker i follows the gradients of its k micro-batches one after the other, on a copy of
+        the parameters x, with updates u of the optimiser `local`. `tx` gets the start minus the
+        end.
 
         Args:
-          loss_fn: see `value_and_grad`.
-          has_aux: see `value_and_grad`.
-          accumulate: the number of local steps, and of micro-batches in each worker's share.
+          loss_fn: see :meth:`value_and_grad`.
+          has_aux: see :meth:`value_and_grad`.
+          accumulate: k, the number of local steps, and of micro-batches in each worker's share.
 
         Returns:
           A function of `(params, state, batch, *replicated, key=None)` to `(loss, differences,
-          state)`, or `((loss, aux), differences, state)`, with the new state of `local`. If a loss,
-          gradient or state is not finite, the worker keeps its state, and its differences are NaN.
+          state)`, or with `has_aux` to `((loss, aux), differences, state)`. Differences have one
+          row per worker, and the state holds the new state of `local`. If a loss, gradient or state
+          is not finite, the worker keeps its state, and its differences are NaN.
 
         Raises:
-          ValueError: there is no `local`; at the call, the state belongs to other parameters or M.
+          ValueError: there is no `local`, or `accumulate` is below 1; at the call, the batch cannot
+            be cut evenly, or the state belongs to other parameters or another M.
+          TypeError: as in :meth:`value_and_grad`.
+
+        Examples:
+          >>> import jax, jax.numpy as jnp, signax
+          >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+          >>> vote = signax.sign_sgd(1.0, axis_name="data")
+          >>> tx = signax.DataParallel(vote, mesh, local=signax.sign_sgd(0.25))
+          >>> loss_fn = lambda params, batch: jnp.mean((batch - params) ** 2)
+          >>> params, batch = jnp.zeros(3), jnp.ones((2 * tx.num_workers, 3))
+          >>> local_steps = tx.local_steps(loss_fn, accumulate=2)
+          >>> loss, differences, state = local_steps(params, tx.init(params), batch)
+          >>> print(differences.shape == (tx.num_workers, 3))
+          True
+          >>> print((differences == -0.5).all())  # two steps of 0.25 each
+          True
         """
         if self.local is None:
             raise ValueError("local=None: local steps need DataParallel(..., local=optimizer)")
@@ -311,15 +297,23 @@ class DataParallel(mapped.Aggregator):
         """A compiled training step, which donates the memory of its parameters and state.
 
         Args:
-          loss_fn: see `value_and_grad`.
-          has_aux: see `value_and_grad`.
-          accumulate: see `value_and_grad` or, with `local`, `local_steps`.
+          loss_fn: see :meth:`value_and_grad`.
+          has_aux: see :meth:`value_and_grad`.
+          accumulate: see :meth:`value_and_grad` or, with `local`, :meth:`local_steps`.
 
         Returns:
           A jitted function of `(params, state, batch, *replicated, key=None, active=None)` to
-          `(params, state, loss)`, or with `has_aux` to `(params, state, (loss, aux))`; bool[M]
-          `active` says which workers take part. If the first call has to move parameters to the
+          `(params, state, loss)`, or with `has_aux` to `(params, state, (loss, aux))`. `active`,
+          bool[M], says which workers may take part. If the first call has to move parameters to the
           mesh, the second call compiles once more.
+
+        Raises:
+          ValueError: as in :meth:`value_and_grad` or :meth:`local_steps`; at the call, as in
+            :meth:`update`.
+          TypeError: as in :meth:`value_and_grad`; at the call, as in :meth:`update`.
+
+        Examples:
+          See :class:`signax.DataParallel`.
         """
         make = self.value_and_grad if self.local is None else self.local_steps
         gradient = make(loss_fn, has_aux=has_aux, accumulate=accumulate)
@@ -336,15 +330,3 @@ class DataParallel(mapped.Aggregator):
             return self._workers.constrain(params, self.param_specs), state, value
 
         return jax.jit(step, donate_argnums=(0, 1))
-
-    def _wanted(self, num_workers: int | None) -> int:
-        if num_workers is not None:
-            check_count("num_workers", num_workers)
-        return num_workers or self.num_workers
-
-    def _layout(self, params: Any, num_workers: int | None = None) -> Layout:
-        specs = self._workers.specs(params)
-        leaves, structure = jax.tree.flatten(params)
-        shapes = tuple([(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves])
-        specs = None if specs is None else tuple(jax.tree.leaves(specs))
-        return self._find_layout(structure, shapes, specs, num_workers or self.num_workers)

@@ -92,25 +92,27 @@ def state_specs(
     axis_name: Hashable,
     axis_sizes: Mapping[Hashable, int],
 ) -> Any:
-    """Which leaves of a state every worker has of its own, for a `jax.shard_map` of your own.
+    """Find the partition specs of a state, for a `jax.shard_map` of your own.
 
-    :class:`signax.DataParallel` keeps state by the same rule: a leaf is the worker's own if an
-    update makes it differ between workers.
+    A leaf needs one row per worker if an update makes the leaf differ between workers.
+    :class:`signax.DataParallel` lays out its state by this rule too.
 
     Args:
       tx: a transformation with a vote or a mean over `axis_name` in it.
-      params: the parameters, or their `jax.ShapeDtypeStruct`s.
+      params: the parameters, a tree of arrays or of `jax.ShapeDtypeStruct`.
       axis_name: the mapped axis along which the workers lie, or a tuple of axes.
       axis_sizes: the sizes of all mapped axes, such as `dict(mesh.shape)`.
 
     Returns:
-      A tree like the state: `PartitionSpec(axis_name)` for leaves that need one row per worker, and
-      `PartitionSpec()` for leaves that all workers share.
+      A tree of `jax.sharding.PartitionSpec` with the structure of the state. Leaves that need one
+      row per worker have `PartitionSpec(axis_name)`, and leaves that all workers share have
+      `PartitionSpec()`.
 
     Raises:
       ValueError: `axis_sizes` lacks the axis, or a vote runs under a condition that differs between
         workers.
-      TypeError: `tx` is not a transformation, or `axis_name` names no axis.
+      TypeError: `tx` is not a transformation or requires an extra argument, or `axis_name` names no
+        axis.
 
     Examples:
       >>> import jax, jax.numpy as jnp, signax

@@ -172,8 +172,8 @@ class LocalStepsState(NamedTuple):
     """State of a `DataParallel` with local steps.
 
     Attributes:
-      local: the state of the optimiser of local steps, one row per worker.
-      exchanged: the state of the transformation that exchanges the differences.
+      local: the state of the optimiser `local`, with one row per worker: [M, ...].
+      exchanged: the state of the transformation `tx`, which exchanges the differences.
     """
 
     local: Any

@@ -1,30 +1,20 @@
-"""Where arrays lie on a mesh: rows of workers, parameters, and states of any number of workers.
-
-A leaf that every worker has of its own is an array of M rows. To resize, rows are dealt out in
-order, as if each filled an M-th of a line that is cut into new parts:
-
-    3 workers    [ a  a | b  b | c  c ]
-    2 workers    [ a  a   b | b  c  c ]    each row is the mean of its part
-
-The mean over workers stays the same, doubled workers start as copies, and halved workers as means
-of two. State for which that is wrong has a method `resized`.
-"""
+"""Where arrays lie on a mesh: rows of workers, parameters, and the states of a transformation."""
 
 import math
 from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from signax._core.checks import check_axis_name
 from signax._core.leaves import (
     axis_names,
     entry_axes,
     explicit_axes,
-    mean,
     spec_axes,
     varying_axes,
     wide_dtype,
@@ -125,13 +115,15 @@ class Workers(NamedTuple):
         if not self.explicit:
             return jax.tree.map(jnp.asarray, tree)
 
+        axes = axis_names(self.axis_name) if per_worker else ()
+        rows = tuple([axis for axis in axes if axis in self.explicit])
+
         def reshard_leaf(leaf: Any):
             leaf = jnp.asarray(leaf)
             spec = _keep_axes(jax.typeof(leaf).sharding.spec, self.inside)
-            if per_worker:
-                rows = *axis_names(self.axis_name), *entry_axes(spec[0])
-                spec = PartitionSpec(rows, *spec[1:])
-            return self._reshard(leaf, spec)
+            if rows:
+                spec = PartitionSpec((*rows, *entry_axes(spec[0])), *spec[1:])
+            return jax.sharding.reshard(leaf, NamedSharding(self.mesh, spec))
 
         return jax.tree.map(reshard_leaf, tree)
 
@@ -140,11 +132,11 @@ class Workers(NamedTuple):
         if params is None or self.param_specs is None or not self.explicit:
             return self.reshard(params)
 
-        return jax.tree.map(self._reshard, params, self.param_specs)
+        def reshard_leaf(leaf: Any, spec: PartitionSpec):
+            sharding = NamedSharding(self.mesh, _keep_axes(spec, self.explicit))
+            return jax.sharding.reshard(leaf, sharding)
 
-    def _reshard(self, leaf: Any, spec: PartitionSpec) -> jax.Array:
-        sharding = NamedSharding(self.mesh, _keep_axes(spec, self.explicit))
-        return jax.sharding.reshard(leaf, sharding)
+        return jax.tree.map(reshard_leaf, params, self.param_specs)
 
     def constrain(self, tree: Any, specs: Any) -> Any:
         """Constrain the output of a step to the next step's input shardings."""
@@ -196,6 +188,22 @@ class Workers(NamedTuple):
                     f"signax.average_updates({self.axis_name!r}) into tx. To freeze leaves, chain "
                     "the freezing after the vote"
                 )
+
+
+class Layouts:
+    """The layouts of a transformation's states, found once for parameters of the same shapes."""
+
+    def __init__(self, workers: Workers, find: Callable[..., Layout]):
+        self._workers = workers
+        self._find = cache(find)
+
+    def __call__(self, params: Any, num_workers: int | None = None) -> Layout:
+        """The layout of the state of some parameters, for some number of workers."""
+        specs = self._workers.specs(params)
+        leaves, structure = jax.tree.flatten(params)
+        shapes = tuple([(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves])
+        specs = None if specs is None else tuple(jax.tree.leaves(specs))
+        return self._find(structure, shapes, specs, num_workers or self._workers.num_workers)
 
 
 def add_axis(array: Any) -> jax.Array:
@@ -267,74 +275,3 @@ def _wrong_shape(leaf: Leaf, shape: Any, expected: Any) -> ValueError:
         f"state{leaf.path} has shape {shape}, but should have {expected}: make the state with "
         "DataParallel.init, on the same parameters"
     )
-
-
-def resize_state(state: Any, before: Layout, after: Layout, mesh: Mesh, num_workers: int) -> Any:
-    """A state laid out as `after` says, from a state laid out as `before` says."""
-    flags = before.structure.unflatten([leaf.per_worker for leaf in before.leaves])
-
-    def resize(node: Any, flags: Any):
-        if _has_a_way(node):
-            return node.resized(num_workers, resize_rows)
-        return resize_rows(node, num_workers) if flags else node
-
-    def resized(leaves: list[Any]):
-        state = before.structure.unflatten(leaves)
-        return jax.tree.leaves(jax.tree.map(resize, state, flags, is_leaf=_has_a_way))
-
-    leaves = _device_put(jax.tree.leaves(state), _auto_shardings(before, mesh))
-    if before is not after:
-        leaves = jax.jit(resized, out_shardings=_auto_shardings(after, mesh))(leaves)
-    return after.structure.unflatten(_device_put(leaves, [leaf.sharding for leaf in after.leaves]))
-
-
-def _has_a_way(node: Any) -> bool:
-    return hasattr(node, "resized")
-
-
-def resize_rows(rows: jax.Array, num_workers: int) -> jax.Array:
-    """Deal the rows of M workers, [M, ...], out to another number of workers.
-
-    Each new row is the mean of floating-point rows. Each worker takes over keys, integers and
-    booleans from the worker who was there before, and folds its index into keys. An array of uint32
-    in the shape of a raw key counts as a key.
-    """
-    old = len(rows)
-    if jnp.issubdtype(rows.dtype, jnp.floating):
-        each = math.lcm(old, num_workers)
-        shares = jnp.repeat(rows, each // old, axis=0)
-        shares = shares.reshape(num_workers, each // num_workers, *rows.shape[1:])
-        return mean(shares.astype(wide_dtype(rows.dtype)), axis=1).astype(rows.dtype)
-    workers = jnp.arange(num_workers)
-    taken = rows[workers * old // num_workers]
-    if jnp.issubdtype(rows.dtype, jax.dtypes.prng_key):
-        return _fold(taken, workers)
-    raw_key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    if (rows.dtype, rows.shape[1:]) == (raw_key.dtype, raw_key.shape):
-        return jax.random.key_data(_fold(jax.random.wrap_key_data(taken), workers))
-    return taken
-
-
-def _fold(keys: jax.Array, workers: jax.Array) -> jax.Array:
-    """Fold each worker's index into its keys: key[M, ...]."""
-    flat = keys.reshape(len(keys), -1)
-    folded = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(0, None)))(flat, workers)
-    return folded.reshape(keys.shape)
-
-
-def _device_put(leaves: list[Any], shardings: list[NamedSharding]) -> list[jax.Array]:
-    """`jax.device_put`, which accepts keys that lie in several processes only as their data."""
-    is_key = [jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key) for leaf in leaves]
-    data = [jax.random.key_data(x) if key else x for x, key in zip(leaves, is_key, strict=True)]
-    data = jax.device_put(data, shardings)
-    return [
-        jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if key else new
-        for old, new, key in zip(leaves, data, is_key, strict=True)
-    ]
-
-
-def _auto_shardings(layout: Layout, mesh: Mesh) -> list[NamedSharding]:
-    """A layout's shardings over axes of type Auto, where any array may be cut again."""
-    types = (AxisType.Auto,) * mesh.devices.ndim
-    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=types)
-    return [NamedSharding(auto, leaf.sharding.spec) for leaf in layout.leaves]
