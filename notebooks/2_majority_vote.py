@@ -11,18 +11,27 @@
 # %% [markdown]
 # # The majority vote
 #
-# The claims about many workers of Bernstein et al., *signSGD: Compressed Optimisation for
-# Non-Convex Problems*, 2018, [arXiv 1802.04434](https://arxiv.org/abs/1802.04434), and *signSGD
-# with Majority Vote is Communication Efficient and Fault Tolerant*, 2019,
-# [arXiv 1810.05291](https://arxiv.org/abs/1810.05291), and one of Safaryan and Richtárik,
+# The papers claim that the errors of a majority vote fall exponentially with the number of workers,
+# and that the vote sends 32 times fewer bytes than a mean in f32. Both hold, but for padding: if
+# each worker is right in 70% of the cases, one worker is wrong in 30% of them, a vote of 9 in 9.8%
+# and a vote of 21 in 2.5%, and eight workers that vote send 31.8 times fewer bytes.
+#
+# ![The share of wrong votes falls exponentially with the workers](figures/2_majority_vote.png)
+#
+# The notebook runs the claims about many workers from Bernstein et al., *signSGD: Compressed
+# Optimisation for Non-Convex Problems*, 2018, [arXiv 1802.04434](https://arxiv.org/abs/1802.04434),
+# and *signSGD with Majority Vote is Communication Efficient and Fault Tolerant*, 2019,
+# [arXiv 1810.05291](https://arxiv.org/abs/1810.05291), and one claim of Safaryan and Richtárik,
 # *Stochastic Sign Descent Methods*, 2021, [arXiv 1905.12938](https://arxiv.org/abs/1905.12938):
 #
-# 1. How often one worker's sign is wrong is bounded in its signal-to-noise ratio.
-# 2. How often the vote is wrong falls exponentially with the number of workers.
-# 3. $M$ workers divide the noise term of signSGD's rate by $\sqrt M$.
-# 4. A vote takes one bit per coordinate and direction, 32 times less than a mean in f32.
+# 1. The signal-to-noise ratio bounds how often one worker's sign is wrong. *This holds.*
+# 2. The share of wrong votes falls exponentially with the number of workers. *This holds.*
+# 3. $M$ workers divide the noise term of signSGD's rate by $\sqrt M$. *This holds. Whole runs gain
+#    less.*
+# 4. A vote takes one bit per coordinate and direction, 32 times less than a mean in f32. *This
+#    holds for 8 workers, but for padding. On hundreds of chips the way back takes two bits.*
 #
-# And what the papers' code does with a tie, measured (5).
+# Section 5 measures the effect of a tie in the papers' code.
 
 # %%
 import json
@@ -48,9 +57,9 @@ plt.rcParams["figure.dpi"] = 80
 measured = {}  # what each claim came to, printed at the end
 
 # %% [markdown]
-# Workers are simulated by `vmap` with an axis name, along which `signax.pvote` is the same
-# collective as on as many devices, packed words and all. Ties among an even number of workers are
-# settled by its dither, which over coordinates and steps is a fair coin.
+# A `vmap` with an axis name simulates the workers. Along this axis `signax.pvote` is the same
+# collective as on as many devices, packed words and all. Its dither settles ties among an even
+# number of workers. Over coordinates and steps the dither is a fair coin.
 
 
 # %%
@@ -88,9 +97,10 @@ def draw_share(axes, x, failed, trials, **options):
 # \begin{cases} \frac29 \frac1{S^2} & S > \frac2{\sqrt3} \\
 # \frac12 - \frac{S}{2\sqrt3} & \text{otherwise.} \end{cases}$$
 #
-# This is Gauss's inequality. Uniform noise makes the second line an equality, and the noise that
-# Gauss found the first: no noise at all with probability $1 - 4/(3S^2)$, else uniform noise up to
-# $\frac32 |g_i|$. Noise that is +1 or -1 is not unimodal, and breaks it.
+# This is Gauss's inequality. Uniform noise makes its second line an equality, and a noise that
+# Gauss found makes its first line an equality. Gauss's noise is zero with probability
+# $1 - 4/(3S^2)$, and otherwise uniform up to $\frac32 |g_i|$. Noise that is +1 or -1 is not
+# unimodal, and breaks the inequality.
 
 
 # %%
@@ -154,16 +164,18 @@ measured["error of a sign"] = (
 )
 
 # %% [markdown]
-# The number of failures among 20,000 is binomial. "At most" means no more of them than one such
-# number in a million would have if the bound were the probability; "equal" means that both ways.
+# The number of failures among 20,000 is binomial. An assertion of "at most" takes the bound as the
+# probability of a failure, and allows every number but the largest, which together have a chance of
+# one in a million. An assertion of "equal" does this on both sides.
 
 # %% [markdown]
 # ## 2. The vote of many
 #
-# If each of $M$ workers is right with probability $\rho$, the majority of an odd number is with
-# probability $I(\rho; \frac{M+1}2, \frac{M+1}2)$, the regularised incomplete beta function, and its
-# failures fall exponentially, at most $(4\rho(1-\rho))^{M/2}$. With an even number, ties settled by
-# a fair coin, the vote is right as often as that of $M - 1$: the last worker decides nothing.
+# If each of $M$ workers is right with probability $\rho$, the majority of an odd number is right
+# with probability $I(\rho; \frac{M+1}2, \frac{M+1}2)$, the regularised incomplete beta function.
+# The probability of a wrong vote falls exponentially: it is at most $(4\rho(1-\rho))^{M/2}$. If $M$
+# is even and a fair coin settles ties, the vote is right as often as the vote of $M - 1$ workers:
+# the last worker decides nothing.
 
 # %%
 chances = np.array([0.55, 0.6, 0.7, 0.8])
@@ -184,7 +196,7 @@ def vote_failure(num_workers, chance):
     return betainc(half, half, 1 - chance)
 
 
-# %%
+# %% tags=["lead"]
 failed = {crowd: vote_failures(crowd) for crowd in crowds}
 odd, even = ([crowd for crowd in sorted(crowds) if crowd % 2 == parity] for parity in (1, 0))
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -217,25 +229,25 @@ measured["failures of a vote"] = (
 )
 
 # %% [markdown]
-# The counts are binomial again, of 50,000 votes each, and held to the same one in a million on both
-# sides.
+# The counts are binomial again, of 50,000 votes each. The assertions use the same limit of one in a
+# million on both sides.
 
 # %% [markdown]
 # ## 3. The rate of many workers
 #
-# With the settings of the first notebook's bound, $K$ steps of size
-# $1/\sqrt{\lVert L\rVert_1 K}$ on the vote of $M$ workers, each of which takes the mean of $K$
-# gradients with unimodal, symmetric noise,
+# The settings are those of the first notebook's bound: $K$ steps of size
+# $1/\sqrt{\lVert L\rVert_1 K}$ on the vote of $M$ workers. Each worker takes the mean of $K$
+# gradients with unimodal, symmetric noise. Then
 #
 # $$\mathbb{E}\left[\frac1K \sum_{k<K} \lVert g_k \rVert_1\right]^2 \le \frac{1}{\sqrt N}
 # \left[\sqrt{\lVert L\rVert_1}\left(f_0 - f_* + \tfrac12\right)
 # + \frac{2}{\sqrt M} \lVert\sigma\rVert_1\right]^2, \quad N = K^2 .$$
 #
-# The noise term comes from what a wrong vote costs in one step, $2 |g_i|$ times its probability, of
-# which the paper shows
-# $|g_i|\, P[\text{the vote is wrong}] \le \sigma_i / \sqrt M$. That can be measured by itself. For
-# one gradient it falls faster, as above; so what counts is the worst one,
-# $\max_S S\, P[\text{the vote is wrong at } S]$, against $1/\sqrt M$.
+# The noise term comes from the cost of a wrong vote in one step, which is $2 |g_i|$ times its
+# probability. The paper shows $|g_i|\, P[\text{the vote is wrong}] \le \sigma_i / \sqrt M$. The
+# notebook measures this product by itself. For one gradient the product falls faster, as section 2
+# shows. So the worst gradient counts: the notebook compares
+# $\max_S S\, P[\text{the vote is wrong at } S]$ with $1/\sqrt M$.
 
 # %%
 crowds, trials = np.array([1, 2, 3, 4, 8, 9, 16, 27, 32, 64]), 4_000
@@ -329,20 +341,24 @@ measured["rate of M workers"] = (
 
 # %% [markdown]
 # The worst case falls with $M^{-1/2}$, where an even $M$ counts as $M - 1$. The slope is fitted
-# from $M = 4$ on; its bars of .1 are for small $M$, as exact probabilities have slopes of -.46 to
-# -.53 there, and for .01 from the noise of 4,000 votes. So the theory's dependence on $M$ is right,
-# but its constant is generous: the true term is an eighth to a third of it. Hence the runs, which
-# are below their bound by four standard errors of 8 repeats, use little of it: a fiftieth with one
-# worker, where the noise term is nearly all of it, and a quarter with 64. They themselves gain only
-# a factor of 2 from 64 workers (the bars, 1.5 and 3, are for other random numbers), since more than
-# half of what they are left with is there without noise too: the way down from the start.
+# from $M = 4$ on. The assertions allow the slope an error of .1. Most of this is for small $M$,
+# where exact probabilities have slopes of -.46 to -.53. The noise of 4,000 votes adds .01. So the
+# theory's dependence on $M$ is right, but its constant is generous: the true term is an eighth to a
+# third of the theory's.
+#
+# For this reason the runs use little of their bound: a fiftieth with one worker, where the noise
+# term is nearly all of the bound, and a quarter with 64 workers. The runs are below the bound by
+# four standard errors of 8 repeats. They gain only a factor of 2 from 64 workers, since more than
+# half of the rest does not come from noise: it comes from the way down from the start. The
+# assertions allow factors of 1.5 to 3, for other random numbers.
 
 # %% [markdown]
 # ## 4. Bits on the wire
 #
-# A step of voted Signum and one of SGD on averaged gradients, for 10 million f32 parameters and
-# eight workers, are compiled and not run; what a device sends is read from the programs. A ring
-# all-reduce and an exchange of one bit each way both cost $2(M-1)/M$ of the message per worker.
+# The notebook compiles a step of voted Signum and a step of SGD on averaged gradients, for 10
+# million f32 parameters and eight workers. It does not run the steps. It reads from the programs
+# how many bytes a device sends. A ring all-reduce and an exchange of one bit each way both cost
+# $2(M-1)/M$ of the message per worker.
 
 # %%
 num_workers, parameters = 8, 10_000_000
@@ -401,14 +417,14 @@ measured["bits on the wire"] = (
 )
 
 # %% [markdown]
-# What is missing from 32 is padding: each worker counts a part of the words, and a part is a
-# multiple of 128 words of 32 bits. So with thousands of workers the factor is smaller, unless the
-# model grows with them. The mean of bf16 travels as f32 on CPUs; where it travels as bf16 the
-# factor is half as large.
+# Padding makes the difference from 32: each worker counts a part of the words, and a part is a
+# multiple of 128 words of 32 bits. So the factor is smaller with thousands of workers, unless the
+# model grows with them. The mean of bf16 travels as f32 on CPUs. Where the mean travels as bf16,
+# the factor is half as large.
 #
-# What XLA makes of the same step for pods of TPUs and for H100s can be read without one: its
-# compilers run anywhere. `tests/accelerators.py` did, for one leaf of 67 million parameters and for
-# the 196 leaves of GPT-2 small, and wrote down what a device sends.
+# XLA's compilers for pods of TPUs and for H100s run on any machine. `tests/accelerators.py`
+# compiled the same step with them, for one leaf of 67 million parameters and for the 196 leaves of
+# GPT-2 small, and recorded the bytes that a device sends.
 
 # %%
 with open("../benchmarks/results/accelerators.json") as file:
@@ -442,20 +458,20 @@ measured["bits on the wire, accelerators"] = (
 )
 
 # %% [markdown]
-# Eight TPUs or H100s send what the formula says, a bit each way. For hundreds of chips XLA turns
-# the gathering of the results into an all-reduce of integers, which sends the way back twice: three
-# bits in all. Where four slices of 16 chips vote (`split_over`), each chip does so on its share,
-# and what it then sends to its neighbours within the slice is nearly all there is.
+# Eight TPUs or eight H100s send as much as the formula says, one bit each way. For hundreds of
+# chips XLA turns the gathering of the results into an all-reduce of integers. The all-reduce sends
+# the way back twice: three bits in all. Where four slices of 16 chips vote (`split_over`), each
+# chip votes on its own share. Nearly all of its bytes then go to its neighbours within the slice.
 
 # %% [markdown]
 # ## 5. Ties
 #
-# Published code gives a tie to +1, and a sign of 0 likewise. On a coordinate that is nothing but
-# noise, an even number $M$ of workers ties with probability $\binom{M}{M/2} 2^{-M}$, and every
-# parameter is pushed by that share of a step. A coordinate that is 0 on all workers, such as a dead
-# unit's, is pushed by whole steps. `zeros="plus"` and `ties="plus"` are this rule. By default
-# signax dithers both, so that what nobody decided cancels over time: there is no push, and what is
-# 0 everywhere stays within one step, since all take part.
+# Published code turns a tie into +1, and a sign of 0 too. On a coordinate of pure noise, an even
+# number $M$ of workers ties with probability $\binom{M}{M/2} 2^{-M}$, and the rule pushes every
+# parameter by this share of a step. The rule pushes a coordinate that is 0 on all workers, such as
+# a dead unit's, by whole steps. `zeros="plus"` and `ties="plus"` select this rule. By default
+# signax dithers zeros and ties, so undecided coordinates cancel over time: there is no push, and a
+# coordinate that is 0 on all workers stays within one step, since all workers take part.
 
 
 # %%
@@ -512,8 +528,9 @@ measured["dithered ties"] = (
 )
 
 # %% [markdown]
-# Noise is allowed five standard errors of the mean over steps and coordinates, .01 of a step; what
-# concerns dead coordinates is exact. The odd numbers have no ties and only the second problem.
+# The assertions on noise allow five standard errors of the mean over steps and coordinates, .01 of
+# a step. The assertions on dead coordinates are exact. Odd numbers of workers have no ties, and
+# only the second problem.
 
 # %% [markdown]
 # ## What was measured

@@ -11,23 +11,32 @@
 # %% [markdown]
 # # Stochastic sign descent
 #
-# The claims of Safaryan and Richtarik, *Stochastic Sign Descent Methods: New Algorithms and Better
-# Theory*, 2021 ([arXiv 1905.12938](https://arxiv.org/abs/1905.12938)), run one by one:
+# Safaryan and Richtarik claim that stochastic sign descent with momentum (SSDM) converges at the
+# rate $K^{-1/4}$, also where majorities of signs fail. The claim holds for workers that share one
+# objective, where SSDM's mean gradient norm falls as $K^{-0.254 \pm 0.008}$; it does not hold for
+# workers whose minima differ, where SSDM ends away from the minimum.
 #
-# 1. signSGD needs no more than signs that are right with probability $\rho_i > 1/2$; such as for
-#    unimodal symmetric noise;
-# 2. descent is measured by the $\rho$-norm, and *Option 2*, which refuses steps that do not
-#    descend, does without a logarithm in the bound;
-# 3. a majority of workers is right with a probability that goes to 1 exponentially with their
-#    number;
-# 4. the stochastic sign is right on average;
-# 5. with momentum (SSDM) it converges at the rate $K^{-1/4}$;
-# 6. on data that are partitioned, majorities of signs can fail outright.
+# ![SSDM's gradient norm falls, the vote's does not](figures/3_stochastic_sign_descent.png)
 #
-# In June 2026 the authors corrected their Theorem on SSDM (version 6 of the text): it needs workers
-# whose gradients are unbiased for the *same* objective, and not for parts of it. So the rate is
-# shown for such workers, and section 6 shows what SSDM does on partitioned data, where nothing
-# says that it comes to the minimum.
+# The notebook runs the claims of Safaryan and Richtarik, *Stochastic Sign Descent Methods: New
+# Algorithms and Better Theory*, 2021 ([arXiv 1905.12938](https://arxiv.org/abs/1905.12938)), one by
+# one:
+#
+# 1. signSGD needs no more than signs that are right with probability $\rho_i > 1/2$, as signs under
+#    unimodal symmetric noise are. *This holds.*
+# 2. The $\rho$-norm measures descent. *Option 2*, which refuses steps that do not descend, has a
+#    bound without a logarithm. *This holds.*
+# 3. A majority of workers is right with a probability that goes to 1 exponentially with their
+#    number. *This holds.*
+# 4. The stochastic sign is right on average. *This holds.*
+# 5. With momentum (SSDM) it converges at the rate $K^{-1/4}$. *This holds for workers with the same
+#    objective.*
+# 6. On partitioned data, majorities of signs can fail outright. *This holds.*
+#
+# In June 2026 the authors corrected their theorem on SSDM (version 6 of the text). The theorem
+# needs workers whose gradients are unbiased for the *same* objective, and not for parts of it. So
+# section 5 shows the rate for such workers. Section 6 shows SSDM on partitioned data, where no
+# theorem says that it comes to the minimum.
 
 # %%
 from functools import partial
@@ -53,19 +62,20 @@ def claim(text, result):
 # %% [markdown]
 # ## 1. Success probabilities
 #
-# Let $\hat g = g + n$ with noise whose density is symmetric and has one peak, with standard
-# deviation $\sigma$. Then
+# Let $\hat g = g + n$, with noise whose density is symmetric and has one peak, and whose standard
+# deviation is $\sigma$. Then
 #
 # $$ \rho = P(\operatorname{sign} \hat g = \operatorname{sign} g)
 #    = \frac{1}{2} + \frac{1}{2} P(|n| < |g|)
 #    \ge \frac{1}{2} + \frac{1}{2} \frac{|g|}{|g| + \sqrt 3\, \sigma} . $$
 #
-# The inequality follows from Gauss's: with $r = |g| / \sigma$, $P(|n| < |g|) \ge r / \sqrt 3$ where
-# $r \le 2 / \sqrt 3$, which is at least $r / (r + \sqrt 3)$; and $P(|n| < |g|) \ge 1 - 4 / (9 r^2)$
-# beyond, which is at least that if $9 \sqrt 3\, r^2 \ge 4 r + 4 \sqrt 3$, as it is from
-# $r = 2 / \sqrt 3$ on (20.8 against 11.5). Uniform noise comes close to the bound for small $r$.
-# Noise that is not symmetric need not be better than a coin: the last one, $2 \sigma$ with
-# probability 1/5 and $-\sigma / 2$ else, has mean 0.
+# The inequality follows from Gauss's inequality. Let $r = |g| / \sigma$. Where $r \le 2 / \sqrt 3$,
+# Gauss's inequality says $P(|n| < |g|) \ge r / \sqrt 3$, which is at least $r / (r + \sqrt 3)$.
+# Beyond, it says $P(|n| < |g|) \ge 1 - 4 / (9 r^2)$. This is at least $r / (r + \sqrt 3)$ if
+# $9 \sqrt 3\, r^2 \ge 4 r + 4 \sqrt 3$, which holds from $r = 2 / \sqrt 3$ on (20.8 against 11.5).
+# Uniform noise comes close to the bound for small $r$. Noise that is not symmetric need not be
+# better than a coin: the last noise below is $2 \sigma$ with probability 1/5 and $-\sigma / 2$
+# otherwise, and has mean 0.
 
 # %%
 DRAWS = 100_000
@@ -116,28 +126,29 @@ claim(
 )
 
 # %% [markdown]
-# Four standard errors of a share of 100,000 draws. For uniform noise and the smallest ratio, .03,
-# $\rho$ is by .00015 above the bound. The skew noise leaves a positive gradient below $\sigma / 2$
-# its sign in one of five draws.
+# The assertions allow four standard errors of a share of 100,000 draws. For uniform noise and the
+# smallest ratio, .03, $\rho$ is .00015 above the bound. Under the skew noise, a positive gradient
+# below $\sigma / 2$ keeps its sign in one of five draws.
 #
 # ## 2. Descent in the $\rho$-norm, and Option 2
 #
 # $$ \mathrm{E} \langle g, \operatorname{sign} \hat g \rangle
 #    = \sum_i (2 \rho_i - 1) |g_i| =: \lVert g \rVert_\rho $$
 #
-# takes the place of the $\ell_1$ norm. With $L_i$ the smoothness of coordinate i, $L = \sum_i L_i$,
-# steps $\gamma_k = \gamma_0 / \sqrt{k + 1}$ and $\Delta = f(x_0) - f^*$,
+# The $\rho$-norm takes the place of the $\ell_1$ norm. Let $L_i$ be the smoothness of coordinate
+# $i$, and $L = \sum_i L_i$. With steps $\gamma_k = \gamma_0 / \sqrt{k + 1}$ and
+# $\Delta = f(x_0) - f^*$,
 #
 # $$ \text{Option 1:}\quad \min_{k < K} \mathrm{E} \lVert g_k \rVert_\rho \le
 #    \frac{1}{\sqrt K} \left[ \frac{\Delta}{\gamma_0} + \frac{\gamma_0 L}{2} (1 + \ln K) \right], $$
 # $$ \text{Option 2:}\quad \frac{1}{K} \sum_{k < K} \mathrm{E} \lVert g_k \rVert_\rho \le
 #    \frac{1}{\sqrt K} \left[ \frac{\Delta}{\gamma_0} + \gamma_0 L \right] . $$
 #
-# Option 2 keeps $x_k$ where $f$ would not decrease. Both follow from
-# $f(x_{k+1}) \le f(x_k) - \gamma_k \langle g_k, s_k \rangle + \gamma_k^2 L / 2$: weighted by
-# $\gamma_k$ and summed; or divided by $\gamma_k$ and summed by parts, for which $f$ must not
-# increase. Here on a quadratic with $L_i$ from 0.1 to 10 and normal noise of $\sigma = 1$, for
-# which $\rho_i$ is known.
+# Option 2 keeps $x_k$ where a step would increase $f$. Both bounds follow from
+# $f(x_{k+1}) \le f(x_k) - \gamma_k \langle g_k, s_k \rangle + \gamma_k^2 L / 2$. Option 1 weights
+# this inequality by $\gamma_k$ and sums it. Option 2 divides it by $\gamma_k$ and sums it by parts,
+# for which $f$ must not increase. The problem here is a quadratic with $L_i$ from 0.1 to 10 and
+# normal noise of $\sigma = 1$, for which $\rho_i$ is known.
 
 # %%
 CURVATURE = jnp.geomspace(0.1, 10, 20)
@@ -222,18 +233,19 @@ claim(
 )
 
 # %% [markdown]
-# Four standard errors for the first; the others are bounds. Option 2 costs an exact value of $f$
-# per step, which signSGD is meant to save; here it also ends lower, since noise cannot drive it up.
+# The first assertion allows four standard errors. The others are bounds. Option 2 costs an exact
+# value of $f$ per step, which signSGD is meant to save. Here it also ends lower, since noise cannot
+# drive $f$ up.
 #
 # ## 3. Workers that share their data: a majority is right more often
 #
-# Of M workers, M odd, a majority is right with probability
+# If $M$ is odd, a majority of $M$ workers is right with probability
 #
 # $$ \rho_M = I\!\left(\rho;\, \tfrac{M+1}{2}, \tfrac{M+1}{2}\right), \qquad
 #    1 - \rho_M \le \exp\!\left( -\tfrac{1}{2} (2 \rho - 1)^2 M \right), $$
 #
-# with the regularised incomplete beta function, and by Hoeffding's inequality. `signax.pvote` under
-# `vmap`, on 100,000 coordinates with $\rho = 0.6$:
+# where $I$ is the regularised incomplete beta function. The bound is Hoeffding's inequality. Here
+# `signax.pvote` votes under `vmap`, on 100,000 coordinates with $\rho = 0.6$:
 
 # %%
 RIGHT = 0.6
@@ -275,10 +287,10 @@ claim(
 # %% [markdown]
 # ## 4. The stochastic sign is right on average
 #
-# $P(s_i = +1) = \frac{1}{2} + \frac{g_i}{2 \lVert g \rVert_2}$, so that
-# $\mathrm{E}[s] = g / \lVert g \rVert_2$: the direction of the gradient, while its plain sign says
-# nothing of how large one coordinate is beside another. It is paid for by noise: the variance of
-# $s$ is $d - 1$, whatever $g$.
+# The stochastic sign has $P(s_i = +1) = \frac{1}{2} + \frac{g_i}{2 \lVert g \rVert_2}$, so
+# $\mathrm{E}[s] = g / \lVert g \rVert_2$. This is the direction of the gradient. A plain sign does
+# not say how large one coordinate is beside another. The price is noise: the variance of $s$ is
+# $d - 1$, for every $g$.
 
 # %%
 gradient = jnp.asarray(np.random.default_rng(0).normal(size=50) * np.geomspace(0.01, 1, 50))
@@ -320,21 +332,22 @@ claim("its variance is d - 1", f"{variance:.2f} for d = 50")
 # %% [markdown]
 # The bounds on the probability of chi-squared fail once in 5,000 seeds. The variance is
 # $50 - \sum_i \bar s_i^2$, and $\sum_i \bar s_i^2$ is 1 with a standard deviation of at most
-# $2 / \sqrt{100{,}000}$; four of those.
+# $2 / \sqrt{100{,}000}$. The assertion allows four standard deviations.
 #
 # ## 5. SSDM on workers with the same objective
 #
+# SSDM takes stochastic signs $s_i$ of the momenta:
+#
 # $$ m_i \leftarrow \beta m_i + (1 - \beta) \hat g_i, \qquad
 #    x \leftarrow x - \frac{\gamma}{M} \sum_i s_i, \qquad
-#    \beta = 1 - K^{-1/2}, \quad \gamma = K^{-3/4}, $$
+#    \beta = 1 - K^{-1/2}, \quad \gamma = K^{-3/4} . $$
 #
-# with stochastic signs $s_i$ of the momenta, gives
-# $\frac{1}{K} \sum_k \mathrm{E} \lVert \nabla f(x_k) \rVert_2 = O(K^{-1/4})$ for smooth $f$, convex
-# or not, and any noise of bounded variance. Here $f = \sum_j x_j^2 / (1 + x_j^2)$ in 10 dimensions,
-# which is not convex, and the noise is the skew one of section 1, on which signs of single
-# gradients fail; four workers, 20 repeats.
+# This gives $\frac{1}{K} \sum_k \mathrm{E} \lVert \nabla f(x_k) \rVert_2 = O(K^{-1/4})$ for smooth
+# $f$, convex or not, and any noise of bounded variance. Here $f = \sum_j x_j^2 / (1 + x_j^2)$ in 10
+# dimensions, which is not convex. The noise is the skew noise of section 1, on which signs of
+# single gradients fail. There are four workers and 20 repeats.
 
-# %%
+# %% tags=["lead"]
 WORKERS, DIMENSIONS = 4, 10
 
 
@@ -418,24 +431,26 @@ claim(
 )
 
 # %% [markdown]
-# The theorem is a bound, so a steeper slope would not contradict it; what is asserted is that this
-# problem shows the rate itself, within 0.05 (the spread of the repeats is below 0.01, the rest is
-# for what the smallest K have not forgotten of their start). Votes on the signs of single gradients
-# go to where the gradient is as large as the noise's usual -1/2, at a norm of
-# $\sqrt{10} / 2 = 1.58$, and more steps leave them there: from 1,024 on, where chance has little
-# part in it, they are no more than 0.2 below. SSDM is held to three tenths of what they have at the
-# most steps, and comes to a sixth.
+# The theorem is a bound, so a steeper slope would not contradict it. The notebook asserts that this
+# problem shows the rate itself, within 0.05. The spread of the repeats is below 0.01. The rest is
+# for the smallest $K$, whose runs have not quite forgotten their start.
+#
+# Votes on the signs of single gradients go to the point where the gradient is as large as the
+# noise's usual -1/2, at a norm of $\sqrt{10} / 2 = 1.58$. More steps leave them there: from 1,024
+# steps on, where chance has little part in it, they end no more than 0.2 below. At the most steps
+# SSDM must reach three tenths of their norm, and reaches a sixth.
 #
 # ## 6. Workers with data of their own
 #
 # **Majorities of signs fail outright.** Two workers have one term each of
 # $f(x) = \langle a_1, x \rangle^2 + \langle a_2, x \rangle^2$,
-# $a_{1,2} = \pm(1, -1) + \frac{1}{2} (1, 1)$, and stochastic gradients that are right up to a
-# random positive factor of mean 1, so signs are those of the full gradients. They are $\pm(1, -1)$
-# for both. While the two agree, a vote moves $x$ along the line $x_1 + x_2 = 2$, on which
-# $f \ge 2$, and a mean of signs does the same; when they disagree, which is at $f = 4$ here, a mean
-# of signs is 0, and so is a vote with `zeros="abstain"`. So both stand still there, while the
-# minimum of $f$ is 0 at 0. (Other rules for ties leave the line, but not because of the data.)
+# $a_{1,2} = \pm(1, -1) + \frac{1}{2} (1, 1)$. Their stochastic gradients are right up to a random
+# positive factor of mean 1, so their signs are the signs of the full gradients, $\pm(1, -1)$ for
+# both workers. While the two workers agree, a vote moves $x$ along the line $x_1 + x_2 = 2$, on
+# which $f \ge 2$, and a mean of signs does the same. When the workers disagree, which is at $f = 4$
+# here, a mean of signs is 0, and so is a vote with `zeros="abstain"`. So both methods stand still
+# there, while the minimum of $f$ is 0 at 0. (Other rules for ties leave the line, but not because
+# of the data.)
 
 # %%
 TERMS = jnp.array([[1.5, -0.5], [-0.5, 1.5]])
@@ -495,18 +510,18 @@ claim(
 )
 
 # %% [markdown]
-# The steps are multiples of 1/256, so that the sums are exact; one of them changes $f$ by .03 near
-# 4. SSDM gets away, to less than a fortieth of that, since the stochastic signs of $g_i$ do leave
-# the line. But this is no proof that it converges on partitioned data: here both workers' terms
-# have the same minimum, where all momenta vanish.
+# The steps are multiples of 1/256, so the sums are exact. One step changes $f$ by .03 near 4. SSDM
+# gets away, to less than a fortieth of 4, since the stochastic signs of $g_i$ do leave the line.
+# But this is no proof that SSDM converges on partitioned data: here the terms of both workers have
+# the same minimum, where all momenta vanish.
 #
 # **Where minima differ, SSDM ends elsewhere.** Its mean step is
-# $\frac{1}{M} \sum_i g_i / \lVert g_i \rVert$, in which every worker has the same weight however
-# large its gradient is. With $f_i = \frac{1}{2} \lVert x - c_i \rVert^2$ this vanishes not at the
-# mean of the $c_i$, the minimum of $f$, but at their *geometric median*; a majority of signs goes
-# to the median of each coordinate. Both are computed by NumPy. What would be unbiased is a
-# stochastic sign with one norm for all workers, a bound B on their gradients:
-# $\mathrm{E}[s_i] = m_i / B$. That is `norm=B` in signax, and not in the paper.
+# $\frac{1}{M} \sum_i g_i / \lVert g_i \rVert$, in which every worker has the same weight, however
+# large its gradient is. With $f_i = \frac{1}{2} \lVert x - c_i \rVert^2$ the mean step vanishes not
+# at the mean of the $c_i$, the minimum of $f$, but at their *geometric median*. A majority of signs
+# goes to the median of each coordinate. NumPy computes both medians. A stochastic sign with one
+# norm for all workers, a bound $B$ on their gradients, would be unbiased:
+# $\mathrm{E}[s_i] = m_i / B$. This is `norm=B` in signax, and it is not in the paper.
 
 # %%
 CENTRES, BOUND = np.array([[0.0, 0.0], [1.0, 0.5], [0.5, 4.0]]), 8.0
@@ -581,13 +596,13 @@ claim(
 )
 
 # %% [markdown]
-# The gradient of $f$ is the distance from the mean of the centres. The larger K, the nearer SSDM
-# comes to the geometric median, and the less of its distance from the minimum of $f$ it loses: the
-# rate of section 5 cannot hold here, which is why the theorem had to be corrected. Ends may be off
-# by 0.1, which is about what the shorter run still is from the geometric median. With one bound,
-# steps of $\gamma = 0.01$ are a random walk whose standard deviation is
-# $\sqrt{\gamma B / 2 M} = 0.1$ per coordinate at any time, and less in the mean over a quarter of
-# the run: twice that is allowed to all ten ends.
+# The norm of the gradient of $f$ is the distance from the mean of the centres. The larger $K$, the
+# nearer SSDM comes to the geometric median, and the further it stays from the minimum of $f$. So
+# the rate of section 5 cannot hold here, which is why the theorem had to be corrected. The
+# assertions allow ends to be off by 0.1, which is about the distance of the shorter run from the
+# geometric median. With one bound, steps of $\gamma = 0.01$ are a random walk. Its standard
+# deviation is $\sqrt{\gamma B / 2 M} = 0.1$ per coordinate at any time, and less in the mean over a
+# quarter of the run. The assertion allows all ten ends twice this deviation.
 #
 # ## What was measured
 
