@@ -15,12 +15,12 @@ class Collective(NamedTuple):
       name: the name of the HLO instruction.
       operation: its opcode, `"all-reduce"` for example, without `-start`. The prefix `"megascale-"`
         marks transfers of a TPU program between slices, over the data-centre network.
-      dtype: HLO name of the element type, `"u32"` for example.
-      elements: number of elements in one device's operand.
-      group_size: number of devices that exchange with one another.
-      bytes_sent: bytes that one device sends each time, rounded up.
-      count: how often the instruction runs per execution of the program. The count is 0 in a branch
-        of a conditional that sends less than another branch.
+      dtype: the HLO name of the element type, `"u32"` for example.
+      elements: the number of elements in one device's operand.
+      group_size: the number of devices that exchange with one another.
+      bytes_sent: the bytes that one device sends each time, rounded up.
+      count: the number of times that the instruction runs per execution of the program. The count
+        is 0 in a branch of a conditional that sends less than another branch.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Collective(NamedTuple):
 def collective_bytes(compiled: Any, *, unknown_trip_count: int | None = None) -> int:
     """The bytes that one device sends per execution of a compiled program, read from its HLO.
 
-    The sum of bytes_sent * count over :func:`collectives`. See there for arguments and errors.
+    The result is the sum of `bytes_sent * count` over the records of :func:`collectives`.
 
     Args:
       compiled: `jax.jit(f).lower(...).compile()`, or its HLO text.
@@ -49,7 +49,10 @@ def collective_bytes(compiled: Any, *, unknown_trip_count: int | None = None) ->
     Returns:
       Bytes per device and execution. A conditional counts as its most expensive branch.
 
-    Example:
+    Raises:
+      ValueError: as in :func:`collectives`.
+
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from signax import diagnostics
       >>> step = jax.jit(jnp.sin).lower(jnp.ones(1_000)).compile()
@@ -61,12 +64,17 @@ def collective_bytes(compiled: Any, *, unknown_trip_count: int | None = None) ->
 
 
 def collectives(compiled: Any, *, unknown_trip_count: int | None = None) -> list[Collective]:
-    """The collectives of a compiled program, read from its HLO.
+    r"""The collectives of a compiled program, read from its HLO.
 
-    With n devices in a group and an operand of b bytes, rings send 2 (n-1)/n b in an all-reduce,
-    (n-1)/n b in an all-to-all or reduce-scatter, and (n-1) b in an all-gather. A permute, a
-    broadcast or a send sends b, and a ragged all-to-all at most as much as an all-to-all. Groups of
-    one are left out. Remote copies inside custom kernels are left out, too: no opcode shows them.
+    With n devices in a group and an operand of b bytes, rings send
+
+    - :math:`2 \frac{n - 1}{n} b` in an all-reduce,
+    - :math:`\frac{n - 1}{n} b` in an all-to-all or a reduce-scatter,
+    - :math:`(n - 1) b` in an all-gather.
+
+    A permute, a broadcast or a send sends b, and a ragged all-to-all at most as much as an
+    all-to-all. Groups of one are left out. Remote copies inside custom kernels are left out, too:
+    no opcode shows them.
 
     Args:
       compiled: `jax.jit(f).lower(...).compile()`, or its HLO text.
@@ -80,7 +88,7 @@ def collectives(compiled: Any, *, unknown_trip_count: int | None = None) -> list
       ValueError: the text is not compiled HLO, or a loop that communicates has an unknown trip
         count and `unknown_trip_count` is not given.
 
-    Example:
+    Examples:
       >>> from signax import diagnostics
       >>> hlo = '''HloModule step, num_partitions=4
       ... ENTRY %main (x: f32[6]) -> f32[24] {

@@ -25,7 +25,7 @@ class AdversaryState(NamedTuple):
     """State of `adversary`.
 
     Attributes:
-      key: the random key of the next step, the same on every worker.
+      key: key[] or a raw uint32 key, the random key of the next step, the same on every worker.
     """
 
     key: jax.Array
@@ -60,7 +60,7 @@ def adversary(
         differs between workers and steps. A blind multiplicative adversary, for example, is
         `lambda g, key: jax.tree.map(lambda leaf: leaf * jax.random.normal(key, leaf.shape), g)`.
         The result must have the updates' shapes, and is cast to their dtypes.
-      key: a random key. `"random"` and functions need a key. Equal keys make equal attacks.
+      key: a random key, which `"random"` and functions need. Equal keys make equal attacks.
 
     Returns:
       A transformation with an `AdversaryState` that keeps shapes and dtypes. Only `"collude"`
@@ -69,7 +69,8 @@ def adversary(
     Raises:
       ValueError: `attack` is unknown, or an index in `workers` is repeated or out of range; at the
         update, a function returns other shapes.
-      TypeError: `key` is not a random key, or missing; at the update, a leaf is not floating-point.
+      TypeError: `axis_name` names no axis, or `key` is missing or is not a random key; at the
+        update, a leaf is not floating-point.
       NameError: at the update, the axis is not bound.
 
     Examples:

@@ -384,38 +384,6 @@ FACTORIES = [name for name in EXPORTS if name not in (*STATES, *OPTAXS)]
 POSITIONAL = {"beta", "b1", "b2", "momentum"}
 
 
-@pytest.mark.parametrize("name", EXPORTS)
-def test_every_export_is_documented(name):
-    text = inspect.getdoc(getattr(signax, name)) or ""
-    first, *rest = text.split("\n")
-    assert first.endswith("."), first
-    assert rest[:1] in ([], [""])
-    if name in STATES:
-        assert "Attributes:" in text
-        for field in getattr(signax, name)._fields:
-            assert f"\n  {field}: " in text
-    elif name not in OPTAXS:
-        assert "Args:" in text
-        assert "Examples:" in text or "Example:" in text
-        assert ">>> " in text
-        assert "Returns:" in text or inspect.isclass(getattr(signax, name))
-
-
-@pytest.mark.parametrize("name", FACTORIES)
-def test_every_argument_is_documented_in_order(name):
-    export = getattr(signax, name)
-    lines = (inspect.getdoc(export) or "").split("\n")
-    parameters = [p for p in inspect.signature(export).parameters if not p.startswith("_")]
-    start = next(i for i, line in enumerate(lines) if line.startswith("Args:"))
-    section = []
-    for line in lines[start + 1 :]:
-        if line and not line.startswith(" "):
-            break
-        if line.startswith("  ") and not line.startswith("   ") and ":" in line:
-            section.append(line.split(":")[0].strip().rstrip("?"))
-    assert section == parameters
-
-
 @pytest.mark.parametrize("name", FACTORIES)
 def test_options_are_spelled_out(name):
     kinds = {p.kind for p in inspect.signature(getattr(signax, name)).parameters.values()}

@@ -1,7 +1,6 @@
 """DataParallel: construction, the state that `init` makes, and the arguments of `update`."""
 
 import copy
-import inspect
 import pickle
 
 import jax
@@ -83,13 +82,6 @@ def test_rejects_a_transformation_that_accepts_only_some_extra_arguments():
 def test_repr_names_the_transformation_the_axis_and_the_workers(tx, name, mesh):
     text = repr(signax.DataParallel(tx, mesh))
     assert text == f"DataParallel({name}(...), axis_name='data', num_workers=8)"
-
-
-@pytest.mark.parametrize("name", ["init", "update"])
-def test_init_and_update_are_documented_on_the_class(name):
-    method = getattr(signax.DataParallel, name)
-    assert "Args:\n" in inspect.getdoc(method)
-    assert "Returns:\n" in inspect.getdoc(method)
 
 
 def test_unpacks_into_init_and_update(mesh):

@@ -114,12 +114,22 @@ def test_sends_its_bits_each_way(bits):
     )  # parts are padded
 
 
-@pytest.mark.parametrize("bits", [1, 3, 8, "2", None])
-def test_rejects_other_numbers_of_bits(bits):
-    with pytest.raises(ValueError, match=rf"bits={bits!r} is not built: use 2 or 4"):
+@pytest.mark.parametrize(
+    ("bits", "error", "message"),
+    [
+        (1, ValueError, "bits=1 is not built: use 2 or 4"),
+        (3, ValueError, "bits=3 is not built: use 2 or 4"),
+        ("2", TypeError, "bits='2' must be a whole number"),
+        (None, TypeError, "bits=None must be a whole number"),
+        (np.float32(2), TypeError, "bits=.* must be a whole number"),
+        (jnp.array(2), TypeError, "list 'bits' in the static_args of optax.inject_hyperparams"),
+    ],
+)
+def test_rejects_other_numbers_of_bits(bits, error, message):
+    with pytest.raises(error, match=message):
         signax.mean_quantized("data", bits=bits)
     memory = signax.scaled_signs_memory(jnp.zeros(3), 1)
-    with pytest.raises(ValueError, match=rf"bits={bits!r} is not built: use 2 or 4"):
+    with pytest.raises(error, match=message):
         signax.pmean_quantized(jnp.zeros(3), "data", memory, step=0, bits=bits)
 
 

@@ -34,7 +34,7 @@ def ssdm(
     transport: Transport = "auto",
     split_over: Hashable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Stochastic sign descent with momentum (SSDM) by the mean of signs of an axis's workers.
+    r"""Stochastic sign descent with momentum (SSDM), by the mean of the workers' signs.
 
     .. math:: m_i \leftarrow \beta m_i + (1 - \beta) g_i, \quad
       x \leftarrow x - \alpha \left( \frac{1}{|S|} \sum_{i \in S} s_i + \lambda x \right), \quad
@@ -64,15 +64,18 @@ def ssdm(
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range, or an option of the mean is given without
-        `axis_name`.
-      TypeError: `key` is not a random key.
+      ValueError: an option is unknown or out of range, or an option of the mean is given without
+        `axis_name`; at the update, as in :func:`signax.mean_signs`, or the parameters that decay
+        have other shapes than the updates.
+      TypeError: `key` is not a random key, or an option is of the wrong kind; at the update, a leaf
+        is not floating-point.
+      NameError: at the update, the axis is not bound.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, signax
       >>> tx = signax.ssdm(0.5, jax.random.key(0), beta=0.0, norm="linf", axis_name="workers")
       >>> params = jnp.array([1.0, -2.0])
-      >>> gradients = jnp.array([[2.0, -2.0], [1.0, 1.0]])  # of the norm: certain signs
+      >>> gradients = jnp.array([[2.0, -2.0], [1.0, 1.0]])  # magnitudes equal the norm
       >>> update = lambda g: tx.update(g, tx.init(params))[0]
       >>> updates = jax.vmap(update, axis_name="workers")(gradients)
       >>> print(optax.apply_updates(params, updates[0]))
@@ -148,8 +151,12 @@ def ef_sign_sgd(
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range, or an option of the mean is given without
-        `axis_name`.
+      ValueError: an option is unknown or out of range, `nesterov` is set without a momentum, or an
+        option of the mean is given without `axis_name`; at the update, as in
+        :func:`signax.mean_scaled_signs`, or the parameters that decay have other shapes than the
+        updates.
+      TypeError: an option is of the wrong kind; at the update, a leaf is not floating-point.
+      NameError: at the update, the axis is not bound; at `init`, the number of workers is unknown.
 
     Examples:
       >>> import jax.numpy as jnp, optax, signax

@@ -115,7 +115,8 @@ def sign_sgd(
     .. math:: x \leftarrow x - \alpha \left( \operatorname{sign} \sum_i \operatorname{sign}(g_i)
       + \lambda x \right)
 
-    Without an axis the updates equal `optax.sign_sgd`'s.
+    A worker whose gradient is not finite is excluded from the vote. Without an axis the updates
+    equal `optax.sign_sgd`'s.
 
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule.
@@ -133,8 +134,11 @@ def sign_sgd(
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range, or an option of the vote is given without
-        `axis_name`.
+      ValueError: an option is unknown or out of range, or an option of the vote is given without
+        `axis_name`; at the update, as in :func:`signax.majority_vote`, or the parameters that decay
+        have other shapes than the updates.
+      TypeError: an option is of the wrong kind; at the update, a leaf is not floating-point.
+      NameError: at the update, the axis is not bound.
 
     Examples:
       >>> import jax.numpy as jnp, optax, signax
@@ -146,7 +150,8 @@ def sign_sgd(
 
     References:
       Bernstein et al., `signSGD: Compressed Optimisation for Non-Convex Problems
-      <https://arxiv.org/abs/1802.04434>`_, 2018
+      <https://arxiv.org/abs/1802.04434>`_, 2018; Bernstein et al., `signSGD with Majority Vote is
+      Communication Efficient and Fault Tolerant <https://arxiv.org/abs/1810.05291>`_, 2019
     """
     direction = _voted(
         checked(optax.scale_by_sign()),
@@ -206,8 +211,12 @@ def signum(
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range, or an option of the vote is given without
-        `axis_name`.
+      ValueError: an option is unknown or out of range, or an option of the vote is given without
+        `axis_name`; at the update, as in :func:`signax.majority_vote`, or the parameters that decay
+        have other shapes than the updates.
+      TypeError: an option is of the wrong kind, or `warmup` is set
+        and `beta` is traced; at the update, a leaf is not floating-point.
+      NameError: at the update, the axis is not bound.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, signax
@@ -220,8 +229,9 @@ def signum(
       [ 0.5 -1.5]
 
     References:
-      Bernstein et al., `signSGD with Majority Vote is Communication Efficient and Fault Tolerant
-      <https://arxiv.org/abs/1810.05291>`_, 2019
+      Bernstein et al., `signSGD: Compressed Optimisation for Non-Convex Problems
+      <https://arxiv.org/abs/1802.04434>`_, 2018; Bernstein et al., `signSGD with Majority Vote is
+      Communication Efficient and Fault Tolerant <https://arxiv.org/abs/1810.05291>`_, 2019
     """
     signs = scale_by_signum(
         beta, warmup=warmup, nesterov=nesterov, accumulator_dtype=accumulator_dtype
@@ -283,8 +293,11 @@ def lion(
       The optimiser.
 
     Raises:
-      ValueError: an option is out of range, or an option of the vote is given without
-        `axis_name`.
+      ValueError: an option is unknown or out of range, or an option of the vote is given without
+        `axis_name`; at the update, as in :func:`signax.majority_vote`, or the parameters that decay
+        have other shapes than the updates.
+      TypeError: an option is of the wrong kind; at the update, a leaf is not floating-point.
+      NameError: at the update, the axis is not bound.
 
     Examples:
       >>> import jax.numpy as jnp, optax, signax

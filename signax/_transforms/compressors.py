@@ -32,9 +32,8 @@ def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformati
 
     .. math:: u = \frac{\lVert p \rVert_1}{d} \operatorname{sign}(p)
 
-    for each block p of d coordinates. The error :math:`\lVert u - p \rVert^2` is
-    :math:`1 - \phi(p)` of :math:`\lVert p \rVert^2`. :func:`signax.diagnostics.density` computes
-    the density :math:`\phi`.
+    for each block p of d coordinates. With the density of :func:`signax.diagnostics.density`, the
+    error :math:`\lVert u - p \rVert^2` is :math:`1 - \phi(p)` of :math:`\lVert p \rVert^2`.
 
     Args:
       block: the coordinates that share a scale: `"leaf"`, an array (the paper's layers); `"tree"`,
@@ -117,7 +116,7 @@ class ScaleByStochasticSignState(NamedTuple):
     """State of `scale_by_stochastic_sign`.
 
     Attributes:
-      key: the random key of the next step, the same on every worker.
+      key: key[] or a raw uint32 key, the random key of the next step, the same on every worker.
     """
 
     key: jax.Array
@@ -151,7 +150,8 @@ def scale_by_stochastic_sign(
 
     Raises:
       ValueError: `norm` is unknown or not positive.
-      TypeError: `key` is not a random key; at the update, a leaf is not floating-point.
+      TypeError: `key` is not a random key, `norm` is not a number, or `axis_name` names no axis; at
+        the update, a leaf is not floating-point.
       NameError: at the update, the axis is not bound.
 
     Examples:
@@ -216,9 +216,9 @@ def _stochastic_sign(g: jax.Array, key: jax.Array, norm: str | float) -> jax.Arr
 def scale_by_top_k(fraction: float) -> optax.GradientTransformationExtraArgs:
     r"""Keep the largest coordinates of each leaf and set the others to zero.
 
-    The k = ceil(fraction * d) coordinates of largest magnitude stay, earlier ones first in ties.
-    The squared error is at most :math:`1 - k/d` of the squared norm. This bound lets
-    :func:`signax.error_feedback` correct the error.
+    Of d coordinates, the :math:`k = \lceil \text{fraction} \cdot d \rceil` of largest magnitude
+    stay; of equal magnitudes the first. The squared error is at most :math:`1 - k/d` of the squared
+    norm. This bound lets :func:`signax.error_feedback` correct the error.
 
     Args:
       fraction: the share of each leaf's coordinates to keep, above 0 and at most 1. A JAX
@@ -229,7 +229,7 @@ def scale_by_top_k(fraction: float) -> optax.GradientTransformationExtraArgs:
 
     Raises:
       ValueError: `fraction` is outside (0, 1].
-      TypeError: at the update, a leaf is not floating-point.
+      TypeError: `fraction` is not a number; at the update, a leaf is not floating-point.
 
     Examples:
       >>> import jax.numpy as jnp, signax
@@ -263,7 +263,7 @@ class ScaleByRandomKState(NamedTuple):
     """State of `scale_by_random_k`.
 
     Attributes:
-      key: the random key of the next step, the same on every worker.
+      key: key[] or a raw uint32 key, the random key of the next step.
     """
 
     key: jax.Array
@@ -272,9 +272,9 @@ class ScaleByRandomKState(NamedTuple):
 def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransformationExtraArgs:
     r"""Keep random coordinates of each leaf and set the others to zero.
 
-    Every step draws k = ceil(fraction * d) of d coordinates. The squared error is on average
-    :math:`1 - k/d` of the squared norm. The bound lets :func:`signax.error_feedback` correct the
-    error. Updates are not scaled by d/k: scaling makes them unbiased, but breaks the bound.
+    Every step draws :math:`k = \lceil \text{fraction} \cdot d \rceil` of d coordinates. On average
+    the bound of :func:`signax.scale_by_top_k` holds. Updates are not scaled by :math:`d/k`: scaling
+    would make them unbiased, but break the bound.
 
     Args:
       fraction: the share of each leaf's coordinates to keep, above 0 and at most 1. A JAX
@@ -286,7 +286,8 @@ def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransfor
 
     Raises:
       ValueError: `fraction` is outside (0, 1].
-      TypeError: `key` is not a random key; at the update, a leaf is not floating-point.
+      TypeError: `fraction` is no number, or `key` no random key; at the update, a leaf is not
+        floating-point.
 
     Examples:
       >>> import jax, jax.numpy as jnp, signax
@@ -326,8 +327,7 @@ def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransfor
 def _num_kept(fraction: Any, size: int) -> Any:
     """ceil(fraction * size), where `fraction` is taken as the decimal number in the user's code.
 
-    A JAX array, traced or not, is as exact as its dtype: with f32 up to 3 coordinates in ten
-    million are missing. A Python or NumPy number is exact.
+    A JAX array is as exact as its dtype: in f32 up to 3 coordinates in ten million are missing.
     """
     if isinstance(fraction, jax.Array):
         if not jnp.issubdtype(fraction.dtype, jnp.floating):

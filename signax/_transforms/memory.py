@@ -31,7 +31,8 @@ class ScaleBySignumState(NamedTuple):
 
     Attributes:
       count: int32[], the steps taken.
-      momentum: the moving average m of the updates.
+      momentum: the moving average m of the updates, a tree like the parameters, in their dtypes or
+        in `accumulator_dtype`.
     """
 
     count: jax.typing.ArrayLike
@@ -53,7 +54,7 @@ def scale_by_signum(
     Args:
       beta: the decay :math:`\beta` of the average, in [0, 1).
       warmup: whether the first C steps emit :math:`\operatorname{sign}(g_t)` while m fills, as in
-        the paper's theory. C is the smallest number such that, for every k >= C,
+        the paper's theory. C is the smallest number such that, for every :math:`k \ge C`,
         :math:`\frac{k}{2} \beta^k \le \frac{1}{(1 - \beta^2)(k + 1)}` and
         :math:`\beta^{k + 1} \le \frac{1}{2}`; 54 for 0.9.
       nesterov: whether to take the sign of :math:`\beta m_t + (1 - \beta) g_t`.
@@ -64,9 +65,10 @@ def scale_by_signum(
       dtype.
 
     Raises:
-      ValueError: `beta` is outside [0, 1); at the update, the state belongs to another tree.
-      TypeError: `warmup` with a traced `beta`, for which C is unknown; at the update, a leaf is not
-        floating-point.
+      ValueError: `beta` is outside [0, 1), or `accumulator_dtype` is no floating-point dtype; at
+        the update, the state belongs to another tree.
+      TypeError: `beta` is not a number, or is traced while `warmup` is set; at `init` and at the
+        update, a leaf is not floating-point.
 
     Examples:
       >>> import jax.numpy as jnp, signax
@@ -139,7 +141,8 @@ class ErrorFeedbackState(NamedTuple):
     """State of `error_feedback`.
 
     Attributes:
-      error: the memory e, the sum of what was not emitted so far.
+      error: the memory e, everything that compression has left out so far: a tree like the
+        parameters, in their dtypes or in `accumulator_dtype`.
       inner_state: the compressor's state.
       count: int32[], the steps taken.
     """
@@ -165,11 +168,12 @@ def error_feedback(
     :func:`signax.scale_by_random_k`, a chain of them, or any transformation that compresses.
 
     A transformation that does not compress must stay outside. With a learning rate inside, the
-    memory grows without bound, since it takes most of every update for an error. The memory cancels
-    weight decay inside, and with a vote inside it subtracts what other workers have sent.
+    memory grows without bound, since it takes most of every update for an error. Weight decay
+    inside is cancelled by the memory. With a vote inside, the memory subtracts other workers'
+    messages.
 
     The memory is in the units of the gradient, so a schedule of learning rates after the
-    transformation changes nothing about it. If updates are already scaled by a learning rate
+    transformation does not affect it. If updates are already scaled by a learning rate
     :math:`\gamma_t`, as in the paper, pass it as `learning_rate`. Then
 
     .. math:: p_t = \gamma_t g_t + \lambda \gamma_t e_t, \quad
@@ -190,8 +194,10 @@ def error_feedback(
       A transformation with an `ErrorFeedbackState`; extra arguments are passed to the compressor.
 
     Raises:
-      ValueError: `decay` is outside [0, 1]; at the update, the state belongs to another tree.
-      TypeError: at the update, a leaf is not floating-point.
+      ValueError: `decay` is outside [0, 1], or `accumulator_dtype` is no floating-point dtype; at
+        the update, the state belongs to another tree.
+      TypeError: `compressor` is not a transformation, or a number is of the wrong kind; at `init`
+        and at the update, a leaf is not floating-point.
 
     Examples:
       >>> import jax.numpy as jnp, signax

@@ -1,4 +1,4 @@
-"""Who takes part in votes and means: workers whose updates are all finite, and `active`.
+"""Participation in votes and means: workers take part if their updates are finite and `active`.
 
 A vote or mean sees the leaves that it is given. Where `optax.partition` or `optax.masked` hides
 leaves of other votes, `leave_out_nonfinite` lets every vote know of them, and `hold_if_nonfinite`
@@ -17,7 +17,7 @@ from signax._wire.exchange import take_part
 
 
 class Participation(NamedTuple):
-    """Who took part.
+    """The number of workers that took part in a step, and this worker's missed steps.
 
     Attributes:
       voters: int32[], the number of workers that took part in the last step, the same on every
@@ -30,15 +30,15 @@ class Participation(NamedTuple):
 
 
 def participation(state: Any) -> Participation:
-    """Who took part, read from the state of a transformation or an optimiser.
+    """Read from a state how many workers took part, and how many steps each has missed.
 
     Args:
-      state: a state with one or more votes or means in it, of one worker or, from
-        :class:`signax.DataParallel`, of all workers.
+      state: the state of a transformation or an optimiser with one or more votes or means in it:
+        one worker's state or, from :class:`signax.DataParallel`, all workers' state.
 
     Returns:
-      The :class:`signax.Participation`; from `DataParallel` with `missed` as int32[M]. Where votes
-      on different leaves disagree, the fewest voters and the most missed steps.
+      A :class:`signax.Participation`, from `DataParallel` with `missed` as int32[M]. If votes on
+      different leaves disagree, it has the fewest voters and the most missed steps.
 
     Raises:
       ValueError: the state holds no vote and no mean.
@@ -137,24 +137,28 @@ def leave_out_nonfinite(
     """Exclude a worker from every vote and mean in `inner` if any of its updates is not finite.
 
     By itself each vote and mean judges the leaves that it is given. Under `optax.partition` and
-    `optax.masked` these are a part of all leaves: this transformation lets each vote know of the
-    others' leaves, as they are before any transformation. Every vote and mean then remembers what
-    it knew of an excluded worker, and so does :func:`signax.hold_if_nonfinite`.
+    `optax.masked` these are only some of the leaves. This transformation lets each vote and mean
+    know whether the other leaves are finite, as they are before any transformation. All votes and
+    means then keep an excluded worker's state as it was, such as its error memory, and
+    :func:`signax.hold_if_nonfinite` keeps its momentum.
 
-    A vote does not see what a transformation before it makes finite, as `optax.clip` does with
-    infinities and `optax.zero_nans` with NaN. Wrap such transformations to exclude the worker all
-    the same: `signax.hold_if_nonfinite(optax.clip(1.0))`.
+    A vote does not see a NaN or an infinity that a transformation before the vote makes finite, as
+    `optax.clip` does with infinities and `optax.zero_nans` with NaN. Wrap such transformations to
+    exclude the worker nevertheless: `signax.hold_if_nonfinite(optax.clip(1.0))`.
 
     It needs no communication, and reads once more the leaves that a vote would not see.
-    :class:`signax.DataParallel` includes it. Inside `optax.MultiSteps`, which hands on means of
-    several steps, it is of use even there.
+    :class:`signax.DataParallel` includes it. Add it even there inside `optax.MultiSteps`, which
+    passes on means of several steps.
 
     Args:
       inner: a transformation with votes or means in it, for one worker's updates.
 
     Returns:
-      A transformation with the inner one's state. It passes extra arguments on, and all updates in
-      the extra argument `signax`, which is reserved for this library.
+      A transformation with the state of `inner`. It passes extra arguments on. It passes all
+      updates in the extra argument `signax`, which is reserved for this library.
+
+    Raises:
+      TypeError: `inner` is not a transformation.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, signax
@@ -189,17 +193,20 @@ def hold_if_nonfinite(
 ) -> optax.GradientTransformationExtraArgs:
     """Keep NaN and infinity out of a transformation's state.
 
-    If the incoming updates, the inner transformation's output or its new floating-point state hold
-    a NaN or an infinity, the floating-point state stays as it was (counts and keys advance, as on
-    every other worker), and every update becomes NaN. A vote or mean that follows then excludes
-    this worker for the step, and the next step has forgotten the bad batch. The same happens if
-    masked updates are not finite, see :func:`signax.leave_out_nonfinite`.
+    If the incoming updates, the updates of `inner` or its new floating-point state hold a NaN or an
+    infinity, the floating-point state stays as it was (counts and keys advance, as on every other
+    worker), and every update becomes NaN. A vote or mean after this transformation then excludes
+    the worker for the step, and the next step has forgotten the bad batch. Masked updates that are
+    not finite have this effect too, see :func:`signax.leave_out_nonfinite`.
 
     Args:
-      inner: the transformation to protect. Put the vote after it, not into it.
+      inner: the transformation to protect, without votes and means in it. Put the vote after it.
 
     Returns:
-      A transformation with the inner one's state; extra arguments are passed on.
+      A transformation with the state of `inner`. It passes extra arguments on.
+
+    Raises:
+      TypeError: `inner` is not a transformation.
 
     Examples:
       >>> import jax.numpy as jnp, signax

@@ -35,13 +35,14 @@ FEEDBACKS = ("both", "worker", "none")
 
 
 class ScaledSignsMemory(NamedTuple):
-    """The sum of what compression has left out so far, in the units of the values.
+    """The error memories of a worker and of a server, in the units of the values.
 
     Attributes:
-      worker: this worker's own memory, a tree like the values; `None` without error feedback.
+      worker: this worker's own memory, a tree like the values, in their dtypes or in the given one;
+        `None` without error feedback.
       server: this worker's memory as the server of its part of each leaf: a tree like the values,
-        of parts f[32, S] with S an M-th of d / 32, rounded up. `None` if means come down in full
-        precision. It is the same on every platform.
+        in the dtypes of `worker`, of parts [32, S] with S an M-th of d / 32, rounded up. `None` if
+        means come down in full precision. The layout is the same on every platform.
     """
 
     worker: Any
@@ -67,17 +68,17 @@ class ScaledSignsMemory(NamedTuple):
 def scaled_signs_memory(
     tree: Any, num_workers: int, *, feedback: Feedback = "both", dtype: Any = None
 ) -> ScaledSignsMemory:
-    """The empty memory of one worker, for `pmean_scaled_signs` and `pmean_quantized`.
+    """Make the empty memory of one worker, for `pmean_scaled_signs` and `pmean_quantized`.
 
     Args:
-      tree: the values, or anything of their shapes and dtypes.
+      tree: the values: any pytree of floating-point arrays, or of `jax.ShapeDtypeStruct`.
       num_workers: M, the number of workers.
       feedback: `"both"`, memories of the workers and of the servers; `"worker"`, of the workers
         only; `"none"`.
       dtype: the dtype of the memories; by default each leaf's own.
 
     Returns:
-      Zeros, the same for every worker.
+      A :class:`signax.ScaledSignsMemory` of zeros, the same for every worker.
 
     Raises:
       ValueError: `feedback` is unknown or `num_workers` is below 1.

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from signax._core.checks import check_count
 from signax._wire.feedback import ScaledSignsMemory, exchange_with_memory, make_scaled
 from signax._wire.scaled_signs import ScaledSigns
 from signax._wire.types import Array, Bool
@@ -31,6 +32,7 @@ SCALES = {2: 0.9957 / 2 / 0.79788, 4: 0.3352 / 2 / 0.79788}
 
 def check_bits(bits: Bits) -> None:
     """Raise if there is no codec of so many bits."""
+    check_count("bits", bits)
     if bits not in SCALES:
         raise ValueError(f"bits={bits!r} is not built: use {' or '.join(map(str, SCALES))}")
 
@@ -78,7 +80,7 @@ def pmean_quantized(
     decay: float = 1.0,
     active: jax.Array | bool | None = None,
 ) -> tuple[Any, ScaledSignsMemory]:
-    r"""Average quantised values, with error feedback: 2 or 4 bits per coordinate.
+    r"""Average quantised values, with error feedback: 2 or 4 bits per coordinate each way.
 
     It is :func:`signax.pmean_scaled_signs` with a finer compressor of b bits,
 
@@ -86,10 +88,9 @@ def pmean_quantized(
       \frac{|p_j|}{2 s} \right\rfloor, 2^{b-1} - 1\right) + 1\right) s, \quad
       s = c_b \frac{\lVert p \rVert_1}{d}
 
-    so that levels are the odd multiples of s. A scale is capped so that its largest level is
-    finite. The constants :math:`c_2 = 0.62` and
-    :math:`c_4 = 0.21` minimise the squared error of Gaussian values, of which 12% and 1.2% are
-    left out (a scaled sign leaves out 36%).
+    whose levels are the odd multiples of s. A scale is capped so that its largest level is finite.
+    The constants :math:`c_2 = 0.62` and :math:`c_4 = 0.21` minimise the squared error of Gaussian
+    values. The squared error is 12% and 1.2% of the squared norm (36% for scaled signs).
 
     Args:
       tree: this worker's values, as in :func:`signax.pvote`.

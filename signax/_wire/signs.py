@@ -120,7 +120,7 @@ class WithOpinions(NamedTuple):
 
 
 class DitherMemory(NamedTuple):
-    """What a vote remembers of its dither; the same on every worker.
+    """The memory of a vote's dither, the same on every worker.
 
     Attributes:
       drift: int32[], the steps that a dead coordinate of even index has moved in total. A dead

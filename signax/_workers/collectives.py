@@ -37,10 +37,10 @@ def pvote(
 
     .. math:: v = \operatorname{sign} \sum_{i \in S} b_i
 
-    where `zeros` and `ties` say how zero ballots and ties are decided. It is shaped like
-    :func:`jax.lax.psum` and runs under `jax.shard_map`, `jax.pmap` and `jax.vmap(axis_name=...)`,
-    in one `all_to_all` and one `all_gather` of packed 32-bit words for the whole tree. The result
-    is the same on every worker, as the types of `jax.shard_map` show.
+    where `zeros` and `ties` say how zero ballots and ties are decided. The vote is shaped like
+    `jax.lax.psum` and runs under `jax.shard_map`, `jax.pmap` and `jax.vmap(axis_name=...)`, in one
+    `all_to_all` and one `all_gather` of packed 32-bit words for the whole tree. The result is the
+    same on every worker, as the types of `jax.shard_map` show.
 
     Args:
       tree: this worker's values; any pytree of floating-point arrays of any shape. Under
@@ -53,15 +53,17 @@ def pvote(
       zeros: `"dither"` turns a zero ballot into +-1 that cancels over workers and steps;
         `"abstain"` does not count it, at two bits each way; `"plus"` makes it +1. Coordinates that
         are zero on all workers stay within one step if the same workers vote in both steps of each
-        pair (0 and 1, 2 and 3, ...), and walk at random otherwise; :func:`signax.majority_vote`
-        remembers such walks and moves back.
+        pair (0 and 1, 2 and 3, ...), and walk at random otherwise. :func:`signax.majority_vote`
+        remembers such walks, and ties move these coordinates back.
       ties: `"dither"` breaks a tie by a coin that is the same on every worker, `"plus"` by +1,
         which drifts. With `zeros="abstain"` a tie is 0 in either mode.
       active: bool[], whether this worker takes part; by default it does.
-      transport: how votes travel; the result is the same bit for bit. `"packed"` sends 2 (M-1)/M
-        d/8 bytes per worker in two collectives, `"gather"` (M-1) d/8 in one, and `"sum"` adds up
-        ballots in an all-reduce of integers that are wide enough for M, 2 (M-1)/M d bytes or more.
-        `"auto"` takes `"gather"` for two workers and for small trees, else `"packed"`.
+      transport: how votes travel; the result is the same bit for bit. For M workers and d
+        coordinates, `"packed"` sends :math:`2 \frac{M - 1}{M} \frac{d}{8}` bytes per worker in two
+        collectives, and `"gather"` :math:`(M - 1) \frac{d}{8}` bytes in one. `"sum"` adds up
+        ballots in an all-reduce of integers that are wide enough for M,
+        :math:`2 \frac{M - 1}{M} d` bytes or more. `"auto"` takes `"gather"` for two workers and for
+        small trees, else `"packed"`.
       split_over: an axis along which devices hold the same values, such as the chips of a slice
         after a mean. Each device then votes on its own part, and the parts are gathered along this
         axis, so the links between workers carry each bit once. Not for `"sum"`.
@@ -72,10 +74,10 @@ def pvote(
 
     Raises:
       NameError: `axis_name` or `split_over` is not bound.
-      TypeError: a leaf is not real floating-point, or `axis_name`, `step` or `active` is of the
-        wrong kind.
-      ValueError: a mode is unknown, or a leaf does not vary over the axis, or varies over
-        `split_over`.
+      TypeError: a leaf is not real floating-point, or `axis_name`, `split_over`, `step` or `active`
+        is of the wrong kind.
+      ValueError: a mode is unknown, two options exclude one another, or a leaf does not vary over
+        the axis or varies over `split_over`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, signax
@@ -110,21 +112,22 @@ def pmean_signs(
 
     .. math:: v = \frac{1}{|S|} \sum_{i \in S} b_i
 
-    exactly, but for one rounding to the leaf's dtype. The sum comes down in ceil(log2(M + 1)) bits
-    for M workers. It is shaped like :func:`jax.lax.pmean`, runs where :func:`signax.pvote` does,
-    and is the same on every worker.
+    exactly, except for one rounding to the leaf's dtype. The sum comes down in
+    :math:`\lceil \log_2(M + 1) \rceil` bits for M workers. The mean is shaped like
+    `jax.lax.pmean`, runs where :func:`signax.pvote` does, and is the same on every worker.
 
     Args:
       tree: this worker's values, as in :func:`signax.pvote`.
       axis_name: the mapped axis along which the workers lie, or a tuple of axes.
       step: int32[], the number of the step, from 0, the same on every worker. It drives the dither.
       zeros: `"dither"` turns a zero ballot into +-1 that cancels over workers and steps;
-        `"abstain"` counts it as 0, at two bits up and two counts down; `"plus"` makes it +1. Where
+        `"abstain"` counts it as 0, at two bits up and two counts down; `"plus"` makes it +1. If
         voters change between the two steps of a pair, dithered zeros leave a random remainder: up
-        to 1 / |S| per step for each worker that came or went.
+        to :math:`1 / |S|` per step for each worker that came or went.
       active: bool[], whether this worker takes part; by default it does.
-      transport: as in :func:`signax.pvote`. `"packed"` sends (M-1)/M d/8 bytes up and that times
-        the bits of the count down, `"gather"` (M-1) d/8.
+      transport: as in :func:`signax.pvote`. `"packed"` sends :math:`\frac{M - 1}{M} \frac{d}{8}`
+        bytes up, and this number times the bits of the count down. `"gather"` sends
+        :math:`(M - 1) \frac{d}{8}` bytes.
       split_over: as in :func:`signax.pvote`.
 
     Returns:
@@ -168,7 +171,7 @@ def pmean_scaled_signs(
       C(p) = \frac{\lVert p \rVert_1}{d} \operatorname{sign}(p)
 
     over the workers S that take part. The result is :math:`C(P)`. Worker k is the server of the
-    k-th part of every leaf, and keeps that part of E. Without E (`memory.server` is `None`) the
+    k-th part of every leaf, and keeps this part of E. Without E (`memory.server` is `None`) the
     result is P in full precision, and without e values are compressed as they are. A zero is sent
     as + or - the scale, so that it cancels over workers and steps (without memories only if the
     same workers take part in both steps of each pair). Memories subtract exactly what was sent.
@@ -234,30 +237,33 @@ def pvote_scatter(
     ties: Ties = "dither",
     active: jax.Array | bool | None = None,
 ) -> Any:
-    r"""Votes like `pvote`, but each worker gets only its own part of the result.
+    r"""Decide signs by majority vote, and give each worker its own part of the result only.
 
-    For workers that each keep a part of the parameters (fully sharded data parallelism). Gradients
-    go up in one bit per coordinate, in one `all_to_all` of packed words, and nothing comes down.
-    The parameters themselves, which such workers gather before the forward pass, still travel in
-    full precision. It is shaped like a tiled :func:`jax.lax.psum_scatter`.
+    .. math:: v_k = \left( \operatorname{sign} \sum_{i \in S} b_i \right)_{\text{part } k}
+
+    on worker k, with b and S as in :func:`signax.pvote`. The vote is for workers that each keep a
+    part of the parameters (fully sharded data parallelism). Gradients go up in one bit per
+    coordinate, in one `all_to_all` of packed words, and nothing comes down. The parameters
+    themselves, which such workers gather before the forward pass, still travel in full precision.
+    The vote is shaped like a tiled `jax.lax.psum_scatter`.
 
     Args:
       tree: this worker's values, as in :func:`signax.pvote`.
       axis_name: the mapped axis along which the workers lie, or a tuple of axes.
-      scatter_dimension: the dimension along which a leaf is cut into M equal parts, of which
-        worker k gets the k-th: one integer, or a tree of them like `tree`.
+      scatter_dimension: the dimension along which a leaf is cut into M equal parts; worker k gets
+        the k-th part. One integer, or a tree of integers like `tree`.
       step: see :func:`signax.pvote`.
       zeros: see :func:`signax.pvote`.
       ties: see :func:`signax.pvote`.
       active: see :func:`signax.pvote`.
 
     Returns:
-      A tree like `tree` with shorter dimensions: the result of :func:`signax.pvote` for this
-      worker's part as a leaf of its own. The dither counts coordinates within the part.
+      A tree like `tree` with shorter dimensions. It holds the result of :func:`signax.pvote` for
+      this worker's part as a leaf of its own: the dither counts coordinates within the part.
 
     Raises:
       NameError: `axis_name` is not bound.
-      TypeError: as in :func:`signax.pvote`.
+      TypeError: as in :func:`signax.pvote`, or a dimension is not an integer.
       ValueError: as in :func:`signax.pvote`, or a leaf cannot be cut into equal parts.
 
     Examples:

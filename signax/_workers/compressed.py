@@ -47,8 +47,8 @@ class MeanScaledSignsState(NamedTuple):
 
     Attributes:
       count: int32[], the steps taken, the same on every worker; it drives the dither.
-      memory: what compression has left out, this worker's own; see `ScaledSignsMemory`.
-      participation: who took part, see `Participation`.
+      memory: this worker's :class:`signax.ScaledSignsMemory`.
+      participation: a :class:`signax.Participation`.
     """
 
     count: jax.typing.ArrayLike
@@ -92,11 +92,12 @@ def mean_scaled_signs(
     Args:
       axis_name: the mapped axis along which the workers lie, or a tuple of axes.
       feedback: `"both"`, memories of workers and servers, one bit each way; `"worker"`, of the
-        workers, with means sent down in full precision; `"none"`, no memory, means in full.
+        workers, with means sent down in full precision; `"none"`, no memories, with means sent down
+        in full precision.
       block: the coordinates that share a scale: `"leaf"` or the most in a block, see
         :func:`signax.pmean_scaled_signs`. A leaf that is sharded within a worker, by the
-        `param_specs` of :class:`signax.DataParallel`, has one scale too, for one small sum over
-        those axes. A number of coordinates is counted in each device's block of the leaf, and so
+        `param_specs` of :class:`signax.DataParallel`, has one scale too, which takes one small sum
+        over those axes. A number of coordinates is counted in each device's block of the leaf. So
         are the coordinates whose parity dithers zeros: results then depend on the mesh.
       decay: the share :math:`\lambda` of the memories that is added, in [0, 1].
       learning_rate: if updates are already scaled by a learning rate, that rate: see
@@ -111,10 +112,11 @@ def mean_scaled_signs(
       everywhere if no worker takes part.
 
     Raises:
-      ValueError: an option is out of range; at the update, the state belongs to another tree or
-        number of workers, a leaf does not vary over the axis, or with `"both"` a leaf is sharded
-        within a worker.
-      TypeError: `axis_name` names no axis; at the update, a leaf is not floating-point.
+      ValueError: an option is unknown or out of range; at the update, the state belongs to another
+        tree or number of workers, a leaf does not vary over the axis, or with `"both"` a leaf is
+        sharded within a worker.
+      TypeError: `axis_name` names no axis, or an option is of the wrong kind; at `init` and at the
+        update, a leaf is not floating-point.
       NameError: at the update, the axis is not bound; at `init`, the number of workers is unknown.
 
     Examples:
@@ -152,9 +154,14 @@ def mean_quantized(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace updates by the mean of the workers' quantised values, with error feedback.
 
-    It is :func:`signax.mean_scaled_signs` with the compressor of :func:`signax.pmean_quantized`: 2
-    or 4 bits per coordinate each way, and a scale per leaf or block. All other options are the
-    same.
+    It is :func:`signax.mean_scaled_signs` with a finer compressor of b bits,
+
+    .. math:: C(p)_j = \operatorname{sign}(p_j) \left(2 \min\left(\left\lfloor
+      \frac{|p_j|}{2 s} \right\rfloor, 2^{b-1} - 1\right) + 1\right) s, \quad
+      s = c_b \frac{\lVert p \rVert_1}{d}
+
+    so 2 or 4 bits per coordinate travel each way, and a scale per leaf or block.
+    :func:`signax.pmean_quantized` explains the constants :math:`c_b`.
 
     Args:
       axis_name: the mapped axis along which the workers lie, or a tuple of axes.
@@ -167,7 +174,8 @@ def mean_quantized(
       num_workers: see :func:`signax.mean_scaled_signs`.
 
     Returns:
-      A transformation with a `MeanScaledSignsState` that keeps shapes and dtypes.
+      A transformation with a `MeanScaledSignsState` that keeps shapes and dtypes. Its updates are 0
+      everywhere if no worker takes part.
 
     Raises:
       ValueError: `bits` is neither 2 nor 4; or as in :func:`signax.mean_scaled_signs`.

@@ -27,7 +27,7 @@ class MeanSignsState(NamedTuple):
 
     Attributes:
       count: int32[], the steps taken, the same on every worker; it drives the dither.
-      participation: who took part, see `Participation`.
+      participation: a :class:`signax.Participation`.
     """
 
     count: jax.typing.ArrayLike
@@ -52,15 +52,17 @@ def mean_signs(
       axis_name: the mapped axis along which the workers lie, or a tuple of axes.
       zeros: the value of a zero ballot: `"dither"`, `"abstain"` (two bits up) or `"plus"`.
       transport: how ballots travel: `"packed"`, `"gather"`, `"sum"` or `"auto"`.
-      split_over: as in :func:`signax.majority_vote`.
+      split_over: see :func:`signax.majority_vote`.
 
     Returns:
       A transformation whose updates are means between -1 and 1 in each leaf's dtype, and 0
       everywhere if no worker takes part.
 
     Raises:
-      TypeError: `axis_name` names no axis; at the update, a leaf is not floating-point.
-      ValueError: a mode is unknown; at the update, a leaf does not vary over the axis.
+      TypeError: `axis_name` or `split_over` names no axis; at the update, a leaf is not
+        floating-point.
+      ValueError: a mode is unknown, or two options exclude one another; at the update, a leaf does
+        not vary over the axis or varies over `split_over`.
       NameError: at the update, the axis is not bound.
 
     Examples:
@@ -107,7 +109,7 @@ class AverageUpdatesState(NamedTuple):
     """State of `average_updates`.
 
     Attributes:
-      participation: who took part, see `Participation`.
+      participation: a :class:`signax.Participation`.
     """
 
     participation: Participation
@@ -118,8 +120,8 @@ def average_updates(axis_name: Hashable) -> optax.GradientTransformationExtraArg
 
     .. math:: u = \frac{1}{|S|} \sum_{i \in S} u_i
 
-    with S as in :func:`signax.majority_vote`. For leaves on which a vote is a poor step (norms,
-    biases, embeddings with sparse gradients), through `optax.partition`, and for comparison.
+    with S as in :func:`signax.majority_vote`. Use it through `optax.partition` for leaves on which
+    a vote is a poor step (norms, biases, embeddings with sparse gradients), and for comparison.
 
     Args:
       axis_name: the mapped axis along which the workers lie, or a tuple of axes.

@@ -32,7 +32,7 @@ ENOUGH = 16  # coordinates; a share of fewer weighs less
 
 
 class Agreement(NamedTuple):
-    """How far a worker agrees with the others, in the state of a vote with `agreement=True`.
+    """A worker's agreement with the others, in the state of a vote with `agreement=True`.
 
     Attributes:
       share: float32[], the share of coordinates on which this worker had the sign of the majority,
@@ -52,9 +52,9 @@ class MajorityVoteState(NamedTuple):
 
     Attributes:
       count: int32[], the steps taken, the same on every worker; it drives the dither.
-      participation: who took part, see `Participation`.
-      agreement: how far this worker agrees with the others, `Agreement`; `None` unless asked for.
-      dither: the memory of the dither, `DitherMemory`; `None` unless zeros and ties are dithered.
+      participation: a :class:`signax.Participation`.
+      agreement: this worker's :class:`signax.Agreement`; `None` unless asked for.
+      dither: a :class:`signax.DitherMemory`; `None` unless zeros and ties are dithered.
     """
 
     count: jax.typing.ArrayLike
@@ -76,20 +76,19 @@ def majority_vote(
 
     .. math:: u = \operatorname{sign} \sum_{i \in S} \operatorname{sign}(u_i)
 
-    over the workers S that take part: those that are `active`, an extra argument of the update
-    (bool[], by default true), and whose updates are all finite. :func:`signax.pvote` says what is
-    sent and explains the options.
+    over the workers S that take part. A worker takes part if it is `active`, an extra argument of
+    the update (bool[], by default true), and if all its updates are finite. :func:`signax.pvote`
+    says what is sent and explains the options.
 
     Coordinates that are zero on all workers stay within one step as long as the same workers vote
     in both steps of each pair (0 and 1, 2 and 3, ...). Where workers come and go, the state
     remembers how far such coordinates have drifted, :class:`signax.DitherMemory`, and ties move
-    them back: with up to eight workers, each absent at random from half of the steps, they get at
-    most 25 steps away in 2,000. If no step is a tie, as where one of eight workers misses the even
-    steps and another one the odd steps, they walk at random. Use `zeros="abstain"` or
-    :func:`signax.average_updates` for leaves where that matters.
+    them back: with up to eight workers, each absent at random from half of the steps, such
+    coordinates get at most 25 steps away in 2,000. If no step is a tie, as when one of eight
+    workers misses the even steps and another the odd steps, such coordinates walk at random. Use
+    `zeros="abstain"` or :func:`signax.average_updates` for leaves where the drift matters.
 
-    Updates that enter must be the worker's own. Updates that leave are the same on every worker, so
-    everything after the vote in a chain (weight decay, learning rate, freezing) is too.
+    Updates that enter must be the worker's own. Updates that leave are the same on every worker.
 
     Args:
       axis_name: the mapped axis along which the workers lie, or a tuple of axes.
@@ -97,19 +96,23 @@ def majority_vote(
       ties: the result of a tie: `"dither"` or `"plus"`.
       transport: how votes travel: `"packed"`, `"gather"`, `"sum"` or `"auto"`.
       split_over: an axis along which devices hold the same updates; each then votes on its own
-        part. Under `DataParallel` a further axis of the mesh, over which it averages.
+        part. Under :class:`signax.DataParallel`, a further axis of the mesh, over which gradients
+        are already averaged.
       agreement: whether to measure at every step how far each worker agrees with the others, and
-        keep it in the state: see :class:`signax.Agreement` and :func:`signax.diagnostics.opposes`.
-        It takes no further collective, but a second bit per coordinate on the way up, which tells
-        opinions from dithered zeros (`"abstain"` sends it anyway; `"sum"` a second integer).
+        keep the result in the state: see :class:`signax.Agreement` and
+        :func:`signax.diagnostics.opposes`. Needs four workers. Agreement takes no further
+        collective, but a second bit per coordinate on the way up, which tells opinions from
+        dithered zeros (`zeros="abstain"` sends it anyway, `transport="sum"` a second integer).
 
     Returns:
       A transformation whose updates are +1 and -1 in each leaf's dtype (with `zeros="abstain"` 0
       too), and 0 everywhere if no worker takes part.
 
     Raises:
-      TypeError: `axis_name` names no axis; at the update, a leaf is not floating-point.
-      ValueError: a mode is unknown; at the update, a leaf does not vary over the axis.
+      TypeError: `axis_name` or `split_over` names no axis, or `agreement` is not a boolean; at the
+        update, a leaf is not floating-point.
+      ValueError: a mode is unknown, or two options exclude one another; at the update, a leaf does
+        not vary over the axis or varies over `split_over`, or `agreement` has too few workers.
       NameError: at the update, the axis is not bound.
 
     Examples:
