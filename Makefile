@@ -19,8 +19,8 @@ QUICK = not slow and not thorough
 UNOPTIMISED = XLA_FLAGS=--xla_backend_optimization_level=0
 unexport PYTHONDONTWRITEBYTECODE  # pytest rewrites every module again where it cannot be stored
 
-.PHONY: help demo notebooks test test-all test-rest lint test-shapes test-thorough test-slow test-oldest \
-	test-accelerators mutants clean
+.PHONY: help demo docs notebooks test test-all test-rest lint test-shapes test-thorough test-slow test-docs \
+	test-oldest test-accelerators mutants clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -31,6 +31,10 @@ demo: .venv/examples  ## train on eight simulated workers, averaged and voted, a
 
 notebooks: .venv/notebooks  ## run the notebooks' paired text, and write them with what it gives
 	cd notebooks && ../.venv/bin/jupytext --quiet --to ipynb --execute [0-9]*.py
+	.venv/bin/python notebooks/lead_figures.py
+
+docs: .venv/docs  ## build the documentation, docs/_build/html/index.html
+	.venv/bin/python -m sphinx --quiet --fresh-env --write-all --fail-on-warning docs docs/_build/html
 
 test: lint  ## lint, types and the tests that matter most, at the newest jax: 7 minutes on two cores
 	$(UNOPTIMISED) .venv/bin/python $(PYTEST) -m "$(QUICK)"
@@ -38,7 +42,7 @@ test: lint  ## lint, types and the tests that matter most, at the newest jax: 7 
 test-all: test test-rest  ## run everything: half an hour on two cores
 
 # The compilers for accelerators leave half of a core idle.
-test-rest: test-shapes test-thorough test-slow  ## run what `make test` leaves out
+test-rest: test-shapes test-thorough test-slow test-docs  ## run what `make test` leaves out
 	$(MAKE) --jobs 2 --output-sync=target test-oldest test-accelerators
 
 lint: .venv/test  ## lint, check the format, the direction of imports, and the types
@@ -60,6 +64,9 @@ test-thorough: .venv/test
 test-slow: .venv/test
 	.venv/bin/python -m pytest -n 3 --dist load --maxschedchunk 1 -q -m slow
 
+test-docs: docs  ## open every page of the documentation in Chromium
+	SIGNAX_SITE=docs/_build/html .venv/bin/python -m pytest -q tests/test_site.py
+
 # Benchmarks, which are for developers, run at the newest jax.
 test-oldest: .venv-oldest/test
 	$(UNOPTIMISED) .venv-oldest/bin/python $(PYTEST) -m "$(QUICK)" --ignore=tests/test_benchmarks.py
@@ -72,11 +79,11 @@ mutants: .venv/test  ## break the library on purpose, and see whether `make test
 	$(UNOPTIMISED) .venv/bin/python tests/mutants.py
 
 clean:  ## remove the environments and every cache
-	rm -rf .venv .venv-oldest .venv-accelerators .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-accelerators .pytest_cache .ruff_cache .hypothesis docs/_build docs/notebooks
 	find signax tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp says that its environment holds what pyproject.toml asks for.
-.venv/examples .venv/notebooks .venv/test: .venv/%: .venv/pyvenv.cfg pyproject.toml
+.venv/docs .venv/examples .venv/notebooks .venv/test: .venv/%: .venv/pyvenv.cfg pyproject.toml
 	.venv/bin/python $(PIP_INSTALL) jax jaxlib --editable ".[$*]"
 	@touch $@
 

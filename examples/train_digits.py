@@ -128,17 +128,21 @@ def print_table(averaged, voted):
 
 def save_figure(runs, filename):
     figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for run, style in zip(runs, ("-", "--"), strict=True):
-        curve = run["curve"]
+    left, right = figure.subplots(1, 2, sharey=True)
+    for run in runs:
+        steps, accuracies = run["curve"]["step"], np.multiply(run["curve"]["test_accuracy"], 100)
+        sent = np.multiply(steps, run["bytes_per_step"]) / 1e6
         label = f"{run['name']}: {run['bytes_per_step'] / 1000:,.0f} kB per step"
-        left.plot(curve["step"], curve["loss"], style, label=label)
-        right.plot(curve["step"], np.multiply(curve["test_accuracy"], 100), style, label=label)
+        left.plot(steps, accuracies, linewidth=2)
+        right.plot(sent, accuracies, linewidth=2, label=label)
     # The axis shows the runs' final accuracies in detail, unless the runs are too short.
     lowest = 85 if all(run["test_accuracy"] > 0.9 for run in runs) else 0
-    left.set(xlabel="step", ylabel="training loss", yscale="log")
-    right.set(xlabel="step", ylabel="test accuracy (%)", ylim=(lowest, 100))
-    right.legend(loc="lower right", title="sent by each worker")
+    left.set(xlabel="steps", ylabel="test accuracy (%)", ylim=(lowest, 100))
+    left.set_title("Test accuracy by steps")
+    scale = "log" if all(run["bytes_per_step"] for run in runs) else "linear"
+    right.set(xlabel="megabytes sent by each worker", xscale=scale)
+    right.set_title("Test accuracy by megabytes sent")
+    right.legend(loc="lower right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -33,17 +33,17 @@ def test_continuous_integration_runs_every_python_of_the_classifiers():
     assert PYPROJECT["project"]["requires-python"] == f">={declared[0]}"
 
 
-def test_the_citation_agrees_with_the_metadata_and_cites_sources_of_readme():
+def test_the_citation_agrees_with_the_metadata_and_cites_sources_of_the_docs():
     citation = read_yaml("CITATION.cff")
     assert {"cff-version", "message", "authors"} <= set(citation)
     assert citation["title"] == PYPROJECT["project"]["name"]
     assert citation["license"] == PYPROJECT["project"]["license"]
     assert "version" not in citation  # signax/__init__.py is the only place for it.
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    sources = " ".join((ROOT / "docs" / "claims.md").read_text(encoding="utf-8").split())
     assert len(citation["references"]) == 5
     for reference in citation["references"]:
-        assert f"*{reference['title']}*" in readme
-        assert reference["url"] in readme
+        assert f"*{reference['title']}*" in sources
+        assert reference["url"] in sources
 
 
 def test_the_commit_hook_accepts_subjects_of_at_most_72_characters():

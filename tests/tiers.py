@@ -54,6 +54,9 @@ THOROUGH = {
         "settings_of_jax_change_nothing": "x64, strict promotion, no jit, rank promotion",
         "update_works_without_parameters_where_none_are_used": "needless reads of params",
     },
+    "test_docs": {
+        "code_blocks_of_a_page_run_in_order": "examples of the documentation that do not run",
+    },
     "test_fuzz": {
         "packing_and_unpacking_of_ten_thousand_arrays": "shapes that nobody thought of",
         "packing_and_unpacking_of_ten_thousand_trees": "bundles that nobody thought of",
@@ -121,7 +124,7 @@ SLOW = {
         "tune_searches_one_grid_with_all_seeds_and_resumes": "benchmarks/language_model.py tune",
     },
     "test_learning": {
-        "eight_local_steps_for_each_vote_reach_the_same_loss": "a claim of README",
+        "eight_local_steps_for_each_vote_reach_the_same_loss": "a claim of the documentation",
         "with_small_batches_error_feedback_matches_sgd_and_scaled_signs_do_not": "a claim of [4]",
     },
     "test_loops": {
