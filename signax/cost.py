@@ -40,8 +40,9 @@ _COUNTS = {**_PREFIXES, "b": 1e9}
 _RATES = {
     f"{prefix}{unit}": bits * factor
     for prefix, factor in _PREFIXES.items()
-    for unit, bits in {"bit": 1.0, "byte": 8.0}.items()
+    for unit, bits in {"bit": 1.0, "bps": 1.0, "byte": 8.0}.items()
 }
+_RATE_UNITS = "bit, bps or byte with k, m, g or t before it, such as 10gbit"
 _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 _SIZES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
@@ -168,7 +169,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, rate, time = parser.add_argument, _quantity("rate", _RATES), _quantity("time", _TIMES)
+    rate = _quantity("rate", _RATES, _RATE_UNITS)
+    add, time = parser.add_argument, _quantity("time", _TIMES, "us, ms, s or min")
     add("--parameters", type=_count, required=True, metavar="N", help="such as 8e9, 124M or 8B")
     add("--workers", type=_count, required=True, metavar="M", help="at least 2")
     add(
@@ -220,14 +222,13 @@ def _seconds(value: float) -> str:
     return _format(value, {unit: _TIMES[unit] for unit in ("us", "ms", "s")})
 
 
-def _quantity(kind: str, units: dict[str, float]) -> Callable[[str], float]:
+def _quantity(kind: str, units: dict[str, float], names: str) -> Callable[[str], float]:
     """A parser of numbers with units, for argparse."""
 
     def parse(text: str) -> float:
         match = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?)\s*([a-z]+)(?:/s)?", text.strip().lower())
         if match is None or match[2] not in units:
-            known = ", ".join(units)
-            raise argparse.ArgumentTypeError(f"{text!r} is no {kind}: write a number and {known}")
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind}: write a number and {names}")
         try:
             return float(match[1]) * units[match[2]]
         except ValueError:

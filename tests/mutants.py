@@ -42,6 +42,7 @@ WORDS, PACKING, SIGNS = "_wire/words.py", "_wire/packing.py", "_wire/signs.py"
 EXCHANGE, SCALED, FEEDBACK = "_wire/exchange.py", "_wire/scaled_signs.py", "_wire/feedback.py"
 PARTS, LEAVES, PARTICIPATION = "_wire/parts.py", "_core/leaves.py", "_transforms/participation.py"
 MAPPED, PLACEMENT = "_data_parallel/mapped.py", "_data_parallel/placement.py"
+STATE = "_data_parallel/state.py"
 
 MUTANTS = [
     # Counting and messages.
@@ -89,8 +90,8 @@ MUTANTS = [
     Mutant(PARTICIPATION, "hidden = hidden if is_alike else [self.raw]", "hidden = []",
            "participation"),
     Mutant(PARTICIPATION, "optax.safe_increment(before.missed)", "before.missed", "participation"),
-    Mutant(PLACEMENT, "taken = rows[workers * old // num_workers]", "taken = rows[workers * 0]",
-           "placement"),
+    Mutant(STATE, "taken = rows[workers * old // num_workers]", "taken = rows[workers * 0]",
+           "state"),
     Mutant(PLACEMENT, "jnp.where(finite, loss, 0).astype", "jnp.where(finite, loss, 1).astype",
            "gradients"),
     Mutant(MAPPED, "key = jax.random.fold_in(key, lax.axis_index(workers.axis_name))",

@@ -70,7 +70,7 @@ THOROUGH = {
     "test_participation": {
         "one_nonfinite_block_of_a_sharded_leaf_excludes_its_worker": "finiteness per block",
     },
-    "test_placement": {
+    "test_state": {
         "resize_works_for_numbers_that_the_transformation_does_not_support": "few workers",
     },
     "test_properties": {"steps_keep_shapes_dtypes_and_finiteness": "extreme values, by Hypothesis"},
@@ -144,7 +144,7 @@ SLOW = {
         "shows_the_error_of_a_process_that_died": "messages that nobody sees",
     },
     "test_notebooks": {"a_notebook_runs_and_its_claims_hold": "the sources' claims"},
-    "test_placement": {"resize_works_across_processes": "shardings of several processes"},
+    "test_state": {"resize_works_across_processes": "shardings of several processes"},
     "test_pod": {
         "one_process_for_each_slice_gives_the_same_losses_and_bytes": "other programs",
         "slices_learn_and_only_bits_cross_between_them": "the example's own code",

@@ -36,7 +36,8 @@ def check_batch(batch: Any, num_workers: int, accumulate: int) -> None:
             raise ValueError(
                 f"batch{jax.tree_util.keystr(path)} has shape {shape}, whose first axis is not a "
                 f"multiple of {num_workers} workers times accumulate={accumulate}: drop or pad "
-                "examples, or pass an argument that is not to be split after the batch"
+                "examples. Pass a random key as key=, and other arguments that are not to be "
+                "split after the batch"
             )
 
 

@@ -15,7 +15,7 @@ from processes import free_address
 from workers import auto_mesh
 
 import signax
-from signax._data_parallel.placement import resize_rows
+from signax._data_parallel.state import resize_rows
 
 PARAMS = {"matrix": jnp.zeros((5, 7)), "number": jnp.zeros(()), "none": jnp.zeros((0, 2))}
 
