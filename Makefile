@@ -64,8 +64,8 @@ test-thorough: .venv/test
 test-slow: .venv/test
 	.venv/bin/python -m pytest -n 3 --dist load --maxschedchunk 1 -q -m slow
 
-test-docs: docs  ## open every page of the documentation in Chromium
-	SIGNAX_SITE=docs/_build/html .venv/bin/python -m pytest -q tests/test_site.py
+test-docs: docs .venv/test  ## open every page of the documentation in Chromium
+	SIGNAX_SITE=docs/_build/html .venv/bin/python -m pytest -n 2 -q tests/test_site.py
 
 # Benchmarks, which are for developers, run at the newest jax.
 test-oldest: .venv-oldest/test
