@@ -7,6 +7,7 @@ single device changes: `tx.value_and_grad` computes the gradient, with one row p
 
     python examples/loop_linen.py
     python examples/loop_linen.py --workers 4 --steps 100
+    python examples/loop_linen.py --tensorboard runs/linen
 """
 
 import argparse
@@ -54,6 +55,7 @@ def main():
     )
     parser.add_argument("--workers", type=int, default=8, help="simulated workers (default 8)")
     parser.add_argument("--steps", type=int, default=200, help="training steps (default 200)")
+    parser.add_argument("--tensorboard", metavar="FOLDER", help="write metrics for TensorBoard")
     args = parser.parse_args()
     if min(args.workers, args.steps) < 1:
         parser.error("--workers and --steps must be at least 1")
@@ -87,14 +89,26 @@ def main():
 
     step = jax.jit(step, donate_argnums=0)
 
+    writer = None
+    if args.tensorboard:
+        from tensorboardX import SummaryWriter
+
+        writer = SummaryWriter(args.tensorboard)
+
     rng = np.random.default_rng(0)
     losses = []
     progress = tqdm(range(args.steps), unit="step")
-    for _ in progress:
+    for number in progress:
         chosen = rng.integers(len(train_images), size=batch_size)
         state, loss = step(state, (train_images[chosen], train_labels[chosen]))
         losses.append(float(loss))  # waits for the step
         progress.set_postfix(loss=losses[-1], refresh=False)
+        if writer is not None:
+            metrics = signax.diagnostics.metrics(state.opt_state)
+            for name, value in {"loss": loss, **metrics}.items():
+                writer.add_scalar(name, float(value), number)
+    if writer is not None:
+        writer.close()
 
     # All workers hold equal parameters: one copy is enough for the evaluation.
     logits = jax.jit(state.apply_fn)(jax.device_get(state.params), held_out_images)

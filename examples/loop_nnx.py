@@ -1,10 +1,10 @@
 """Train with Flax NNX: BatchNorm, dropout, clipping, votes on kernels, and means of other leaves.
 
-An unmodified `nnx.Optimizer` takes `signax.DataParallel` as its transformation. Before the vote,
-masks, statistics and gradients differ between workers. The loop shows how to handle each: dropout
-masks come from a key per worker; running statistics are returned with one row per worker, and
-averaged; each worker clips its gradient by its own norm. Kernels are voted on, with one bit per
-parameter. Biases and norm scales are few and noisy, and are averaged for Adam. Only kernels decay.
+An unmodified `nnx.Optimizer` takes `signax.DataParallel` as its transformation, and
+`signax.flax.value_and_grad` takes the place of `nnx.value_and_grad`: each worker draws its own
+dropout masks, and running statistics are averaged over the workers. Each worker clips its gradient
+by its own norm. Kernels are voted on, with one bit per parameter. Biases and norm scales are few
+and noisy, and are averaged for Adam. Only kernels decay.
 
     python examples/loop_nnx.py
     python examples/loop_nnx.py --workers 4 --steps 100
@@ -24,6 +24,7 @@ from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 import signax
+import signax.flax
 
 test_images = 400
 batch_size = 128  # of all workers together
@@ -40,14 +41,14 @@ class Network(nnx.Module):
         self.conv = nnx.Conv(1, 32, kernel_size=(3, 3), use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(32, momentum=0.9, rngs=rngs)
         self.dense1 = nnx.Linear(4 * 4 * 32, 64, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout_rate)  # draws from the `rngs` of the call
+        self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
         self.dense2 = nnx.Linear(64, 10, rngs=rngs)
 
-    def __call__(self, images, rngs: nnx.Rngs | None = None):
+    def __call__(self, images):
         x = nnx.relu(self.norm(self.conv(images)))
         x = nnx.max_pool(x, window_shape=(2, 2), strides=(2, 2))
         x = nnx.relu(self.dense1(x.reshape(len(x), -1)))
-        return self.dense2(self.dropout(x, rngs=rngs))
+        return self.dense2(self.dropout(x))
 
 
 def is_kernel(params):
@@ -75,12 +76,9 @@ def make_optimizer(steps):
     )
 
 
-def mean_of_finite(rows, old):
-    """The mean of the workers' finite statistics, or the old statistics if none is finite."""
-    finite = jnp.isfinite(rows)
-    total = jnp.sum(jnp.where(finite, rows, 0), axis=0)
-    number = jnp.sum(finite, axis=0)
-    return jnp.where(number > 0, total / jnp.maximum(number, 1), old)
+def loss_fn(model, batch):
+    images, labels = batch
+    return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
 
 
 def load_data():
@@ -116,22 +114,9 @@ def main():
     optimizer.step[...] = jax.device_put(optimizer.step[...], everywhere)
 
     @nnx.jit
-    def step(model, optimizer, batch, key):
-        graph, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
-
-        def loss_fn(params, batch, statistics, key):
-            images, labels = batch
-            # BatchNorm writes its statistics. NNX allows the write only on a copy made in here.
-            network = nnx.merge(graph, params, statistics, copy=True)
-            logits = network(images, rngs=nnx.Rngs(dropout=key))
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), nnx.state(network, nnx.BatchStat)
-
-        gradient = tx.value_and_grad(loss_fn, has_aux=True)
-        (loss, rows), grads = gradient(params, batch, statistics, key=key)
+    def step(model, optimizer, batch):
+        loss, grads = signax.flax.value_and_grad(tx, loss_fn)(model, batch)
         optimizer.update(model, grads)
-        # The mean of the statistics excludes the same workers as the vote.
-        nnx.update(model, jax.tree.map(mean_of_finite, rows, statistics))
         return loss
 
     @nnx.jit
@@ -139,14 +124,13 @@ def main():
         return jnp.mean(model(images).argmax(axis=-1) == labels)
 
     train_images, held_out_images, train_labels, held_out_labels = load_data()
-    rng, key = np.random.default_rng(0), jax.random.key(0)
-    losses = []
+    rng, losses = np.random.default_rng(0), []
     model.train()
     progress = tqdm(range(args.steps), unit="step")
-    for number in progress:
+    for _ in progress:
         chosen = rng.integers(len(train_images), size=batch_size)
         batch = train_images[chosen], train_labels[chosen]
-        loss = step(model, optimizer, batch, jax.random.fold_in(key, number))
+        loss = step(model, optimizer, batch)
         losses.append(float(loss))  # waits for the step
         progress.set_postfix(loss=losses[-1], refresh=False)
 

@@ -4,8 +4,7 @@ The links inside a slice of a pod, or inside a host, are fast. There XLA gathers
 averages gradients in full precision, over the mesh axes `fsdp` and `model`. The workers that vote
 are the slices: between slices one bit per parameter travels in each direction. Each device votes
 on its block of the parameters. At the end the program lists the collectives of the compiled step,
-inside slices and between slices. The sizes of their groups show the difference, unless the number
-of slices divides the number of devices in a slice.
+inside slices and between slices.
 
 On this machine, three slices of 2 x 2 simulated devices, in one process or in one per slice:
 
@@ -24,7 +23,6 @@ The other options are train_language_model.py's options. The workers are slices.
 """
 
 import collections
-import re
 import sys
 
 import jax
@@ -60,23 +58,11 @@ def make_mesh(args, slices):
     return Mesh(devices, ("slice", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
 
 
-def crosses(record, hlo, mesh):
-    """Whether a collective sends data from one slice to another."""
-    slices, inside = mesh.shape["slice"], mesh.size // mesh.shape["slice"]
-    if record.operation != "collective-permute":
-        # The group's size is the product of the mesh axes that the collective runs over.
-        return record.group_size % slices == 0
-    [line] = re.findall(rf"[ %]{re.escape(record.name)} = .*", hlo)
-    pairs = re.findall(r"\{(\d+),(\d+)\}", line.partition("source_target_pairs=")[2])
-    # The program numbers devices in the mesh's order.
-    return any(int(source) // inside != int(target) // inside for source, target in pairs)
-
-
 def print_collectives(compiled, params, mesh):
     """Print one device's bytes in a step, inside a slice and between slices."""
-    hlo, sent = compiled.as_text(), collections.Counter()
-    for record in diagnostics.collectives(compiled):
-        where = "between slices" if crosses(record, hlo, mesh) else "inside a slice"
+    sent = collections.Counter()
+    for record in diagnostics.collectives(compiled, mesh=mesh):
+        where = "between slices" if "slice" in (record.axes or ()) else "inside a slice"
         sent[where, record.operation, record.dtype] += record.bytes_sent * record.count
     print("bytes that a device sends in a step:")
     for (where, operation, dtype), total in sorted(sent.items()):
@@ -113,10 +99,7 @@ def main():
     if jax.process_index():
         return
     print(f"{slices} slices of {args.fsdp} x {args.model} devices")
-    if args.fsdp * args.model % slices:
-        print_collectives(step, params, mesh)
-    else:
-        print("Sizes of groups do not tell what crosses slices, whose number divides their size.")
+    print_collectives(step, params, mesh)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ from optax import scale_by_sign
 
 from signax import diagnostics, testing
 from signax._data_parallel.data_parallel import DataParallel
+from signax._data_parallel.inner import LocalStepsState
 from signax._data_parallel.layout import state_specs
-from signax._data_parallel.mapped import LocalStepsState
+from signax._data_parallel.norms import GradNorm
+from signax._data_parallel.rules import inner_rules
 from signax._optimizers.means import ef_sign_sgd, ssdm
 from signax._optimizers.votes import lion, sign_sgd, signum
 from signax._transforms.compressors import (
@@ -19,6 +21,7 @@ from signax._transforms.compressors import (
     scale_by_stochastic_sign,
     scale_by_top_k,
 )
+from signax._transforms.freezing import freeze
 from signax._transforms.memory import (
     ErrorFeedbackState,
     ScaleBySignumState,
@@ -31,6 +34,7 @@ from signax._transforms.participation import (
     leave_out_nonfinite,
     participation,
 )
+from signax._transforms.spikes import SkipOnSpikeState, skip_on_spike
 from signax._wire.feedback import ScaledSignsMemory, scaled_signs_memory
 from signax._wire.quantized import pmean_quantized
 from signax._wire.signs import DitherMemory
@@ -52,6 +56,7 @@ __all__ = [
     "DataParallel",
     "DitherMemory",
     "ErrorFeedbackState",
+    "GradNorm",
     "LocalStepsState",
     "MajorityVoteState",
     "MeanScaledSignsState",
@@ -61,11 +66,14 @@ __all__ = [
     "ScaleBySignumState",
     "ScaleByStochasticSignState",
     "ScaledSignsMemory",
+    "SkipOnSpikeState",
     "average_updates",
     "diagnostics",
     "ef_sign_sgd",
     "error_feedback",
+    "freeze",
     "hold_if_nonfinite",
+    "inner_rules",
     "leave_out_nonfinite",
     "lion",
     "majority_vote",
@@ -87,6 +95,7 @@ __all__ = [
     "scaled_signs_memory",
     "sign_sgd",
     "signum",
+    "skip_on_spike",
     "ssdm",
     "state_specs",
     "testing",

@@ -11,7 +11,8 @@ import optax
 
 from signax._core.checks import check_count, check_mode, check_number
 from signax._core.leaves import check_floating, common_dtype, relative_to_peak, wide_dtype
-from signax._hlo import Collective, collective_bytes, collectives
+from signax._hlo.collectives import Collective, collective_bytes, collectives
+from signax._metrics import metrics
 from signax._wire.packing import num_words
 from signax._wire.parts import part_columns
 from signax._wire.words import choose_transport, part_words, sealed_words, words_of
@@ -23,6 +24,7 @@ __all__ = [
     "collectives",
     "density",
     "exchange_seconds",
+    "metrics",
     "opposes",
     "wire_bytes",
 ]

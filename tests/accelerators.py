@@ -118,7 +118,7 @@ class Program(NamedTuple):
     """The costs of a compiled program.
 
     Attributes:
-      collectives: the collectives of one device.
+      collectives: the collectives of one device, with the mesh axes that they cross.
       num_partitions: the number of devices of the program; for a pod of slices, of one slice. Only
         "megascale" operations leave a slice.
       temporary_bytes: the memory besides arguments and results.
@@ -217,8 +217,9 @@ def _compile(function: jax.stages.Wrapped, *args: Any) -> Program:
     seconds = time.perf_counter() - start
     text, costs = compiled.as_text() or "", compiled.cost_analysis() or {}
     [num_partitions] = re.findall(r"^HloModule .*\bnum_partitions=(\d+)", text) or [1]
+    mesh = jax.tree.leaves(args)[0].sharding.mesh
     return Program(
-        collectives=diagnostics.collectives(text),
+        collectives=diagnostics.collectives(compiled, mesh=mesh),
         num_partitions=int(num_partitions),
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
         bytes_accessed=costs.get("bytes accessed", math.nan),

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 import signax
+from signax._transforms.freezing import freeze
+from signax._transforms.spikes import skip_on_spike
 
 AXIS = "workers"
 KEY = jax.random.key(0)
@@ -89,6 +91,12 @@ REGISTRY = {
         },
     ),
     "hold_if_nonfinite": Case(signax.hold_if_nonfinite, others={"inner": signax.scale_by_signum()}),
+    "skip_on_spike": Case(
+        skip_on_spike,
+        {"factor": 3.0, "decay": 0.8},
+        {"inner": signax.scale_by_signum(), "warmup": 1},
+    ),
+    "freeze": Case(freeze),
     "leave_out_nonfinite": Case(
         signax.leave_out_nonfinite, others={"inner": signax.majority_vote(AXIS)}, voted=True
     ),
@@ -153,8 +161,9 @@ REGISTRY = {
 # Exports that do not transform one worker's updates. DataParallel transforms global arrays, and
 # has tests of its own.
 OTHERS = {
-    "DataParallel", "diagnostics", "participation", "pmean_quantized", "pmean_scaled_signs",
-    "pmean_signs", "pvote", "pvote_scatter", "scaled_signs_memory", "state_specs", "testing",
+    "DataParallel", "GradNorm", "diagnostics", "inner_rules", "participation", "pmean_quantized",
+    "pmean_scaled_signs", "pmean_signs", "pvote", "pvote_scatter", "scaled_signs_memory",
+    "state_specs", "testing",
 }  # fmt: skip
 
 # Re-exported from Optax, which accepts any dtype and documents it.

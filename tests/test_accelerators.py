@@ -37,7 +37,10 @@ def apart(program):
     """The collectives between slices, and the collectives inside a slice."""
     assert program.num_partitions == CHIPS
     crossing = [r for r in program.collectives if r.operation.startswith("megascale-")]
-    return crossing, [record for record in program.collectives if record not in crossing]
+    staying = [record for record in program.collectives if record not in crossing]
+    assert all("slice" in record.axes for record in crossing)
+    assert {record.axes for record in staying} == {("chip",)}
+    return crossing, staying
 
 
 @pytest.mark.parametrize("tree", TREES)

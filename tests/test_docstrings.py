@@ -9,6 +9,7 @@ import types
 import pytest
 
 import signax
+import signax.flax
 
 PAGES = pathlib.Path(__file__).parent.parent / "docs" / "api"
 SECTIONS = ["Args", "Attributes", "Returns", "Raises", "Examples", "References"]
@@ -30,6 +31,7 @@ def find_exports():
     for module, names in (
         (signax, signax.__all__),
         (signax.diagnostics, signax.diagnostics.__all__),
+        (signax.flax, signax.flax.__all__),
         (signax.testing, testing),
         (signax.DataParallel, METHODS),
     ):
@@ -53,14 +55,19 @@ CLASSES = [name for name in CALLABLES if inspect.isclass(EXPORTS[name])]
 WITHOUT_SOURCE = {
     "signax.DataParallel": "runs transformations, whichever paper they are from",
     "signax.average_updates": "is a plain mean",
+    "signax.freeze": "makes zeros",
     "signax.hold_if_nonfinite": "guards a state",
+    "signax.inner_rules": "edits rules of Flax",
     "signax.leave_out_nonfinite": "guards votes",
     "signax.participation": "reads a state",
     "signax.scaled_signs_memory": "makes zeros",
+    "signax.skip_on_spike": "guards a state",
     "signax.state_specs": "reads the layout of a state",
+    "signax.flax.value_and_grad": "is a gradient",
     "signax.diagnostics.collective_bytes": "reads a program",
     "signax.diagnostics.collectives": "reads a program",
     "signax.diagnostics.exchange_seconds": "is this project's model",
+    "signax.diagnostics.metrics": "reads a state",
     "signax.diagnostics.wire_bytes": "counts this project's bytes",
     **{f"signax.DataParallel.{name}": "is a method of DataParallel" for name in METHODS},
 }
@@ -155,6 +162,8 @@ def test_docstrings_have_every_section_in_order(name):
         wanted = wanted - {"Returns"} | {"Attributes"}
     if name in WITHOUT_SOURCE:
         wanted -= {"References"}
+    if not signature_of(name):
+        wanted -= {"Args"}
     found = [section for section in sections if section]
     assert found == [section for section in SECTIONS if section in wanted]
     for section in found:
@@ -175,7 +184,7 @@ def test_examples_run_or_name_the_docstring_with_the_example(name):
 
 @pytest.mark.parametrize("name", CALLABLES)
 def test_args_describes_every_argument_in_order_and_nothing_else(name):
-    assert entries(split_sections(name)["Args"]) == signature_of(name)
+    assert entries(split_sections(name).get("Args", [])) == signature_of(name)
 
 
 @pytest.mark.parametrize("name", CALLABLES)

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from least_squares import (
     PARAMS,
     SIGNUM,
@@ -14,12 +15,27 @@ from least_squares import (
     assert_trees_equal,
     is_placed_as,
     make_batch,
+    make_mesh,
     shares,
     squared_error,
 )
 from workers import auto_mesh
 
 import signax
+
+
+@pytest.fixture
+def compilations():
+    """The names of all programs that XLA compiles, as they come."""
+    names = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_rows_are_gradients_of_the_shares_of_the_batch(mesh):
@@ -219,3 +235,368 @@ def test_every_micro_batch_of_every_worker_draws_a_different_mask(mesh):
     assert len(np.unique(masks.reshape(-1, 64), axis=0)) == 2 * WORKERS
     # Each worker's gradient uses the mask that it drew.
     np.testing.assert_allclose(grads, masks.mean(axis=1) / 64, rtol=1e-6)
+
+
+# Modes of aux.
+
+
+def seen(params, batch):
+    """Outputs per example, a float and a count."""
+    predicted = batch["x"] @ params["w"] + params["b"]
+    error = jnp.mean((predicted - batch["y"]) ** 2)
+    large = jnp.sum(batch["x"] > 1)
+    return error, {"outputs": predicted, "error": error, "large": large}
+
+
+MODES = {"outputs": "concat", "error": "mean", "large": "sum"}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_aux_is_joined_averaged_and_added_as_the_whole_batch_has_it(accumulate, kind):
+    mesh, batch = make_mesh(kind=kind), make_batch()
+    tx = signax.DataParallel(SIGNUM, mesh)
+    gradient = tx.value_and_grad(seen, has_aux=True, aux=MODES, accumulate=accumulate)
+    (loss, aux), _ = jax.jit(gradient)(PARAMS, batch)
+    x, y = np.float64(batch["x"]), np.float64(batch["y"])
+    outputs = x @ np.asarray(PARAMS["w"]) + np.asarray(PARAMS["b"])
+    np.testing.assert_allclose(aux["outputs"], outputs, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(aux["error"], np.mean((outputs - y) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(aux["error"], loss, rtol=1e-6)
+    assert aux["large"] == np.sum(x > 1)
+    assert aux["large"].dtype == jnp.int32
+    assert is_placed_as(aux["outputs"], NamedSharding(mesh, PartitionSpec("data")))
+    assert all(leaf.sharding.is_fully_replicated for leaf in (aux["error"], aux["large"]))
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum"])
+@pytest.mark.parametrize("bad", [[2], [0, 7], range(8)])
+def test_means_and_sums_of_aux_leave_out_workers_without_a_finite_loss(mode, bad, mesh):
+    losses = np.arange(8, dtype=np.float32)
+    losses[list(bad)] = np.nan
+    gradient = signax.DataParallel(VOTE, mesh).value_and_grad(
+        lambda params, batch: (jnp.sum(batch[:, 0] * params), batch[0, 1]), has_aux=True, aux=mode
+    )
+    batch = np.stack([losses, np.where(np.isnan(losses), np.inf, 2.0**losses)], axis=1)
+    (_, aux), _ = jax.jit(gradient)(jnp.float32(1), np.float32(batch))
+    kept = [2.0**i for i in range(8) if i not in bad]
+    expected = sum(kept) if mode == "sum" else np.mean(kept) if kept else np.nan
+    np.testing.assert_array_equal(aux, np.float32(expected))
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "expected"),
+    [
+        ("mean", jnp.float16(60000), np.float32(60000)),
+        ("sum", jnp.float16(60000), np.float32(480000)),
+        ("sum", jnp.bfloat16(258), np.float32(8 * 258)),
+        ("sum", jnp.int8(100), np.int32(800)),
+        ("sum", jnp.bool_(True), np.int32(8)),
+        ("sum", jnp.uint8(200), np.uint32(1600)),
+        ("sum", jnp.uint32(2**28), np.uint32(2**31)),
+    ],
+)
+def test_means_and_sums_of_aux_neither_overflow_nor_round(mode, value, expected, mesh):
+    gradient = signax.DataParallel(VOTE, mesh).value_and_grad(
+        lambda params, batch: (jnp.sum(batch * params), value), has_aux=True, aux=mode
+    )
+    (_, aux), _ = jax.jit(gradient)(jnp.float32(1), jnp.ones(WORKERS))
+    assert aux.dtype == expected.dtype
+    assert aux == expected
+
+
+@pytest.mark.parametrize(
+    ("aux", "leaf", "kind", "message"),
+    [
+        ("concat", jnp.ones(()), ValueError, r"aux\['out'\] is a scalar.*'mean', 'sum' or 'rows'"),
+        ("mean", jnp.int32(1), TypeError, r"aux\['out'\] has dtype int32.*aux='sum', or cast"),
+        ("mean", jnp.bool_(True), TypeError, r"aux\['out'\] has dtype bool.*aux='sum', or cast"),
+        ("sum", jax.random.key(0), TypeError, r"aux\['out'\] has dtype key<fry>.* use 'rows'"),
+        ({"in": "sum"}, jnp.ones(()), ValueError, r"aux=\{'in': 'sum'\} does not have the outer"),
+    ],
+    ids=["scalar", "integer", "boolean", "key", "structure"],
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_rejects_aux_without_such_a_result(aux, leaf, kind, message, accumulate, mesh):
+    gradient = signax.DataParallel(VOTE, mesh).value_and_grad(
+        lambda params, batch: (jnp.sum(batch * params), {"out": leaf}),
+        has_aux=True, aux=aux, accumulate=accumulate,
+    )  # fmt: skip
+    with pytest.raises(kind, match=message):
+        jax.jit(gradient)(jnp.float32(1), jnp.ones(2 * WORKERS))
+
+
+def test_rejects_unknown_modes_of_aux_and_modes_without_aux(mesh):
+    tx = signax.DataParallel(SIGNUM, mesh, local=signax.sign_sgd(0.1))
+    for method in (tx.value_and_grad, tx.local_steps, tx.train_step):
+        for aux in ("average", None, {}, {"a": "mean", "b": None}, 3):
+            with pytest.raises(ValueError, match="is unknown: use one of 'rows', 'concat'"):
+                method(seen, has_aux=True, aux=aux)
+        with pytest.raises(ValueError, match="aux='sum' needs has_aux=True"):
+            method(squared_error, aux="sum")
+
+
+# Captured arrays.
+
+EXPLICIT = AxisType.Explicit
+
+
+@jax.custom_vjp
+def doubled(x):
+    return 2 * x
+
+
+doubled.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
+
+
+def in_scan(table, p, b):
+    return jax.lax.scan(lambda c, x: (jnp.tanh(c * p + x * table), None), jnp.zeros(4), b)[0].sum()
+
+
+def in_while_loop(table, p, b):
+    end = jax.lax.while_loop(lambda c: c.sum() < 5, lambda c: c + table, jnp.zeros(4))
+    return (end * p * b).sum()
+
+
+def in_cond(table, p, b):
+    return jax.lax.cond(b.sum() > 0, lambda: (p * table).sum(), lambda: (p * 2).sum())
+
+
+def in_jit(table, p, b):
+    inner = jax.jit(lambda x: jax.jit(lambda y: y * table)(x) + table)
+    return jax.jit(lambda q: inner(b * q).sum())(p)
+
+
+def in_custom_rules(table, p, b):
+    return (doubled(table) * doubled(jax.nn.relu(jax.nn.silu(table - 0.5) * p)) * b).sum()
+
+
+def in_remat(table, p, b):
+    return jax.checkpoint(lambda q: jnp.sin(jnp.cos(q * table) * b).sum())(p)
+
+
+def in_collectives(table, p, b):
+    return (jax.lax.pmean(b.mean(0), "data") * p * table).sum() * (1 + jax.lax.axis_index("data"))
+
+
+def as_indexed(table, p, b):
+    return (table[jnp.argmax(b, axis=1)] * (b @ p)).sum() + jnp.sort(table)[::-1] @ p
+
+
+def as_random_key(table, p, b):
+    key = jax.random.wrap_key_data((table * 1000).astype(jnp.uint32)[:2])
+    return (p * b * jax.random.bernoulli(key, 0.5, b.shape)).sum()
+
+
+CAPTURING = [
+    in_scan, in_while_loop, in_cond, in_jit, in_custom_rules, in_remat, in_collectives, as_indexed,
+    as_random_key,
+]  # fmt: skip
+TABLE = np.linspace(0.1, 1, 4, dtype=np.float32)
+SLOPES = np.linspace(-1, 1, 4, dtype=np.float32)
+
+
+def on_mesh(array, mesh, spec=()):
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+@pytest.mark.parametrize("function", CAPTURING)
+def test_a_loss_may_capture_arrays_on_an_explicit_mesh(function):
+    mesh = make_mesh(kind=EXPLICIT)
+    batch = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
+    tx = signax.DataParallel(SIGNUM, mesh)
+    given = tx.value_and_grad(lambda p, b, table: function(table, p, b))
+    expected = jax.jit(given)(SLOPES, batch, TABLE)  # as an argument after the batch
+    table, slopes = on_mesh(TABLE, mesh), on_mesh(SLOPES, mesh)
+
+    @jax.jit
+    def of_tracer(slopes, table):
+        return tx.value_and_grad(lambda p, b: function(table, p, b))(slopes, batch)
+
+    @jax.jit
+    def of_array(slopes):
+        return tx.value_and_grad(lambda p, b: function(table, p, b))(slopes, batch)
+
+    for found in (of_tracer(slopes, table), of_array(slopes)):
+        assert_trees_close(found, expected)
+
+
+def test_captured_arrays_may_be_sharded_within_a_worker():
+    mesh = make_mesh((4, 2), EXPLICIT)
+    tx, batch = signax.DataParallel(SIGNUM, mesh), np.ones((16, 4), np.float32)
+    table = on_mesh(TABLE, mesh, ("model",))
+
+    @jax.jit
+    def step(slopes, table):
+        return tx.value_and_grad(lambda p, b: jnp.sum(b * p * table))(slopes, batch)
+
+    loss, rows = step(on_mesh(SLOPES, mesh), table)
+    assert loss == pytest.approx(4 * TABLE @ SLOPES, rel=1e-5)
+    np.testing.assert_allclose(rows, np.tile(4 * TABLE, (4, 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, EXPLICIT])
+@pytest.mark.parametrize("context", [False, True])
+def test_every_step_of_a_loop_may_capture_what_the_last_step_returned(kind, context):
+    mesh, batch = make_mesh(kind=kind), make_batch()
+    tx = signax.DataParallel(SIGNUM, mesh)
+    traced = []
+
+    @jax.jit
+    def step(params, state, key, scale):
+        def loss_fn(params, batch):
+            traced.append(1)
+            kept = jax.random.bernoulli(key, 0.5, batch["x"].shape)
+            kept = {"x": batch["x"] * kept, "y": batch["y"]}
+            return scale * squared_error(params, kept)
+
+        loss, grads = tx.value_and_grad(loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, jax.random.split(key)[0], scale, loss
+
+    def run():
+        carry = (*on_mesh((PARAMS, tx.init(PARAMS), jax.random.key(0), jnp.float32(2)), mesh),)
+        carry = carry[0], tx.init(PARAMS), *carry[2:]
+        losses, numbers = [], []
+        for _ in range(3):
+            *carry, loss = step(*carry)
+            losses.append(float(loss))
+            numbers.append(len(traced))
+        return losses, numbers
+
+    if context:
+        with jax.set_mesh(mesh):
+            losses, numbers = run()
+    else:
+        losses, numbers = run()
+    assert len(set(losses)) == 3
+    assert numbers[0] == numbers[2]  # one compilation
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_local_steps_may_capture_arrays(accumulate):
+    mesh, batch = make_mesh(kind=EXPLICIT), make_batch()
+    tx = signax.DataParallel(SIGNUM, mesh, local=signax.signum(0.1))
+    scale = on_mesh(np.float32(2), mesh)
+    found = tx.local_steps(
+        lambda params, batch: scale * squared_error(params, batch), accumulate=accumulate
+    )
+    given = tx.local_steps(
+        lambda params, batch, scale: scale * squared_error(params, batch), accumulate=accumulate
+    )
+    state = tx.init(PARAMS)
+    assert_trees_close(found(PARAMS, state, batch), given(PARAMS, state, batch, 2.0))
+
+
+def test_captured_arrays_that_cannot_be_hoisted_are_named(mesh):
+    mesh = make_mesh(kind=EXPLICIT)
+    rows = on_mesh(np.ones(WORKERS, np.float32), mesh, ("data",))
+    tx = signax.DataParallel(SIGNUM, mesh)
+
+    @jax.jit
+    def step(slopes, rows):  # no part of a sharded array has a sharding of its own
+        return tx.value_and_grad(lambda p, b: jnp.sum(b * p * rows[:4]))(slopes, np.ones((8, 4)))
+
+    with pytest.raises(ValueError, match=r"not its arguments: .*f32\[8.*pass them after the batch"):
+        step(on_mesh(SLOPES, mesh), rows)
+
+
+def test_errors_of_a_loss_function_reach_the_caller():
+    mesh = make_mesh(kind=EXPLICIT)
+    tx, scale = signax.DataParallel(SIGNUM, mesh), on_mesh(np.float32(2), mesh)
+
+    def loss_fn(params, batch):
+        raise ValueError(f"of the loss function: {squared_error(params, batch) * scale}")
+
+    def counting(params, batch):
+        return scale * squared_error(params, batch), len(batch["x"])
+
+    averaging = tx.value_and_grad(counting, has_aux=True, aux="mean")
+    for jit in (jax.jit, lambda function: function):
+        with pytest.raises(ValueError, match="of the loss function"):
+            jit(tx.value_and_grad(loss_fn))(PARAMS, make_batch())
+        with pytest.raises(TypeError, match="a mean of integers is no integer"):
+            jit(averaging)(PARAMS, make_batch())
+
+
+# Outside jax.jit.
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, EXPLICIT])
+def test_calls_outside_jit_compile_once_and_see_changed_values(kind, compilations):
+    tx, batch = signax.DataParallel(SIGNUM, make_mesh(kind=kind)), make_batch()
+    keys = jax.random.split(jax.random.key(0), 3)
+    table = jnp.zeros(3)
+
+    def loss_fn(params, batch):
+        return squared_error(params, {"x": batch["x"] * table, "y": batch["y"]})
+
+    expected = [
+        jax.jit(
+            tx.value_and_grad(
+                lambda params, batch, table: squared_error(
+                    params, {"x": batch["x"] * table, "y": batch["y"]}
+                )
+            )
+        )(PARAMS, batch, jax.random.normal(key, (3,)))
+        for key in keys
+    ]
+    numbers = []
+    for key, wanted in zip(keys, expected, strict=True):
+        table = jax.random.normal(key, (3,))
+        before = len(compilations)
+        found = tx.value_and_grad(loss_fn)(PARAMS, batch)
+        numbers.append(len(compilations) - before)
+        assert_trees_close(found, wanted)
+    assert numbers[0] >= 1
+    assert numbers[1:] == [0, 0]
+
+
+def test_calls_outside_jit_see_changed_numbers(mesh):
+    tx, factor = signax.DataParallel(SIGNUM, mesh), 1.0
+
+    def loss_fn(params, batch):
+        return factor * jnp.sum(params * batch)
+
+    gradient = tx.value_and_grad(loss_fn)
+    for factor in (1.0, 2.0, 1.0):
+        _, rows = gradient(jnp.float32(1), jnp.ones(WORKERS))
+        np.testing.assert_array_equal(rows, np.full(WORKERS, factor))
+
+
+def test_calls_outside_jit_can_be_debugged(mesh):
+    tx = signax.DataParallel(SIGNUM, mesh)
+    gradient = tx.value_and_grad(lambda p, b: jnp.sum(jnp.log(p * b)))
+    with jax.disable_jit():
+        loss, _ = gradient(jnp.float32(1), jnp.ones(WORKERS))
+    assert loss == 0
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        gradient(jnp.float32(-1), jnp.ones(WORKERS))
+
+
+def test_host_callbacks_outside_jit_are_those_of_the_call(mesh):
+    tx = signax.DataParallel(SIGNUM, mesh)
+    for number in (3.0, 4.0):
+
+        def loss_fn(params, batch):
+            host = jax.pure_callback(
+                lambda: np.float32(number),  # noqa: B023
+                jax.ShapeDtypeStruct((), jnp.float32),
+            )
+            return host * jnp.sum(params * batch)
+
+        loss, _ = tx.value_and_grad(loss_fn)(jnp.float32(1), jnp.ones(WORKERS))
+        assert loss == number
+
+
+def test_a_gradient_of_the_gradient_of_captured_arrays_stays_possible(mesh):
+    """Penalties on gradients differentiate through it."""
+    tx = signax.DataParallel(SIGNUM, mesh)
+
+    def penalty(scale):
+        _, rows = tx.value_and_grad(lambda p, b: jnp.sum(scale * p * b))(
+            jnp.float32(1), jnp.ones(WORKERS)
+        )
+        return jnp.sum(rows**2)
+
+    assert jax.grad(penalty)(jnp.float32(3)) == 2 * 3 * WORKERS

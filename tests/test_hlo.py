@@ -214,7 +214,8 @@ def test_groups_of_one_device_send_nothing(groups):
 def test_without_groups_every_device_takes_part():
     line = "ROOT %r = f32[64,128] all-gather(%p), replica_groups={}, dimensions={0}"
     assert _only(_program(line, header="replica_count=6")).group_size == 6
-    assert _only(_program(line, header="replica_count=3, num_partitions=4")).group_size == 12
+    both = line + ", channel_id=1"
+    assert _only(_program(both, header="replica_count=3, num_partitions=4")).group_size == 12
     assert diagnostics.collectives(_program(line, header="entry_computation_layout={}")) == []
 
 

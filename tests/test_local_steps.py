@@ -72,6 +72,28 @@ def test_local_steps_have_aux_and_fold_keys_like_gradients(mesh):
     assert aux.shape == (WORKERS,)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_local_steps_join_and_average_aux(steps, mesh):
+    def loss_fn(params, batch):
+        return squared_error(params, batch), (batch["x"], params["b"])
+
+    tx = signax.DataParallel(SIGNUM, mesh, local=signax.sign_sgd(0.5))
+    follow = tx.local_steps(loss_fn, has_aux=True, aux=("concat", "mean"), accumulate=steps)
+    batch = make_batch()
+    (_, (inputs, bias)), *_ = jax.jit(follow)(PARAMS, tx.init(PARAMS), batch)
+    np.testing.assert_array_equal(inputs, batch["x"])
+    # The last step changes the parameters after aux was taken; two steps start 0 and 1 steps away.
+    first = np.float32(PARAMS["b"])
+    if steps == 1:
+        np.testing.assert_array_equal(bias, first)
+    else:
+        signs = [
+            np.sign(jax.grad(squared_error)(PARAMS, piece)["b"])
+            for piece in shares(batch, 2 * WORKERS)[::2]
+        ]
+        np.testing.assert_allclose(bias, first - 0.25 * np.mean(signs, axis=0), rtol=1e-6)
+
+
 def test_a_nonfinite_worker_discards_its_local_steps(mesh):
     tx = signax.DataParallel(SIGNUM, mesh, local=signax.signum(0.1))
     batch = make_batch()

@@ -1,11 +1,9 @@
 """The example training loops run in processes of their own, and learn the digits."""
 
-import importlib
 import re
 import runpy
 import sys
 
-import numpy as np
 import pytest
 from processes import EXAMPLES, run_program
 
@@ -27,14 +25,6 @@ def train(name, *options):
     assert printed, finished.stdout
     first, last, percent = map(float, printed.groups())
     return first, last, percent / 100, finished.stderr
-
-
-def test_batch_statistics_are_averaged_over_finite_workers(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    mean_of_finite = importlib.import_module("loop_nnx").mean_of_finite
-    rows = np.array([[1.0, np.nan, 5.0], [np.inf, np.nan, 7.0]], np.float32)
-    old = np.array([2.0, 3.0, 4.0], np.float32)
-    np.testing.assert_array_equal(mean_of_finite(rows, old), [1, 3, 6])
 
 
 @every_loop

@@ -78,6 +78,16 @@ def test_one_process_for_each_slice_gives_the_same_losses_and_bytes(tmp_path, of
     assert sent["between"] == expected_sent["between"]
 
 
+def test_tells_slices_apart_whose_number_divides_their_size(tmp_path):
+    options = (*options_of(tmp_path), "--workers", 2, "--steps", 8)
+    finished = run_program(EXAMPLES / "pod.py", *options)
+    assert finished.returncode == 0, finished.stderr
+    _, sent, needed = report_of(tmp_path, finished.stdout)
+    assert set(sent["between"]) == {"u32", "f32"}
+    assert needed <= sent["between"]["u32"] <= needed + 2 * 128 * 4
+    assert sent["between"]["f32"] <= 16
+
+
 def test_rejects_an_uneven_batch():
     finished = run_program(EXAMPLES / "pod.py", "--batch-size", 100)
     assert finished.returncode == 2

@@ -78,6 +78,24 @@ def test_train_step_equals_gradient_and_update(placed):
     assert masks.shape == (8, 2, 4)
 
 
+def test_train_step_returns_aux_in_each_mode(placed):
+    tx, params, state = placed
+
+    def loss_fn(params, batch):
+        x, y = batch
+        errors = (x @ params - y) ** 2
+        return errors.mean(), {"errors": errors, "mean": errors.mean(), "number": jnp.int32(1)}
+
+    modes = {"errors": "concat", "mean": "mean", "number": "sum"}
+    step = tx.train_step(loss_fn, has_aux=True, aux=modes, accumulate=2)
+    x, y = lines()
+    errors = (np.asarray(x) @ np.asarray(params) - np.asarray(y)) ** 2
+    _, _, (loss, aux) = step(params, state, (x, y))
+    np.testing.assert_allclose(aux["errors"], errors, rtol=1e-5)
+    np.testing.assert_allclose([loss, aux["mean"]], errors.mean(), rtol=1e-5)
+    assert aux["number"] == 2 * WORKERS
+
+
 def test_scan_runs_steps(placed):
     """A whole epoch is one program, since parameters and state keep their shapes and types."""
     tx, params, state = placed

@@ -5,8 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax.sharding import AxisType
+from least_squares import make_mesh
 from workers import assert_same_on_all_devices
 
 import signax
@@ -94,6 +97,64 @@ def test_optimizer_of_flax_nnx_learns(mesh):
     points, labels = data
     assert jnp.all(jnp.argmax(model(points), axis=1) == labels)
     assert_same_on_all_devices(nnx.state(model, nnx.Param))
+
+
+class LinenNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=False, momentum=0.5)(nn.Dense(2)(x))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_statistics_of_flax_linen_are_averaged_over_workers(kind):
+    network, mesh = LinenNorm(), make_mesh(kind=kind)
+    data = np.random.default_rng(0).normal(size=(SIZE, 2)).astype(np.float32)
+    variables = network.init(jax.random.key(0), data)
+    tx = signax.DataParallel(signax.signum(0.1, axis_name="data"), mesh)
+
+    def loss_fn(params, batch, statistics):
+        variables = {"params": params, "batch_stats": statistics}
+        outputs, written = network.apply(variables, batch, mutable="batch_stats")
+        return jnp.mean(outputs**3), written["batch_stats"]
+
+    bad = data.copy()
+    bad[: SIZE // 8] = np.inf  # the first worker's
+    gradient = tx.value_and_grad(loss_fn, has_aux=True, aux="mean")
+    (_, found), _ = jax.jit(gradient)(variables["params"], bad, variables["batch_stats"])
+    dense = variables["params"]["Dense_0"]
+    hidden = data.astype(np.float64) @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"])
+    kept = hidden.reshape(8, SIZE // 8, 2)[1:]
+    np.testing.assert_allclose(
+        found["BatchNorm_0"]["mean"], 0.5 * kept.mean(axis=(0, 1)), rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        found["BatchNorm_0"]["var"], 0.5 + 0.5 * kept.var(axis=1).mean(axis=0), rtol=1e-4
+    )
+
+
+def test_a_loss_may_capture_the_rest_of_an_nnx_model_on_an_explicit_mesh():
+    mesh = make_mesh(kind=AxisType.Explicit)
+    model = nnx.Sequential(NnxNetwork(nnx.Rngs(0)), nnx.BatchNorm(2, rngs=nnx.Rngs(1)))
+    model.eval()
+    tx, (points, labels) = optimizer(mesh), rings()
+    trainer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, trainer, batch):
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def loss_fn(params, batch):
+            logits = nnx.merge(graph, params, rest)(batch[0])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+        loss, grads = tx.value_and_grad(loss_fn)(params, batch)
+        trainer.update(model, grads)
+        return loss
+
+    losses = [step(model, trainer, (points, labels)) for _ in range(20)]
+    (statistics, *_) = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
+    assert jax.typeof(statistics).sharding.mesh == mesh.abstract_mesh
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_active_reaches_the_vote_through_flax_nnx(mesh):

@@ -200,3 +200,17 @@ def test_an_optimizer_under_data_parallel_equals_the_chain(optimizer, signs):
         assert_bitwise_equal(found, expected)
         # The optimiser's state nests a chain in a chain.
         assert_bitwise_equal(jax.tree.leaves(states[0]), jax.tree.leaves(states[1]))
+
+
+@pytest.mark.parametrize("agreement", [False, True])
+def test_transports_of_a_fused_vote_agree_on_large_matrices(agreement):
+    """An accelerator packs a momentum in slabs; a sum of integers has the matrix's own shape."""
+    num_workers = 4
+    rows = {"w": jax.random.normal(jax.random.key(0), (num_workers, 512, 256))}
+    params = jax.tree.map(lambda row: row[0], rows)
+    found = []
+    for transport in ("packed", "sum"):
+        tx = signax.signum(0.1, axis_name=AXIS, transport=transport, agreement=agreement)
+        update = jax.jit(jax.vmap(tx.update, in_axes=(0, None), axis_name=AXIS))
+        found.append(update(rows, tx.init(params)))
+    assert_bitwise_equal(*found)

@@ -145,8 +145,18 @@ SLOW = {
     },
     "test_notebooks": {"a_notebook_runs_and_its_claims_hold": "the sources' claims"},
     "test_state": {"resize_works_across_processes": "shardings of several processes"},
+    "test_launch": {
+        "processes_under_slurm_find_each_other_and_train": "JAX's detection of Slurm, end to end",
+        "ray_trains_on_two_processes": "Ray's JaxTrainer, where ray is installed",
+        "two_machines_of_the_skypilot_task_train_together": "the SkyPilot task's commands",
+        "two_pods_of_the_jobset_train_together": "the JobSet's command",
+    },
+    "test_scopes": {
+        "a_profile_of_voted_steps_shows_every_part": "benchmarks/trace.py, and names in a profile",
+    },
     "test_pod": {
         "one_process_for_each_slice_gives_the_same_losses_and_bytes": "other programs",
         "slices_learn_and_only_bits_cross_between_them": "the example's own code",
+        "tells_slices_apart_whose_number_divides_their_size": "groups as large as the slices",
     },
 }

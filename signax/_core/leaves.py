@@ -306,3 +306,8 @@ def find_axis(
     if split_over in explicit_axes(mesh):
         positions = jax.sharding.reshard(positions, spec)
     return (split_over,), positions, spec
+
+
+def is_traced_call(arguments: Any) -> bool:
+    """Whether a call is part of a program that is being traced, by its arguments or around it."""
+    return any(map(is_traced, [*jax.tree.leaves(arguments), jnp.zeros(())]))

@@ -1,18 +1,17 @@
 """DataParallel: every worker's state and gradients as global arrays, under `jax.jit`."""
 
-from collections.abc import Callable, Hashable
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh
 
-from signax._core.checks import check_transformation
 from signax._core.leaves import is_traced
 from signax._data_parallel import mapped
-from signax._data_parallel.layout import PerWorker, find_layout
-from signax._data_parallel.placement import Layouts, Workers, check_state
+from signax._data_parallel.eager import static_arguments
+from signax._data_parallel.mapped import map_gradient
+from signax._data_parallel.norms import GradNorm
+from signax._data_parallel.placement import check_state
 from signax._data_parallel.state import StateOnMesh
 
 
@@ -43,6 +42,10 @@ class DataParallel(StateOnMesh):
         gives each worker a copy. False shares one (JAX rejects a shared leaf that differs). None
         keeps the layout.
 
+      on_wrong_sharding: `"raise"` an error, or `"warn"`, if a jitted step takes rows of the state
+        that are pinned to another sharding than :meth:`state_shardings` has, or parameters that are
+        sharded without `param_specs`. XLA would gather them at every step.
+
     Attributes:
       num_workers: int, M, the size of the axis, or the product of the sizes of several axes.
 
@@ -65,72 +68,6 @@ class DataParallel(StateOnMesh):
       [0.5 0.5 0.5] 1.0
     """
 
-    tx: optax.GradientTransformationExtraArgs
-    axis_name: Hashable
-    param_specs: Any
-    local: optax.GradientTransformation | None
-    _name: str
-    _workers: Workers
-    _map_update: Callable[..., Any]
-    _compiled_update: Callable[..., Any]
-
-    def __new__(
-        cls,
-        tx: optax.GradientTransformation,
-        mesh: Mesh,
-        axis_name: Hashable = "data",
-        *,
-        param_specs: Any = None,
-        local: optax.GradientTransformation | None = None,
-        per_worker: PerWorker | None = None,
-    ):
-        check_transformation("tx", tx)
-        if local is not None:
-            check_transformation("local", local)
-        workers = Workers.find(mesh, axis_name, param_specs)
-
-        self = super().__new__(
-            cls,
-            lambda params: cls.init(self, params),
-            lambda *args, **kwargs: cls.update(self, *args, **kwargs),
-        )
-        self._name = getattr(tx.update, "__qualname__", repr(tx)).split(".")[0]
-        self.tx = mapped.with_extra_args(tx)
-        self.local = local
-        if local is not None:
-            self.tx = mapped.with_local_state(local, self.tx)
-            per_worker = mapped.own_local_state(per_worker)
-        self.mesh = mesh
-        self.axis_name = axis_name
-        self.num_workers = workers.num_workers
-        self.param_specs = param_specs
-        self._workers = workers
-        find = partial(find_layout, self.tx, mesh, axis_name, per_worker)
-        self._layout = Layouts(workers, find)
-        self._map_update = partial(
-            mapped.map_update, tx=self.tx, workers=workers, layout_of=self._layout
-        )
-        self._compiled_update = jax.jit(self._map_update, static_argnums=5)
-        return self
-
-    def __repr__(self):
-        workers = f"axis_name={self.axis_name!r}, num_workers={self.num_workers}"
-        return f"DataParallel({self._name}(...), {workers})"
-
-    def _replace(self, **kwargs: Any):
-        raise TypeError(f"cannot replace {', '.join(kwargs)}: make another DataParallel(tx, mesh)")
-
-    def __copy__(self, memo: Any = None):
-        return self  # it is immutable; a tuple's own way would call __new__ with two functions
-
-    __deepcopy__ = __copy__
-
-    def __reduce_ex__(self, protocol: Any):
-        raise TypeError(
-            "DataParallel cannot be pickled: its mesh holds devices of this process. Pickle what "
-            "it is made from, and make another one where it is loaded"
-        )
-
     def init(  # pyright: ignore[reportIncompatibleVariableOverride]
         self, params: optax.Params
     ) -> optax.OptState:
@@ -150,7 +87,8 @@ class DataParallel(StateOnMesh):
         Examples:
           See :meth:`value_and_grad`.
         """
-        return mapped.map_init(params, self.tx, self._workers, self._layout(params))
+        layout = self._layout(params)
+        return self._boxed(mapped.map_init(params, self.tx, self._workers, layout), layout)
 
     def update(  # pyright: ignore[reportIncompatibleVariableOverride]
         self,
@@ -182,25 +120,40 @@ class DataParallel(StateOnMesh):
         self._workers.check_rows(updates, params)
         self._workers.check_active(extra_args.get("active"))
         active = extra_args.pop("active", None)
-        static = mapped.static_arguments(extra_args)
         arguments = updates, state, params, active, extra_args
-        if static is None or any(map(is_traced, jax.tree.leaves(arguments))):
+        if any(map(is_traced, jax.tree.leaves(arguments))):
+            return self._map_update(*arguments)
+        static = static_arguments(extra_args)
+        if static is None:
             return self._map_update(*arguments)
         # Outside jax.jit a shard_map would compile each of its operations in every call.
         traced = {name: extra_args[name] for name in extra_args.keys() - dict(static).keys()}
         return self._compiled_update(updates, state, params, active, traced, static)
 
     def value_and_grad(
-        self, loss_fn: Callable[..., Any], *, has_aux: bool = False, accumulate: int = 1
+        self,
+        loss_fn: Callable[..., Any],
+        *,
+        has_aux: bool = False,
+        accumulate: int = 1,
+        aux: Any = "rows",
     ) -> Callable[..., Any]:
         """Differentiate a loss on each worker's own share of the batch.
 
         Args:
           loss_fn: a function of `(params, batch, *replicated)`, and of `key=` if a key is given. It
-            returns a scalar loss, or with `has_aux` a pair of the loss and anything else.
+            returns a scalar loss, or with `has_aux` a pair of the loss and anything else. Other
+            arrays that it uses reach every worker whole. A random key among these gives all workers
+            equal masks.
           has_aux: whether `loss_fn` returns such a pair.
           accumulate: the number of micro-batches in each worker's share; gradients and losses are
             averaged over them, in at least f32, before anything is sent.
+          aux: what becomes of aux. `"rows"` gives each worker, and then each micro-batch if there
+            are several, an entry: [M, ...] or [M, accumulate, ...]. `"concat"` joins results per
+            example in the order of the batch: [b, ...] of each worker to [M b, ...]. `"mean"` and
+            `"sum"` run over micro-batches and over the workers whose loss is finite, in at least
+            f32 or, for sums of integers, int32. A tree of modes, such as `{"logits": "concat",
+            "correct": "sum"}`, has the outer structure of aux.
 
         Returns:
           A function of `(params, batch, *replicated, key=None)` to `(loss, grads)`, or with
@@ -208,12 +161,15 @@ class DataParallel(StateOnMesh):
           whose length must be a multiple of M times `accumulate`. Every worker gets `replicated`
           whole. The worker's index (and the micro-batch's) is folded into `key`, so workers draw
           different dropout masks. The loss is the mean of the workers' finite losses, or NaN
-          without any. Gradients have one row per worker. So has aux, with an axis of micro-batches
-          after the axis of workers if there are several.
+          without any. Gradients have one row per worker. Outside `jax.jit` a call is compiled, and
+          traces `loss_fn` again every time, so it sees changed Python values.
 
         Raises:
-          ValueError: `accumulate` is below 1; at the call, the batch cannot be cut evenly.
-          TypeError: `accumulate` is not a whole number; at the call, `key` is not a random key.
+          ValueError: `accumulate` is below 1, `aux` is no mode, or is given without `has_aux`; at
+            the call, the batch cannot be cut evenly, aux of the mode `"concat"` is a scalar, or
+            `loss_fn` uses arrays that cannot be handed to the workers.
+          TypeError: `accumulate` is not a whole number; at the call, `key` is not a random key, or
+            aux of the mode `"mean"` is not floating-point.
 
         Examples:
           >>> import jax, jax.numpy as jnp, optax, signax
@@ -229,16 +185,26 @@ class DataParallel(StateOnMesh):
           >>> print(optax.apply_updates(params, updates))
           [0.5 0.5 0.5]
         """
-        gradient = mapped.map_gradient(loss_fn, self._workers, has_aux, accumulate, None)
+        gradient = map_gradient(
+            loss_fn, self._workers, self._programs,
+            has_aux=has_aux, accumulate=accumulate, aux=aux,
+        )  # fmt: skip
 
         def value_and_grad_fn(params: Any, batch: Any, *replicated: Any, key: Any = None):
+            if self._watch is not None:
+                params = self._watch(params)
             value, grads, _ = gradient(params, None, batch, replicated, key)
             return value, grads
 
         return value_and_grad_fn
 
     def local_steps(
-        self, loss_fn: Callable[..., Any], *, has_aux: bool = False, accumulate: int = 1
+        self,
+        loss_fn: Callable[..., Any],
+        *,
+        has_aux: bool = False,
+        accumulate: int = 1,
+        aux: Any = "rows",
     ) -> Callable[..., Any]:
         r"""Differences of parameters over local steps, to vote on instead of gradients.
 
@@ -253,6 +219,7 @@ class DataParallel(StateOnMesh):
           loss_fn: see :meth:`value_and_grad`.
           has_aux: see :meth:`value_and_grad`.
           accumulate: k, the number of local steps, and of micro-batches in each worker's share.
+          aux: see :meth:`value_and_grad`.
 
         Returns:
           A function of `(params, state, batch, *replicated, key=None)` to `(loss, differences,
@@ -261,8 +228,8 @@ class DataParallel(StateOnMesh):
           is not finite, the worker keeps its state, and its differences are NaN.
 
         Raises:
-          ValueError: there is no `local`, or `accumulate` is below 1; at the call, the batch cannot
-            be cut evenly, or the state belongs to other parameters or another M.
+          ValueError: there is no `local`, or the state belongs to other parameters or another M; or
+            as in :meth:`value_and_grad`.
           TypeError: as in :meth:`value_and_grad`.
 
         Examples:
@@ -281,18 +248,25 @@ class DataParallel(StateOnMesh):
         """
         if self.local is None:
             raise ValueError("local=None: local steps need DataParallel(..., local=optimizer)")
-        gradient = mapped.map_gradient(loss_fn, self._workers, has_aux, accumulate, self.local)
+        gradient = map_gradient(
+            loss_fn, self._workers, self._programs, self.local,
+            has_aux=has_aux, accumulate=accumulate, aux=aux,
+        )  # fmt: skip
 
         def local_steps_fn(params: Any, state: Any, batch: Any, *replicated: Any, key: Any = None):
             check_state(state, self._layout(params), self.num_workers)
-            own = self._workers.reshard(state.local, per_worker=True)
-            value, differences, own = gradient(params, own, batch, replicated, key)
+            value, differences, own = gradient(params, state.local, batch, replicated, key)
             return value, differences, state._replace(local=own)
 
         return local_steps_fn
 
     def train_step(
-        self, loss_fn: Callable[..., Any], *, has_aux: bool = False, accumulate: int = 1
+        self,
+        loss_fn: Callable[..., Any],
+        *,
+        has_aux: bool = False,
+        accumulate: int = 1,
+        aux: Any = "rows",
     ) -> jax.stages.Wrapped:
         """A compiled training step, which donates the memory of its parameters and state.
 
@@ -300,6 +274,7 @@ class DataParallel(StateOnMesh):
           loss_fn: see :meth:`value_and_grad`.
           has_aux: see :meth:`value_and_grad`.
           accumulate: see :meth:`value_and_grad` or, with `local`, :meth:`local_steps`.
+          aux: see :meth:`value_and_grad`.
 
         Returns:
           A jitted function of `(params, state, batch, *replicated, key=None, active=None)` to
@@ -316,7 +291,7 @@ class DataParallel(StateOnMesh):
           See :class:`signax.DataParallel`.
         """
         make = self.value_and_grad if self.local is None else self.local_steps
-        gradient = make(loss_fn, has_aux=has_aux, accumulate=accumulate)
+        gradient = make(loss_fn, has_aux=has_aux, accumulate=accumulate, aux=aux)
 
         def step(
             params: Any, state: Any, batch: Any, *more: Any, key: Any = None, active: Any = None
@@ -330,3 +305,44 @@ class DataParallel(StateOnMesh):
             return self._workers.constrain(params, self.param_specs), state, value
 
         return jax.jit(step, donate_argnums=(0, 1))
+
+    def grad_norm(self, rows: optax.Updates) -> GradNorm:
+        r"""Each worker's gradient norm, and an estimate of the mean gradient's norm.
+
+        .. math:: n_i = \lVert g_i \rVert_2, \qquad
+          n \approx \Big\lVert \frac{1}{|F|} \sum_{i \in F} g_i \Big\rVert_2, \qquad
+          F = \{i : g_i \text{ is finite}\}
+
+        over all leaves together. Gradients are not exchanged: each worker sends a random linear
+        sketch of 4,096 numbers, below 33 kB per step for any model. The estimate of :math:`n^2` is
+        unbiased, with a standard deviation of about 2.3% of :math:`n^2`, that is, 1.1% of n. The
+        sketch is the same in every call, so errors of similar gradients are similar.
+
+        `optax.global_norm` of rows is the norm of all workers' gradients together, about
+        :math:`\sqrt{M}` times the norm of one. To clip gradients, clip inside, before the vote.
+
+        Args:
+          rows: gradients with one row per worker, as :meth:`value_and_grad` returns them, or
+            differences of :meth:`local_steps`.
+
+        Returns:
+          A :class:`signax.GradNorm`. Its `workers`, f32[M], are NaN where a gradient is not finite,
+          and at most the largest f32. Its `mean`, f32[], is NaN if no gradient is finite, and
+          infinite if the sketch exceeds the range of f32.
+
+        Raises:
+          ValueError: `rows` lack a row per worker, or differ from `param_specs` in structure.
+          TypeError: a leaf is not floating-point.
+
+        Examples:
+          >>> import jax, jax.numpy as jnp, signax
+          >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+          >>> tx = signax.DataParallel(signax.sign_sgd(0.5, axis_name="data"), mesh)
+          >>> loss_fn = lambda params, batch: jnp.mean(batch @ params)
+          >>> batch = jnp.tile(jnp.array([3.0, 4.0]), (tx.num_workers, 1))
+          >>> loss, grads = tx.value_and_grad(loss_fn)(jnp.zeros(2), batch)
+          >>> norms = tx.grad_norm(grads)
+          >>> print(bool((norms.workers == 5).all()), norms.mean)
+          True 5.0
+        """
+        return self._compiled_norm(rows)

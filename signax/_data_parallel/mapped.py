@@ -1,31 +1,34 @@
-"""Functions that run on every worker: its gradient, its local steps, and its update."""
+"""Functions that run on every worker: its gradient, its initial state, and its update."""
 
-import inspect
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from signax._core.checks import check_count, check_key
-from signax._core.leaves import all_finite, varying_axes, wide_dtype
-from signax._data_parallel.layout import Layout, PerWorker
-from signax._data_parallel.placement import Workers, add_axis, check_state
-from signax._transforms.participation import Extras, hold, leave_out_nonfinite
+from signax._core.leaves import axis_names, is_traced, is_traced_call, varying_axes
+from signax._data_parallel.auxiliary import aux_specs, check_aux, combine_aux
+from signax._data_parallel.captured import (
+    Hoisted,
+    captured_error,
+    check_constraint,
+    hoist,
+    is_of_captured,
+    local_shape,
+)
+from signax._data_parallel.eager import Programs
+from signax._data_parallel.layout import Layout
+from signax._data_parallel.pieces import average_pieces, follow_pieces
+from signax._data_parallel.placement import Report, Workers, add_axis, check_state, state_leaves
+from signax._transforms.participation import Extras
 
-if TYPE_CHECKING:
-    Aggregator = optax.GradientTransformationExtraArgs
-else:
-    try:  # Optax's class for transformations of rows of updates into one update
-        from optax.experimental import aggregating
-
-        Aggregator = aggregating.Aggregator
-    except (ImportError, AttributeError):
-        Aggregator = optax.GradientTransformationExtraArgs
+# Of parameters, a piece of the batch, replicated arguments and a key: the loss, aux and gradient.
+Differentiate = Callable[..., tuple[tuple[jax.Array, Any], Any]]
 
 
 def check_batch(batch: Any, num_workers: int, accumulate: int) -> None:
@@ -42,7 +45,7 @@ def check_batch(batch: Any, num_workers: int, accumulate: int) -> None:
 
 
 def local_value_and_grad(
-    loss_fn: Callable[..., Any],
+    differentiate: Differentiate,
     params: Any,
     batch: Any,
     replicated: tuple[Any, ...],
@@ -51,20 +54,17 @@ def local_value_and_grad(
     local: optax.GradientTransformation | None = None,
     state: Any = None,
 ) -> tuple[jax.Array, Any, Any, Any]:
-    """The loss, aux and gradient of `loss_fn`, and the state of `local`.
+    """The loss, aux and gradient of one worker, and the state of `local`.
 
-    `loss_fn` returns a pair of loss and aux. Losses and gradients are averaged over several pieces,
-    and aux is stacked. With an optimiser `local`, the worker takes a step for each piece instead,
-    and the parameters before minus the parameters after take the gradient's place.
+    Losses and gradients are averaged over several pieces, and aux is stacked. With an optimiser
+    `local`, the worker takes a step for each piece instead, and the parameters before minus the
+    parameters after take the gradient's place.
     """
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
     def of_piece(params: Any, piece: Any, number: Any):
-        keyword = {}
-        if key is not None:
-            keyword["key"] = key if number is None else jax.random.fold_in(key, number)
-        (loss, aux), grads = gradient(params, piece, *replicated, **keyword)
-        return grads, (loss, aux)
+        own = key if key is None or number is None else jax.random.fold_in(key, number)
+        seen, grads = differentiate(params, piece, replicated, own)
+        return grads, seen
 
     if pieces == 1 and local is None:
         grads, (loss, aux) = of_piece(params, batch, None)
@@ -75,136 +75,164 @@ def local_value_and_grad(
 
     stacked = jax.tree.map(cut, batch), jnp.arange(pieces)
     if local is None:
-        grads, (losses, aux) = _average(of_piece, params, stacked)
+        grads, (losses, aux) = average_pieces(of_piece, params, stacked)
     else:
-        grads, state, (losses, aux) = _follow(of_piece, params, stacked, local, state)
+        grads, state, (losses, aux) = follow_pieces(of_piece, params, stacked, local, state)
     if pieces == 1:
         aux = jax.tree.map(lambda leaf: leaf[0], aux)
     return jnp.mean(losses), aux, grads, state
 
 
-def _average(of_piece: Callable[..., Any], params: Any, stacked: Any) -> tuple[Any, Any]:
-    """The mean gradient over micro-batches, in at least f32 until the end."""
+class _Gradient(NamedTuple):
+    """The gradient of every worker, or its local steps, on global arrays.
 
-    def add(total: Any, piece_and_number: Any):
-        grads, seen = of_piece(params, *piece_and_number)
-        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), seen
-
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p.dtype)), params)
-    total, seen = lax.scan(add, zeros, stacked)
-    pieces = len(stacked[1])
-    return jax.tree.map(lambda t, p: (t / pieces).astype(p.dtype), total, params), seen
-
-
-def _follow(
-    of_piece: Callable[..., Any],
-    params: Any,
-    stacked: Any,
-    local: optax.GradientTransformation,
-    state: Any,
-) -> tuple[Any, Any, Any]:
-    """Take a step for each micro-batch on a copy of the parameters: the start minus the end.
-
-    If a loss, a gradient or the state is not finite at any step, the difference is NaN (the sign of
-    an infinity would be finite), and the state is the state before all steps.
+    Attributes:
+      differentiate: the loss, aux and gradient of one piece of the batch.
+      workers: the workers of the mesh.
+      accumulate: the number of pieces in each worker's share.
+      local: the optimiser of local steps, if any.
+      aux: the mode of aux, or a tree of modes; `None` if there is no aux.
     """
 
-    def step(carry: Any, piece_and_number: Any):
-        own, state, finite = carry
-        grads, (loss, aux) = of_piece(own, *piece_and_number)
-        updates, state = local.update(grads, state, own)
-        finite &= all_finite((loss, grads, state))
-        return (optax.apply_updates(own, updates), state, finite), (loss, aux)
+    differentiate: Differentiate
+    workers: Workers
+    accumulate: int
+    local: optax.GradientTransformation | None
+    aux: Any
 
-    carry = params, state, jnp.bool_(True)
-    (own, new_state, finite), seen = lax.scan(step, carry, stacked)
-    differences = jax.tree.map(lambda p, q: p - q, params, own)
-    finite &= all_finite(differences)
-    differences = jax.tree.map(lambda d: jnp.where(finite, d, jnp.nan), differences)
-    return differences, hold(finite, state, new_state), seen
+    def run(
+        self, differentiate: Callable[..., Any], captured: list[Any], *arguments: Any
+    ) -> tuple[Any, Any, Any, Any]:
+        """The loss, aux, rows and state of `local`, with captured arrays as a first argument."""
+        workers = self.workers
+
+        def of_worker(captured: Any, params: Any, own: Any, batch: Any, replicated: Any, key: Any):
+            if key is not None:
+                key = jax.random.fold_in(key, lax.axis_index(workers.axis_name))
+            own = jax.tree.map(lambda row: row.squeeze(0), own)
+            loss, aux, *rows = local_value_and_grad(
+                partial(differentiate, captured), params, batch, replicated, key,
+                self.accumulate, self.local, own,
+            )  # fmt: skip
+            if self.aux is not None:
+                aux = combine_aux(aux, self.aux, loss, self.accumulate, workers)
+            return workers.mean_of_finite(loss), aux, *jax.tree.map(add_axis, rows)
+
+        # Every worker's row is its own, so types have nothing to prove here. With varying types a
+        # loss could not start a scan from a constant, and gradients would not be the worker's own.
+        whole, split = PartitionSpec(), PartitionSpec(workers.axis_name)
+        in_specs = whole, whole, split, split, whole, whole
+        of_aux = whole if self.aux is None else aux_specs(self.aux, workers)
+        out_specs = whole, of_aux, split, split
+        mapped = workers.shard_map(of_worker, in_specs, out_specs, check_vma=False)
+        return mapped(workers.reshard(captured), *self._place(*arguments))
+
+    def run_or_hoist(self, *arguments: Any) -> tuple[Any, Any, Any, Any]:
+        """Run, and pass on as arguments what the loss function captures if JAX demands that."""
+
+        def differentiate(captured: Any, *inputs: Any):
+            del captured
+            return self.differentiate(*inputs)
+
+        try:
+            return self.run(differentiate, [], *arguments)
+        except (NotImplementedError, TypeError, ValueError) as error:
+            check_constraint(error, self.workers.axis_name)
+            # A captured array whose type has Explicit axes may be the cause.
+            if not self.workers.explicit:
+                raise
+            hoisted = self.hoist(*arguments)
+            if isinstance(hoisted, Exception) and is_of_captured(error):
+                if not any(word in str(hoisted) for word in ("shard", "mesh", "@")):
+                    raise hoisted from None  # of the loss function itself
+                raise captured_error(str(error).partition("Got input with ")[2]) from error
+            if isinstance(hoisted, Exception) or not hoisted.captured:
+                raise
+            try:
+                return self.run(hoisted.call, hoisted.captured, *arguments)
+            except (NotImplementedError, TypeError, ValueError) as second:
+                if not is_of_captured(second):
+                    raise second from None
+                types = [str(jax.typeof(array)) for array in hoisted.captured]
+                raise captured_error(", ".join(types)) from second
+
+    def hoist(self, *arguments: Any) -> Hoisted | Exception:
+        """The gradient of one piece, with captured arrays as an argument, or why there is none."""
+        workers, axes = self.workers, axis_names(self.workers.axis_name)
+        placed = jax.eval_shape(self._place, *arguments)
+        shape = partial(local_shape, mesh=workers.mesh, axes=axes)
+        piece = partial(shape, pieces=workers.num_workers * self.accumulate)
+        params, _, batch, *others = jax.tree.map(jax.typeof, placed)
+        shapes = (*jax.tree.map(shape, (params,)), jax.tree.map(piece, batch))
+        try:
+            return hoist(
+                self.differentiate, (*shapes, *jax.tree.map(shape, others)), workers.mesh, axes
+            )
+        except Exception as error:  # whatever the loss function raises
+            return error
+
+    def _place(self, params: Any, own: Any, batch: Any, replicated: Any, key: Any) -> Any:
+        """The arguments as the mesh demands."""
+        own, batch = self.workers.reshard((own, batch), per_worker=True)
+        replicated, key = self.workers.reshard((replicated, key))
+        return self.workers.reshard_params(params), own, batch, replicated, key
 
 
 def map_gradient(
     loss_fn: Callable[..., Any],
     workers: Workers,
+    programs: Programs,
+    local: optax.GradientTransformation | None = None,
+    *,
     has_aux: bool,
     accumulate: int,
-    local: optax.GradientTransformation | None,
+    aux: Any,
 ) -> Callable[..., Any]:
     """Return `f(params, local_state, batch, replicated, key) -> (value, rows, local_state)`.
 
-    Rows are gradients, or with `local` differences of parameters.
+    Rows are gradients, or with `local` differences of parameters. `programs` compiles the calls
+    that are outside `jax.jit`.
     """
     check_count("accumulate", accumulate)
+    if has_aux or aux != "rows":
+        check_aux(aux, has_aux)
 
     def loss_and_aux(*args: Any, **kwargs: Any):
         value = loss_fn(*args, **kwargs)
         return value if has_aux else (value, None)
 
-    def of_worker(params: Any, own: Any, batch: Any, replicated: tuple[Any, ...], key: Any):
-        if key is not None:
-            key = jax.random.fold_in(key, lax.axis_index(workers.axis_name))
-        own = jax.tree.map(lambda row: row.squeeze(0), own)
-        loss, *rows = local_value_and_grad(
-            loss_and_aux, params, batch, replicated, key, accumulate, local, own
-        )
-        return workers.mean_of_finite(loss), *jax.tree.map(add_axis, rows)
+    def differentiate(params: Any, piece: Any, replicated: tuple[Any, ...], key: Any):
+        keyword = {} if key is None else {"key": key}
+        with_gradient = jax.value_and_grad(loss_and_aux, has_aux=True)
+        return with_gradient(params, piece, *replicated, **keyword)
 
-    # Every worker's row is its own, so types have nothing to prove here. With varying types a loss
-    # could not start a scan from a constant, and gradients would not be the worker's own.
-    whole, split = PartitionSpec(), PartitionSpec(workers.axis_name)
-    specs = (whole, split, split, whole, whole), (whole, split, split, split)
-    mapped = workers.shard_map(of_worker, *specs, check_vma=False)
+    mapped = _Gradient(differentiate, workers, accumulate, local, aux if has_aux else None)
 
-    def gradient(params: Any, own: Any, batch: Any, replicated: tuple[Any, ...], key: Any):
+    def gradient(*arguments: Any):
+        _, _, batch, _, key = arguments
         check_batch(batch, workers.num_workers, accumulate)
         if key is not None:
             check_key(key)
-        batch = workers.reshard(batch, per_worker=True)
-        replicated, key = workers.reshard((replicated, key))
-        params = workers.reshard_params(params)
-        loss, aux, rows, own = mapped(params, own, batch, replicated, key)
-        return ((loss, aux) if has_aux else loss), rows, own
+        if is_traced_call(arguments):
+            loss, values, rows, own = mapped.run_or_hoist(*arguments)
+        else:
+            loss, values, rows, own = _run_compiled(mapped, programs, arguments)
+        return ((loss, values) if has_aux else loss), rows, own
 
     return gradient
 
 
-class LocalStepsState(NamedTuple):
-    """State of a `DataParallel` with local steps.
-
-    Attributes:
-      local: the state of the optimiser `local`, with one row per worker: [M, ...].
-      exchanged: the state of the transformation `tx`, which exchanges the differences.
-    """
-
-    local: Any
-    exchanged: Any
-
-
-def with_local_state(
-    local: optax.GradientTransformation, tx: optax.GradientTransformationExtraArgs
-) -> optax.GradientTransformationExtraArgs:
-    """Keep the state of local steps beside the state of `tx`, and leave it alone."""
-
-    def init_fn(params: optax.Params):
-        return LocalStepsState(local=local.init(params), exchanged=tx.init(params))
-
-    def update_fn(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any):
-        updates, exchanged = tx.update(updates, state.exchanged, params, **extra_args)
-        return updates, LocalStepsState(local=state.local, exchanged=exchanged)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def own_local_state(per_worker: PerWorker | None) -> PerWorker:
-    """Give each worker its own state of local steps, though no update shows that it differs."""
-
-    def is_per_worker(path: str, leaf: jax.ShapeDtypeStruct) -> bool | None:
-        if path.startswith(".local"):
-            return True
-        return None if per_worker is None else per_worker(path, leaf)
-
-    return is_per_worker
+def _run_compiled(mapped: _Gradient, programs: Programs, arguments: tuple[Any, ...]) -> Any:
+    """Run a compiled program. Captured arrays are arguments, or each would have its program."""
+    hoisted = mapped.hoist(*arguments)
+    if isinstance(hoisted, Exception) or not hoisted.captured:
+        return programs(mapped.run_or_hoist, *arguments)
+    if any(map(is_traced, hoisted.captured)):
+        return mapped.run_or_hoist(*arguments)  # a transformation such as jax.vmap around it
+    try:
+        return programs(partial(mapped.run, hoisted.call), hoisted.captured, *arguments)
+    except (NotImplementedError, TypeError, ValueError):
+        return programs(mapped.run_or_hoist, *arguments)  # it finds out which error to raise
 
 
 def map_init(
@@ -225,16 +253,16 @@ def map_init(
 
 
 def map_update(
+    tx: optax.GradientTransformationExtraArgs,
+    workers: Workers,
+    layout_of: Callable[[Any], Layout],
+    report: Report,
     updates: Any,
     state: Any,
     params: Any,
     active: Any,
     extra_args: dict[str, Any],
     static: tuple[tuple[str, Any], ...] = (),
-    *,
-    tx: optax.GradientTransformationExtraArgs,
-    workers: Workers,
-    layout_of: Callable[[Any], Layout],
 ) -> tuple[Any, Any]:
     """Updates and new state, from rows of updates and a state of global arrays."""
     like = workers.params_like(updates) if params is None else params
@@ -261,10 +289,7 @@ def map_update(
     mapped = workers.shard_map(
         update_worker, (split, state_specs, whole, split), (whole, state_specs)
     )
-    leaves = [
-        workers.reshard(array, per_worker=leaf.per_worker)
-        for array, leaf in zip(jax.tree.leaves(state), layout.leaves, strict=True)
-    ]
+    leaves = workers.reshard_state(state_leaves(state, layout), layout, report)
     updates, active = workers.reshard((updates, active), per_worker=True)
     try:
         updates, leaves = mapped(updates, leaves, workers.reshard_params(params), active)
@@ -275,7 +300,7 @@ def map_update(
             raise _conditional_vote(workers.axis_name) from error
         raise
     leaves = workers.constrain(leaves, [leaf.sharding.spec for leaf in layout.leaves])
-    return updates, layout.structure.unflatten(leaves)
+    return updates, jax.tree.structure(state).unflatten(leaves)
 
 
 def _worker_specs(workers: Workers, layout: Layout) -> list[PartitionSpec]:
@@ -313,33 +338,3 @@ def _conditional_vote(axis_name: Hashable) -> ValueError:
         "may differ between workers. Put the condition after the vote, as in optax.chain("
         f"signax.majority_vote({axis_name!r}), optax.conditionally_mask(inner, ...))"
     )
-
-
-def with_extra_args(
-    tx: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """Pass extra arguments to every transformation that accepts any, even `optax.MultiSteps`.
-
-    Such a transformation learns of all updates, so its votes and means exclude the same workers.
-    """
-    parameters = inspect.signature(tx.update).parameters.values()
-    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
-        return leave_out_nonfinite(optax.GradientTransformationExtraArgs(tx.init, tx.update))
-    return optax.with_extra_args_support(tx)
-
-
-def static_arguments(extra_args: dict[str, Any]) -> tuple[tuple[str, Any], ...] | None:
-    """The arguments that `jax.jit` cannot trace; `None` if it cannot hash them either."""
-    kinds = jax.Array, np.ndarray, np.number, np.bool_, float
-    others = tuple(
-        [
-            (name, value)
-            for name, value in extra_args.items()
-            if not all(isinstance(leaf, kinds) for leaf in jax.tree.leaves(value))
-        ]
-    )
-    try:
-        hash(others)
-    except TypeError:
-        return None
-    return others

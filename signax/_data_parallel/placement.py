@@ -1,7 +1,7 @@
 """Where arrays lie on a mesh: rows of workers, parameters, and the states of a transformation."""
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,7 +19,11 @@ from signax._core.leaves import (
     varying_axes,
     wide_dtype,
 )
+from signax._data_parallel.boxes import first_difference, leaves_by_path
 from signax._data_parallel.layout import Layout, Leaf
+
+# Gets a leaf, and the mesh axes of each dimension of its array.
+Report = Callable[[Leaf, Sequence[tuple[Hashable, ...]]], None]
 
 
 class Workers(NamedTuple):
@@ -93,13 +97,17 @@ class Workers(NamedTuple):
             if not self.inside:
                 return None
             return jax.tree.map(lambda leaf: _keep_axes(_typed_spec(leaf), self.inside), params)
-        structure, expected = jax.tree.structure(self.param_specs), jax.tree.structure(params)
-        if structure != expected:
+        structure = jax.tree.structure(params)
+        if jax.tree.structure(self.param_specs) == structure:
+            return self.param_specs
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+        specs = leaves_by_path(self.param_specs, paths)
+        if specs is None:
             raise ValueError(
-                f"param_specs and params differ in structure: param_specs is {structure}, "
-                f"params is {expected}"
+                "param_specs and params differ in structure: of param_specs, "
+                f"{first_difference(self.param_specs, paths)}, unlike params"
             )
-        return self.param_specs
+        return structure.unflatten(specs)
 
     def params_like(self, updates: Any) -> Any:
         """The shapes of the parameters, from rows of updates."""
@@ -120,12 +128,29 @@ class Workers(NamedTuple):
 
         def reshard_leaf(leaf: Any):
             leaf = jnp.asarray(leaf)
-            spec = _keep_axes(jax.typeof(leaf).sharding.spec, self.inside)
+            spec = PartitionSpec(*[None] * leaf.ndim)
+            if self.inside:
+                spec = _keep_axes(jax.typeof(leaf).sharding.spec, self.inside)
             if rows:
                 spec = PartitionSpec((*rows, *entry_axes(spec[0])), *spec[1:])
             return jax.sharding.reshard(leaf, NamedSharding(self.mesh, spec))
 
         return jax.tree.map(reshard_leaf, tree)
+
+    def reshard_state(self, leaves: list[Any], layout: Layout, report: Report) -> list[Any]:
+        """Lay a state's leaves out; report rows whose types show that they lie elsewhere."""
+        axes = {*axis_names(self.axis_name)}
+        if self.num_workers > 1 and axes <= self.explicit:
+            for array, leaf in zip(leaves, layout.leaves, strict=True):
+                sharding = jax.typeof(array).sharding
+                if not (leaf.per_worker and array.size) or sharding.mesh.empty:
+                    continue
+                if not axes <= {*entry_axes(sharding.spec[0])}:
+                    report(leaf, [entry_axes(entry) for entry in sharding.spec])
+        return [
+            self.reshard(array, per_worker=leaf.per_worker)
+            for array, leaf in zip(leaves, layout.leaves, strict=True)
+        ]
 
     def reshard_params(self, params: Any) -> Any:
         """Lay parameters out as `param_specs` says, if it is given."""
@@ -136,7 +161,7 @@ class Workers(NamedTuple):
             sharding = NamedSharding(self.mesh, _keep_axes(spec, self.explicit))
             return jax.sharding.reshard(leaf, sharding)
 
-        return jax.tree.map(reshard_leaf, params, self.param_specs)
+        return jax.tree.map(reshard_leaf, params, self.specs(params))
 
     def constrain(self, tree: Any, specs: Any) -> Any:
         """Constrain the output of a step to the next step's input shardings."""
@@ -185,8 +210,8 @@ class Workers(NamedTuple):
                     f"updates{jax.tree_util.keystr(path)} is neither voted nor averaged over "
                     f"{self.axis_name!r}, so its parameters would differ between workers: put "
                     f"signax.majority_vote({self.axis_name!r}) or "
-                    f"signax.average_updates({self.axis_name!r}) into tx. To freeze leaves, chain "
-                    "the freezing after the vote"
+                    f"signax.average_updates({self.axis_name!r}) into tx. To freeze leaves, use "
+                    "signax.freeze() instead of optax.set_to_zero(), or freeze after the vote"
                 )
 
 
@@ -238,15 +263,24 @@ def _check_param_specs(specs: Any, mesh: Mesh, axis_name: Hashable) -> None:
                 raise ValueError(f"{name}={spec} names {axis!r}; the mesh has {mesh.axis_names}")
 
 
+def state_leaves(state: Any, layout: Layout) -> list[Any]:
+    """The leaves of a state. Raises if the state belongs to other parameters."""
+    if jax.tree.structure(state) == layout.structure:
+        return jax.tree.leaves(state)
+    paths = [leaf.path for leaf in layout.leaves]
+    leaves = leaves_by_path(state, paths)
+    if leaves is None:
+        raise ValueError(
+            "state and params do not belong together: of the state, "
+            f"{first_difference(state, paths)}, unlike the state of these params. Make it with "
+            "init on the same parameters"
+        )
+    return leaves
+
+
 def rows_in(state: Any, layout: Layout, num_workers: int) -> int:
     """The number of workers that a state has rows for; `num_workers` if it has no rows."""
-    structure = jax.tree.structure(state)
-    if structure != layout.structure:
-        raise ValueError(
-            f"state and params do not belong together: state is {structure}, but these params have "
-            f"the state {layout.structure}; make it with init on the same parameters"
-        )
-    for array, leaf in zip(jax.tree.leaves(state), layout.leaves, strict=True):
+    for array, leaf in zip(state_leaves(state, layout), layout.leaves, strict=True):
         if leaf.per_worker:
             shape = jnp.shape(array)
             if not shape or shape[1:] != leaf.shape:
@@ -264,7 +298,7 @@ def check_state(state: Any, layout: Layout, num_workers: int) -> None:
             f"state{path} has rows for {rows} workers, but there are {num_workers}: "
             f"DataParallel.resize(state, params) makes a state of {num_workers}"
         )
-    for array, leaf in zip(jax.tree.leaves(state), layout.leaves, strict=True):
+    for array, leaf in zip(state_leaves(state, layout), layout.leaves, strict=True):
         expected = (num_workers, *leaf.shape) if leaf.per_worker else leaf.shape
         if jnp.shape(array) != expected:
             raise _wrong_shape(leaf, jnp.shape(array), expected)

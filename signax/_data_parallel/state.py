@@ -11,6 +11,8 @@ of two. State for which that is wrong has a method `resized`.
 """
 
 import math
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,19 +20,105 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from signax._core.checks import check_count
+from signax._core.checks import check_count, check_mode, check_transformation
 from signax._core.leaves import mean, wide_dtype
-from signax._data_parallel import mapped
-from signax._data_parallel.layout import Layout, Leaf
-from signax._data_parallel.placement import Layouts, check_state, rows_in
+from signax._data_parallel import inner, mapped, norms
+from signax._data_parallel.boxes import add_row_axis
+from signax._data_parallel.eager import Programs
+from signax._data_parallel.layout import Layout, Leaf, PerWorker, find_layout
+from signax._data_parallel.pinned import (
+    OnWrongSharding,
+    has_auto_axes,
+    report_rows,
+    watch_params,
+    watch_update,
+)
+from signax._data_parallel.placement import Layouts, Workers, check_state, rows_in, state_leaves
 
 
-class StateOnMesh(mapped.Aggregator):
-    """The methods of `DataParallel` that are about its state alone."""
+class StateOnMesh(inner.Aggregator):
+    """What `DataParallel` is made from, and its methods that are about a state alone."""
 
     mesh: Mesh
+    axis_name: Hashable
     num_workers: int
     _layout: Layouts
+    tx: optax.GradientTransformationExtraArgs
+    param_specs: Any
+    local: optax.GradientTransformation | None
+    _name: str
+    _workers: Workers
+    _map_update: Callable[..., Any]
+    _compiled_update: Callable[..., Any]
+    _compiled_norm: Callable[..., norms.GradNorm]
+    _programs: Programs
+    _watch: Callable[..., Any] | None
+
+    def __new__(
+        cls,
+        tx: optax.GradientTransformation,
+        mesh: Mesh,
+        axis_name: Hashable = "data",
+        *,
+        param_specs: Any = None,
+        local: optax.GradientTransformation | None = None,
+        per_worker: PerWorker | None = None,
+        on_wrong_sharding: OnWrongSharding = "raise",
+    ):
+        check_transformation("tx", tx)
+        check_mode("on_wrong_sharding", on_wrong_sharding, ("raise", "warn"))
+        if local is not None:
+            check_transformation("local", local)
+        workers = Workers.find(mesh, axis_name, param_specs)
+
+        init: Any = lambda params: cls.init(self, params)  # noqa: E731
+        update: Any = lambda *args, **kwargs: cls.update(self, *args, **kwargs)  # noqa: E731
+        self = super().__new__(cls, init, update)  # pyright: ignore[reportCallIssue]
+        self._name = getattr(tx.update, "__qualname__", repr(tx)).split(".")[0]
+        self.tx = inner.with_extra_args(tx)
+        self.local = local
+        if local is not None:
+            self.tx = inner.with_local_state(local, self.tx)
+            per_worker = inner.own_local_state(per_worker)
+        self.mesh = mesh
+        self.axis_name = axis_name
+        self.num_workers = workers.num_workers
+        self.param_specs = param_specs
+        self._workers = workers
+        find = partial(find_layout, self.tx, mesh, axis_name, per_worker)
+        self._layout = Layouts(workers, find)
+        report = partial(report_rows, workers, on_wrong_sharding)
+        self._map_update = watch_update(
+            partial(mapped.map_update, self.tx, workers, self._layout, report),
+            workers,
+            self._layout,
+            on_wrong_sharding,
+        )
+        self._compiled_update = jax.jit(self._map_update, static_argnums=5)
+        self._compiled_norm = jax.jit(partial(norms.grad_norm, workers))
+        self._programs = Programs()
+        self._watch = None
+        if has_auto_axes(workers):
+            self._watch = partial(watch_params, workers=workers, mode=on_wrong_sharding)
+        return self
+
+    def __repr__(self):
+        workers = f"axis_name={self.axis_name!r}, num_workers={self.num_workers}"
+        return f"DataParallel({self._name}(...), {workers})"
+
+    def _replace(self, **kwargs: Any):
+        raise TypeError(f"cannot replace {', '.join(kwargs)}: make another DataParallel(tx, mesh)")
+
+    def __copy__(self, memo: Any = None):
+        return self  # it is immutable; a tuple's own way would call __new__ with two functions
+
+    __deepcopy__ = __copy__
+
+    def __reduce_ex__(self, protocol: Any):
+        raise TypeError(
+            "DataParallel cannot be pickled: its mesh holds devices of this process. Pickle what "
+            "it is made from, and make another one where it is loaded"
+        )
 
     def state_shardings(self, params: optax.Params) -> Any:
         """The shardings of the state of `params`, for `out_shardings` and for checkpoints.
@@ -83,7 +171,8 @@ class StateOnMesh(mapped.Aggregator):
             shape = (wanted, *leaf.shape) if leaf.per_worker else leaf.shape
             return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
 
-        return layout.structure.unflatten(map(abstract, layout.leaves))
+        state = layout.structure.unflatten(map(abstract, layout.leaves))
+        return self._boxed(state, layout)
 
     def resize(self, state: Any, params: optax.Params, num_workers: int | None = None) -> Any:
         """Make a state for another number of workers, outside of `jax.jit`.
@@ -119,7 +208,14 @@ class StateOnMesh(mapped.Aggregator):
         had = rows_in(state, self._layout(params), self.num_workers)
         before, after = self._layout(params, had), self._layout(params, wanted)
         check_state(state, before, had)
-        return resize_state(state, before, after, self.mesh, wanted)
+        inner = before.structure.unflatten(state_leaves(state, before))
+        resized = resize_state(inner, before, after, self.mesh, wanted)
+        return jax.tree.structure(state).unflatten(jax.tree.leaves(resized))
+
+    def _boxed(self, state: Any, layout: Layout) -> Any:
+        """Name the axis of rows in the boxes of a state, if there are any."""
+        flags = [leaf.per_worker for leaf in layout.leaves]
+        return add_row_axis(state, flags, self.axis_name)
 
     def _wanted(self, num_workers: int | None) -> int:
         if num_workers is not None:

@@ -106,8 +106,9 @@ def scale_by_signum(
             wide = common_dtype(g.dtype, m.dtype)
             return (((1 - beta) * g).astype(wide) + (beta * m).astype(wide)).astype(m.dtype)
 
-        momentum = jax.tree.map(average, updates, state.momentum)
-        direction = jax.tree.map(average, updates, momentum) if nesterov else momentum
+        with jax.named_scope("signax.momentum"):
+            momentum = jax.tree.map(average, updates, state.momentum)
+            direction = jax.tree.map(average, updates, momentum) if nesterov else momentum
         if warmup_steps:
             filling = state.count < warmup_steps
             direction = jax.tree.map(
@@ -230,14 +231,16 @@ def error_feedback(
         check_floating(updates)
         check_alike("updates", updates, "state.error", state.error)
         rate = current_rate(learning_rate, state.count)
-        memory = in_units_of(rate, state.error)
-        corrected = jax.tree.map(partial(add_memory, decay=decay), updates, memory)
+        with jax.named_scope("signax.momentum"):
+            memory = in_units_of(rate, state.error)
+            corrected = jax.tree.map(partial(add_memory, decay=decay), updates, memory)
         compressed, inner_state = compressor.update(
             corrected, state.inner_state, params, **extra_args
         )
         emitted = jax.tree.map(lambda g, u: narrow(u, g.dtype), updates, compressed)
-        left = jax.tree.map(lambda p, u: p - u.astype(p.dtype), corrected, emitted)
-        error = in_gradient_units(rate, left, memory, state.error)
+        with jax.named_scope("signax.momentum"):
+            left = jax.tree.map(lambda p, u: p - u.astype(p.dtype), corrected, emitted)
+            error = in_gradient_units(rate, left, memory, state.error)
         count = optax.safe_increment(state.count)
         return emitted, ErrorFeedbackState(error=error, inner_state=inner_state, count=count)
 
@@ -278,6 +281,7 @@ def checked(
     Leaves must be floating-point, the state's field `memory` must be a tree like the updates, and
     updates keep their dtypes.
     """
+    update = inner.update if memory is None else jax.named_scope("signax.momentum")(inner.update)
 
     def init_fn(params: optax.Params):
         if memory is not None:
@@ -290,7 +294,7 @@ def checked(
         if memory is not None:
             check_alike("updates", updates, f"state.{memory}", getattr(state, memory))
         with jax.numpy_dtype_promotion("standard"):  # Optax lets JAX promote
-            new_updates, state = inner.update(updates, state, params)
+            new_updates, state = update(updates, state, params)
         return optax.tree.cast_like(new_updates, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

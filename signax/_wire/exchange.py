@@ -170,6 +170,7 @@ def _message_specs(group: ShardingGroup, codec: Codec, route: Route) -> Any:
     return PartitionSpec(None, flat) if codec.by_server else PartitionSpec(flat)
 
 
+@jax.named_scope("signax.pack")
 def _encode_group(
     group: ShardingGroup, leaves: Leaves, codec: Codec, route: Route, worker: Worker
 ) -> Encoded:
@@ -185,9 +186,8 @@ def _encode_group(
 
     in_specs = Leaves(group.specs, group.specs), PartitionSpec()
     residual = group.specs if codec.has_residual else []
-    out_specs = Encoded(
-        _message_specs(group, codec, route), PartitionSpec(group.axes or None), residual
-    )
+    message_specs = _message_specs(group, codec, route)
+    out_specs = Encoded(message_specs, PartitionSpec(group.axes or None), residual)
     return _on_blocks(encode, group.axes, in_specs, out_specs)(leaves, worker.coin)
 
 
@@ -226,25 +226,21 @@ def _settle_group(
     ):
         if route.transport == "sum":
             sums = _sum(message, header, route.axis_name)
-            updates, counts = cast(Summable, codec).decode_sums(sums, message, leaves)
+            with jax.named_scope("signax.unpack"):
+                updates, counts = cast(Summable, codec).decode_sums(sums, message, leaves)
             verdict = jnp.stack([sums.voters, sums.dead])
             return _Result(updates, verdict[None], [count[None] for count in counts], memory)
-        combine = partial(codec.combine, context=Context(leaves, worker, memory))
+        combine = jax.named_scope("signax.count")(codec.combine)
+        combine = partial(combine, context=Context(leaves, worker, memory))
         reply = send(message, header, codec, route, combine, position[0])
         # A worker that does not take part reads the counts of another one, and ignores them.
         counts = [count[:, worker_of(header)][None] for count in reply.counts]
         verdict = jnp.stack([reply.header >> 1, reply.header & 1])
-        return _Result(codec.decode(reply, leaves), verdict[None], counts, reply.memory)
+        updates = jax.named_scope("signax.unpack")(codec.decode)(reply, leaves)
+        return _Result(updates, verdict[None], counts, reply.memory)
 
     message_specs = _message_specs(group, codec, route)
-    in_specs = (
-        Leaves(group.specs, group.specs),
-        message_specs,
-        whole,
-        whole,
-        position_spec,
-        whole,
-    )
+    in_specs = (Leaves(group.specs, group.specs), message_specs, whole, whole, position_spec, whole)
     out_specs = _Result(group.specs, flat, flat, whole)
     function = _on_blocks(settle, (*group.axes, *split), in_specs, out_specs)
     return function(leaves, message, header, worker, position, memory)
@@ -298,6 +294,7 @@ def send(
     return _collect(ask_server(rows, header, route.axis_name, combine), route.axis_name, words)
 
 
+@jax.named_scope("signax.pack")
 def _pad(plane: Array, words: int) -> Array:
     return jnp.pad(plane, (0, words - plane.size))
 
@@ -307,9 +304,9 @@ def ask_server(
 ) -> Reply:
     """Send row k to server k, and return the reply of this worker as a server."""
     sealed = seal(rows, header)
-    # Under vmap a tiled all_to_all needs a batched operand. The header, which holds the sender's
-    # index, makes it one.
-    received = lax.all_to_all(sealed, axis_name, 0, 0, tiled=True)
+    # Under vmap a tiled all_to_all needs a batched operand: the sender's header makes it one.
+    with jax.named_scope("signax.exchange"):
+        received = lax.all_to_all(sealed, axis_name, 0, 0, tiled=True)
     return combine(received, [row.shape[1] for row in rows])
 
 
@@ -318,20 +315,22 @@ def _collect(reply: Reply, axis_name: Hashable, words: int | None = None) -> Rep
 
     JAX types the result as the same on every worker, which the reply of one server is not.
     """
-    rows = [plane[None] for plane in reply.planes]
-    rows += [count.reshape(1, -1) for count in reply.counts]
+    rows = [plane[None] for plane in reply.planes] + [n.reshape(1, -1) for n in reply.counts]
     sealed = seal(rows, reply.header)  # the header is 0 without voters
-    fields, headers = unseal(gather(sealed[0], axis_name), [row.shape[1] for row in rows])
-    planes, added = fields[: len(reply.planes)], fields[len(reply.planes) :]
-    if words is not None:
-        planes = [plane.reshape(-1)[:words] for plane in planes]
-    counts = [
-        jnp.sum(count, axis=0).reshape(one.shape)
-        for count, one in zip(added, reply.counts, strict=True)
-    ]
+    received = gather(sealed[0], axis_name)
+    with jax.named_scope("signax.unpack"):
+        fields, headers = unseal(received, [row.shape[1] for row in rows])
+        planes, added = fields[: len(reply.planes)], fields[len(reply.planes) :]
+        if words is not None:
+            planes = [plane.reshape(-1)[:words] for plane in planes]
+        counts = [
+            jnp.sum(count, axis=0).reshape(one.shape)
+            for count, one in zip(added, reply.counts, strict=True)
+        ]
     return Reply(planes, headers[0], counts, reply.memory)
 
 
+@jax.named_scope("signax.exchange")
 def gather(array: Array, axis_name: Hashable) -> Array:
     """Stack the workers' arrays, [...] to [M, ...]; replicated by type where types can tell."""
     if varies(array, axis_name):
@@ -342,6 +341,7 @@ def gather(array: Array, axis_name: Hashable) -> Array:
     return array.reshape(-1, *shape)
 
 
+@jax.named_scope("signax.exchange")
 def _sum(integers: Sequence[Array], header: Array, axis_name: Hashable) -> Sums:
     """Sum integer ballots of -1, 0 and +1 of any shape."""
     counted = [jnp.where(header > 0, integer, 0) for integer in integers]

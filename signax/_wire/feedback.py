@@ -175,7 +175,8 @@ def exchange_with_memory(
         )
     values = tree
     if memory.worker is not None:
-        values = jax.tree.map(partial(add_memory, decay=codec.decay), tree, memory.worker)
+        with jax.named_scope("signax.momentum"):
+            values = jax.tree.map(partial(add_memory, decay=codec.decay), tree, memory.worker)
     outcome = exchange(
         values,
         codec,
@@ -190,10 +191,11 @@ def exchange_with_memory(
     structure = jax.tree.structure(tree)
     if memory.worker is not None:
         kept = jax.tree.leaves(memory.worker)
-        left = [
-            jnp.where(outcome.participates, new, old)
-            for new, old in zip(outcome.residual, kept, strict=True)
-        ]
+        with jax.named_scope("signax.momentum"):
+            left = [
+                jnp.where(outcome.participates, new, old)
+                for new, old in zip(outcome.residual, kept, strict=True)
+            ]
         memory = memory._replace(worker=structure.unflatten(left))
     if memory.server is not None:
         memory = memory._replace(server=structure.unflatten(outcome.memory))

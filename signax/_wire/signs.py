@@ -289,7 +289,7 @@ class Majority(_Signs):
     def decode_sums(
         self, sums: Sums, integers: Sequence[Array], leaves: Leaves
     ) -> tuple[list[Array], list[Array]]:
-        totals = sums.totals[: len(leaves.like)]
+        totals = [n.reshape(like.shape) for n, like in zip(sums.totals, leaves.like, strict=False)]
         if self.rules.planes == 2:
             bits = [[total > 0, total < 0] for total in totals]
         else:

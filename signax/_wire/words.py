@@ -7,6 +7,7 @@ sum, least significant first. One bitwise operation then works on 32 coordinates
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -175,6 +176,7 @@ class Headers(NamedTuple):
     dead: UInt32[Array, ""]
 
 
+@jax.named_scope("signax.pack")
 def make_header(
     worker: UInt32[Array, ""],
     coin: UInt32[Array, ""],
@@ -280,6 +282,7 @@ def choose_transport(up: int, down: int, num_workers: int) -> Literal["packed", 
     return "gather" if more <= GATHER_WORDS else "packed"
 
 
+@jax.named_scope("signax.pack")
 def seal(
     planes: Sequence[UInt32[Array, "n _"]], header: UInt32[Array, ""]
 ) -> UInt32[Array, "n rows 128"]:

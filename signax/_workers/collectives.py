@@ -299,15 +299,18 @@ def pvote_scatter(
         return structure.unflatten([jnp.zeros(part.shape, part.dtype) for part in parts])
     worker = codec.worker(axis_name, step, None)
     rows = [leaf.reshape(shape) for leaf, (shape, _) in zip(leaves, shapes, strict=True)]
-    encoded = jax.vmap(
-        lambda values: codec.encode(Leaves(values, values), worker.coin, ()),
-        in_axes=([dimensions[n] for n in nonempty],),
-    )([rows[n] for n in nonempty])  # planes of u32[M, words], bool[M]
+    with jax.named_scope("signax.pack"):
+        encoded = jax.vmap(
+            lambda values: codec.encode(Leaves(values, values), worker.coin, ()),
+            in_axes=([dimensions[n] for n in nonempty],),
+        )([rows[n] for n in nonempty])  # planes of u32[M, words], bool[M]
     participates = take_part(jnp.all(encoded.finite), active)
     header = make_header(worker.index, worker.coin, worker.tie, participates)
-    combine = partial(codec.combine, context=Context(Leaves([], []), worker, []))
+    combine = jax.named_scope("signax.count")(codec.combine)
+    combine = partial(combine, context=Context(Leaves([], []), worker, []))
     reply = ask_server(encoded.message, header, axis_name, combine)
-    return structure.unflatten(codec.decode(reply, Leaves([], parts)))
+    with jax.named_scope("signax.unpack"):
+        return structure.unflatten(codec.decode(reply, Leaves([], parts)))
 
 
 def _scatter_dimensions(tree: Any, scatter_dimension: Any, num_workers: int) -> list[int]:

@@ -249,15 +249,18 @@ def _update_mean(
 ) -> tuple[Any, MeanScaledSignsState, jax.Array]:
     """The common update, the new state, and whether this worker's updates are finite."""
     rate = current_rate(options.learning_rate, state.count)
-    before = in_units_of(rate, state.memory)
+    with jax.named_scope("signax.momentum"):
+        before = in_units_of(rate, state.memory)
     codec = make_scaled(options.make, options.axis_name, before, options.block, options.decay)
     specs = extras.specs(updates)
     outcome, left = exchange_with_memory(
         updates, codec, options.axis_name, before, step=state.count, active=active, specs=specs
     )
+    with jax.named_scope("signax.momentum"):
+        memory = in_gradient_units(rate, left, before, state.memory)
     state = MeanScaledSignsState(
         optax.safe_increment(state.count),
-        in_gradient_units(rate, left, before, state.memory),
+        memory,
         next_participation(state.participation, outcome.voters, outcome.participates),
     )
     return outcome.updates, state, outcome.finite
@@ -293,7 +296,8 @@ def averaged(
         directions, new_state = momentum.update(updates, old_state)
         marked = mark_nonfinite(directions, updates, new_state)
         updates, mean_state, finite = _update_mean(marked, mean_state, options, active, signax)
-        momentum_state = hold(take_part(finite, elsewhere), old_state, new_state)
+        with jax.named_scope("signax.momentum"):
+            momentum_state = hold(take_part(finite, elsewhere), old_state, new_state)
         return updates, (momentum_state, mean_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

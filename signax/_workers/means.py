@@ -179,7 +179,8 @@ def _mean_of_participants(
     share = power_below(lax.axis_size(axis_name))
     # A select, since the product of an infinity and zero is NaN.
     counted = [jnp.where(participates, leaf * share, 0) for leaf in wide]
-    sums, voters = lax.psum((counted, participates.astype(jnp.float32)), axis_name)
+    with jax.named_scope("signax.exchange"):
+        sums, voters = lax.psum((counted, participates.astype(jnp.float32)), axis_name)
     divisor = jnp.maximum(voters, 1) * share
     means = [total / divisor.astype(total.dtype) for total in sums]
     means = [mean.astype(leaf.dtype) for mean, leaf in zip(means, leaves, strict=True)]

@@ -308,7 +308,8 @@ def voted(signs: optax.GradientTransformation, vote: Vote) -> optax.GradientTran
             signax.specs(updates),
             like=updates,
         )
-        new_state = hold(take_part(outcome.finite, elsewhere), old_state, new_state)
+        with jax.named_scope("signax.momentum"):
+            new_state = hold(take_part(outcome.finite, elsewhere), old_state, new_state)
         return outcome.updates, (new_state, _next_state(vote_state, outcome, vote))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -331,8 +332,7 @@ def own_updates(axis_name: Hashable) -> optax.GradientTransformation:
 def _in_slabs(updates: Any, state: Any, param_specs: Any) -> tuple[Any, Any]:
     """View updates, and state of their shapes, in slabs where the view costs nothing.
 
-    The barriers keep XLA from seeing that the arrays are the same, and from moving the reshape
-    behind the computation.
+    The barriers hide from XLA that the arrays are equal, and keep the reshape before the rest.
     """
     specs = specs_like(updates, param_specs)
     is_like = is_like_tree(updates)

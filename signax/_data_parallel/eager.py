@@ -1,0 +1,60 @@
+"""Functions that are called outside `jax.jit`, compiled once for each program."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+_LARGEST_NUMBER = 64
+
+
+class Programs:
+    """Compiled programs of functions of arrays, found by their text.
+
+    A function is traced at every call, which takes milliseconds, so it may read other Python values
+    than before. `jax.jit` would go on with the old values.
+    """
+
+    def __init__(self):
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function, and compile it if no earlier call had the same program."""
+
+        def of_all_workers(*arguments: Any):  # jax.jit knows no other call of this function
+            return function(*arguments)
+
+        jitted = jax.jit(of_all_workers)
+        if jax.config.jax_disable_jit or jax.config.jax_debug_nans or jax.config.jax_debug_infs:
+            return jitted(*arguments)  # it runs operations one by one, which a program cannot
+        lowered = jitted.lower(*arguments)
+        text = lowered.as_text()
+        if "callback" in text:  # the text does not say which function it calls
+            return lowered.compile()(*arguments)
+        key = hashlib.sha256(text.encode()).digest(), lowered.in_tree, lowered.out_tree
+        compiled = self._compiled.pop(key, None)
+        if compiled is None:
+            compiled = lowered.compile()
+        self._compiled[key] = compiled  # the last used program comes last
+        if len(self._compiled) > _LARGEST_NUMBER:
+            del self._compiled[next(iter(self._compiled))]
+        return compiled(*arguments)
+
+
+def static_arguments(extra_args: dict[str, Any]) -> tuple[tuple[str, Any], ...] | None:
+    """The arguments that `jax.jit` cannot trace; `None` if it cannot hash them either."""
+    kinds = jax.Array, np.ndarray, np.number, np.bool_, float
+    others = tuple(
+        [
+            (name, value)
+            for name, value in extra_args.items()
+            if not all(isinstance(leaf, kinds) for leaf in jax.tree.leaves(value))
+        ]
+    )
+    try:
+        hash(others)
+    except TypeError:
+        return None
+    return others
