@@ -8,6 +8,9 @@ PYTHONS := $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 
         done 2>/dev/null | sort -n -u -k1,1 | cut -d" " -f2)
 PYTHON ?= $(lastword $(PYTHONS))
 OLDEST_PYTHON ?= $(firstword $(PYTHONS))
+# The pins of the trainers were tried on Python 3.12 only.
+INTEGRATIONS_PYTHON ?= $(firstword $(shell for p in $(PYTHONS); do "$$p" -c 'import sys; \
+        sys.version_info[:2] == (3, 12) and print(sys.executable)'; done))
 
 # pyproject.toml's lower bounds, as exact versions.
 OLDEST = $(shell sed -n '/^dependencies/,/^]/s/.*"\(.*\)>=\(.*\)".*/\1==\2/p' pyproject.toml)
@@ -19,7 +22,7 @@ QUICK = not slow and not thorough
 UNOPTIMISED = XLA_FLAGS=--xla_backend_optimization_level=0
 unexport PYTHONDONTWRITEBYTECODE  # pytest rewrites every module again where it cannot be stored
 
-.PHONY: help demo docs notebooks test test-all test-rest lint test-shapes test-thorough test-slow test-docs \
+.PHONY: help demo docs integrations notebooks test test-all test-rest lint test-shapes test-thorough test-slow test-docs \
 	test-oldest test-accelerators mutants clean
 
 help:  ## show this list
@@ -75,11 +78,15 @@ test-accelerators: .venv-accelerators/accelerators  ## compile for TPU pods and 
 	JAX_PLATFORMS=cpu SIGNAX_ACCELERATORS=1 .venv-accelerators/bin/python -m pytest -q \
 		tests/test_accelerators.py
 
+integrations: .venv-integrations/integrations  ## run the recipes for MaxText, Tunix and Flax
+	.venv-integrations/bin/python examples/integrations/run.py
+
 mutants: .venv/test  ## break the library on purpose, and see whether `make test` notices
 	$(UNOPTIMISED) .venv/bin/python tests/mutants.py
 
 clean:  ## remove the environments and every cache
-	rm -rf .venv .venv-oldest .venv-accelerators .pytest_cache .ruff_cache .hypothesis docs/_build docs/notebooks
+	rm -rf .venv .venv-oldest .venv-accelerators .venv-integrations docs/_build docs/notebooks
+	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find signax tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp says that its environment holds what pyproject.toml asks for.
@@ -95,7 +102,14 @@ clean:  ## remove the environments and every cache
 	.venv-accelerators/bin/python $(PIP_INSTALL) --editable ".[accelerators]"
 	@touch $@
 
+.venv-integrations/integrations: .venv-integrations/pyvenv.cfg pyproject.toml \
+		examples/integrations/requirements.txt
+	.venv-integrations/bin/python $(PIP_INSTALL) --editable . \
+		--requirement examples/integrations/requirements.txt
+	@touch $@
+
 .venv/pyvenv.cfg .venv-accelerators/pyvenv.cfg: INTERPRETER = $(PYTHON)
+.venv-integrations/pyvenv.cfg: INTERPRETER = $(INTEGRATIONS_PYTHON)
 .venv-oldest/pyvenv.cfg: INTERPRETER = $(OLDEST_PYTHON)
 %/pyvenv.cfg:
 	$(if $(INTERPRETER),,$(error no Python of 3.11 to 3.14 runs here: make PYTHON=/path/to/python))

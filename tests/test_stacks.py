@@ -275,6 +275,24 @@ def test_a_state_that_lies_nowhere_yet_is_accepted():
     assert optax.tree.get(state, "momentum")["w"].sharding.spec[0] == "data"
 
 
+def test_axes_of_one_device_may_be_pinned_anywhere():
+    shape, axes = (4, 2, 1), ("data", "fsdp", "model")
+    types, devices = (AxisType.Auto,) * 3, jax.devices()[:8]
+    mesh = jax.make_mesh(shape, axes, axis_types=types, devices=devices)
+    tx = signum(mesh, {"w": PartitionSpec(None, "fsdp")})
+    spec = PartitionSpec("model", "fsdp")
+    params = {"w": jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, spec))}
+
+    def pin(leaf):
+        is_momentum = leaf.ndim == 3
+        return NamedSharding(mesh, PartitionSpec("data", *spec)) if is_momentum else leaf.sharding
+
+    state = tx.init(params)
+    state = jax.device_put(state, jax.tree.map(pin, state))
+    updates, _ = jax.jit(tx.update)({"w": jnp.ones((4, 8, 4))}, state, params)
+    assert (updates["w"] == -0.01).all()
+
+
 def test_one_worker_may_be_pinned_anywhere():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     tx = signum(mesh)

@@ -69,6 +69,7 @@ def train(config):
         batch = images[own], labels[own]
         batch = tuple(jax.make_array_from_process_local_data(split, leaf) for leaf in batch)
         params, state, loss = step(params, state, batch)
+        jax.block_until_ready(loss)  # simulated devices may not run many steps ahead
         if (number + 1) % 50 == 0:
             ray.train.report({"step": number + 1, "loss": float(loss)})  # in every process
     return {"loss": float(loss), "workers": jax.device_count()}

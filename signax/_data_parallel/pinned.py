@@ -115,11 +115,12 @@ def has_auto_axes(workers: Workers) -> bool:
 
 def report_rows(workers: Workers, mode: OnWrongSharding, leaf: Leaf, spec: Spec) -> None:
     """Report rows that do not lie along the workers' axis, or not like the parameter inside."""
-    wanted = [set(entry_axes(entry)) for entry in leaf.sharding.spec]
+    cut = {axis for axis, size in workers.mesh.shape.items() if size > 1}
+    wanted = [cut & {*entry_axes(entry)} for entry in leaf.sharding.spec]
     wanted += [set[Hashable]()] * (len(spec) - len(wanted))
-    rows = set(axis_names(workers.axis_name)) <= set(spec[0])
-    alike = workers.param_specs is None or [*map(set, spec[1:])] == wanted[1:]
-    if rows and alike:
+    found = [cut & {*axes} for axes in spec]
+    rows = cut & {*axis_names(workers.axis_name)} <= found[0]
+    if rows and (workers.param_specs is None or found[1:] == wanted[1:]):
         return
     moved = "gather the rows of all workers"
     if rows:

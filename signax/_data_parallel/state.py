@@ -71,9 +71,12 @@ class StateOnMesh(inner.Aggregator):
             check_transformation("local", local)
         workers = Workers.find(mesh, axis_name, param_specs)
 
-        init: Any = lambda params: cls.init(self, params)  # noqa: E731
-        update: Any = lambda *args, **kwargs: cls.update(self, *args, **kwargs)  # noqa: E731
-        self = super().__new__(cls, init, update)  # pyright: ignore[reportCallIssue]
+        own: Any = cls  # methods, which a subclass of a named tuple of functions may have
+        self = super().__new__(
+            cls,
+            lambda params: own.init(self, params),
+            lambda *args, **kwargs: own.update(self, *args, **kwargs),
+        )
         self._name = getattr(tx.update, "__qualname__", repr(tx)).split(".")[0]
         self.tx = inner.with_extra_args(tx)
         self.local = local
