@@ -42,7 +42,7 @@ ANSWERS = {
     "resize workers": "checkpoints",
     "machine dies": "faults",
     "NaN": "faults",
-    "tuned AdamW loss": "performance",
+    "language model loss": "performance",
     "clipping accumulation": "training_loops",
 }
 
