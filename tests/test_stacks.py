@@ -158,7 +158,10 @@ def test_a_linen_step_with_pinned_shardings_sends_one_bit(name, boxes, shardings
 @pytest.mark.parametrize("name", MESHES)
 def test_rows_pinned_like_parameters_are_an_error(name):
     mesh = make_mesh(name, AxisType.Auto)
-    message = r"state.*momentum.* is pinned to .*, but its rows lie as .*'data'.*state_shardings"
+    message = (
+        r"state.*momentum.* is pinned to .*, but its rows lie as .*'data'.*gather the rows of all "
+        r"workers, [\d,]+ bytes, at every step.*state_shardings"
+    )
     with pytest.raises(ValueError, match=message):
         linen_step(mesh, boxes=False, shardings_of=like_parameters)
 

@@ -41,7 +41,6 @@ class DataParallel(StateOnMesh):
         `jax.tree_util.keystr` writes it) and of its `jax.ShapeDtypeStruct` on one worker. True
         gives each worker a copy. False shares one (JAX rejects a shared leaf that differs). None
         keeps the layout.
-
       on_wrong_sharding: `"raise"` an error, or `"warn"`, if a jitted step takes rows of the state
         that are pinned to another sharding than :meth:`state_shardings` has, or parameters that are
         sharded without `param_specs`. XLA would gather them at every step.

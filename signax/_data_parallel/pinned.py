@@ -122,14 +122,12 @@ def report_rows(workers: Workers, mode: OnWrongSharding, leaf: Leaf, spec: Spec)
     rows = cut & {*axis_names(workers.axis_name)} <= found[0]
     if rows and (workers.param_specs is None or found[1:] == wanted[1:]):
         return
-    moved = "gather the rows of all workers"
-    if rows:
-        moved = "reshard the rows"
     size = (workers.num_workers - 1) * int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+    moved = "reshard the rows" if rows else f"gather the rows of all workers, {size:,} bytes,"
     _report(
         mode,
         f"state{leaf.path} is pinned to {_written(spec)}, but its rows lie as "
-        f"{leaf.sharding.spec}: XLA would {moved} at every step, {size:,} bytes. Pin the state to "
+        f"{leaf.sharding.spec}: XLA would {moved} at every step. Pin the state to "
         "DataParallel.state_shardings(params)",
     )
 
