@@ -2,12 +2,10 @@
 
 A training stack may infer the shardings of the optimiser state from the parameters and pin them.
 Rows then lie on every device, and XLA gathers them in full precision at every step. Under Explicit
-axes the type of an array shows its sharding. Under Auto axes only the arguments of the compiled
-program do, so a primitive that returns its operand looks at them while it is lowered. It leaves no
-trace in the program.
+axes the types of old rows show their shardings. Only the lowered program shows those of new rows,
+and of all rows under Auto axes.
 """
 
-import re
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -15,79 +13,42 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.extend.core import Primitive
-from jax.extend.mlir import ir
-from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
 from signax._core.leaves import axis_names, entry_axes, spec_axes
-from signax._data_parallel.layout import Layout, Leaf
+from signax._data_parallel.layout import Leaf
 from signax._data_parallel.placement import Layouts, Workers, state_leaves
+from signax._data_parallel.watching import End, Spec, watch
 
 OnWrongSharding = Literal["raise", "warn"]
 
-Spec = Sequence[tuple[Hashable, ...]]
-Check = Callable[[Spec], None]
-
-_watch_p = Primitive("signax_watch_sharding")
-
-
-def watch(array: jax.Array, check: Check) -> jax.Array:
-    """Return an array, and call `check` with its spec if it is an argument of a jitted function.
-
-    `check` is called when the function is lowered. It gets the mesh axes of each dimension. It is
-    not called for arguments whose sharding XLA may choose, nor for results of other operations.
-    """
-    return _watch_p.bind(array, check=check)
-
-
-def _lower(context: mlir.LoweringRuleContext, value: Any, *, check: Check) -> list[Any]:
-    del context
-    spec = _argument_spec(value)
-    if spec is not None:
-        check(spec)
-    return [value]
-
-
-def _argument_spec(value: Any) -> Spec | None:
-    """The spec of an argument of the compiled program, from its attribute of Shardy's dialect."""
-    if not isinstance(value, ir.BlockArgument):
-        return None
-    attributes = getattr(value.owner.owner, "arg_attrs", None)
-    if attributes is None or "sdy.sharding" not in attributes[value.arg_number]:
-        return None
-    text = str(attributes[value.arg_number]["sdy.sharding"])
-    dimensions = re.search(r">?, \[(.*?)\]", text)
-    if dimensions is None or "?" in dimensions[1]:
-        return None  # XLA may shard it further
-    return [tuple(re.findall(r'"([^"]+)"', axes)) for axes in re.findall(r"{(.*?)}", dimensions[1])]
+Pins = Sequence[Spec | None]
 
 
 def watch_update(
     update: Callable[..., Any], workers: Workers, layout_of: Layouts, mode: OnWrongSharding
 ) -> Callable[..., Any]:
-    """Let an update of rows report wrong shardings over Auto axes."""
+    """Let an update report wrong shardings of its rows, old and new."""
 
     def watched(updates: Any, state: Any, params: Any, *arguments: Any) -> tuple[Any, Any]:
         layout = layout_of(workers.params_like(updates) if params is None else params)
-        leaves = _watch_rows(state_leaves(state, layout), layout, workers, mode)
-        state = jax.tree.structure(state).unflatten(leaves)
-        return update(updates, state, watch_params(params, workers, mode), *arguments)
 
-    return watched if has_auto_axes(workers) else update
+        def watch_rows(state: Any, end: End, check: Callable[..., None]) -> Any:
+            leaves = [
+                watch(array, end, partial(check, workers, mode, leaf))
+                if leaf.per_worker and isinstance(array, jax.Array) and array.size
+                else array
+                for array, leaf in zip(state_leaves(state, layout), layout.leaves, strict=True)
+            ]
+            return jax.tree.structure(state).unflatten(leaves)
 
+        if has_auto_axes(workers):  # otherwise types show it
+            state = watch_rows(state, "argument", _check_rows)
+            params = watch_params(params, workers, mode)
+        updates, state = update(updates, state, params, *arguments)
+        return updates, watch_rows(state, "result", _check_new_rows)
 
-def _watch_rows(
-    leaves: Sequence[Any], layout: Layout, workers: Workers, mode: OnWrongSharding
-) -> list[Any]:
-    """Return a state's leaves, and report rows that are pinned to a wrong sharding."""
-
-    def watched(array: Any, leaf: Leaf):
-        if not leaf.per_worker or not array.size:
-            return array
-        return _watch(array, partial(report_rows, workers, mode, leaf))
-
-    return [watched(*both) for both in zip(leaves, layout.leaves, strict=True)]
+    return watched if workers.num_workers > 1 else update
 
 
 def watch_params(params: Any, workers: Workers, mode: OnWrongSharding) -> Any:
@@ -97,13 +58,10 @@ def watch_params(params: Any, workers: Workers, mode: OnWrongSharding) -> Any:
 
     def watched(path: Any, array: Any):
         name = f"params{jax.tree_util.keystr(path)}"
-        return _watch(array, partial(_check_param, name, workers, mode))
+        check = partial(_check_param, name, workers, mode)
+        return watch(array, "argument", check) if isinstance(array, jax.Array) else array
 
     return jax.tree.map_with_path(watched, params)
-
-
-def _watch(array: Any, check: Check) -> Any:
-    return watch(array, check) if isinstance(array, jax.Array) else array
 
 
 def has_auto_axes(workers: Workers) -> bool:
@@ -113,36 +71,61 @@ def has_auto_axes(workers: Workers) -> bool:
     )
 
 
-def report_rows(workers: Workers, mode: OnWrongSharding, leaf: Leaf, spec: Spec) -> None:
+def report_rows(
+    workers: Workers, mode: OnWrongSharding, leaf: Leaf, spec: Spec, name: str = "state"
+) -> None:
     """Report rows that do not lie along the workers' axis, or not like the parameter inside."""
-    cut = {axis for axis, size in workers.mesh.shape.items() if size > 1}
-    wanted = [cut & {*entry_axes(entry)} for entry in leaf.sharding.spec]
-    wanted += [set[Hashable]()] * (len(spec) - len(wanted))
-    found = [cut & {*axes} for axes in spec]
-    rows = cut & {*axis_names(workers.axis_name)} <= found[0]
-    if rows and (workers.param_specs is None or found[1:] == wanted[1:]):
+    have_rows, right = _compare(workers, leaf, spec)
+    if right:
         return
     size = (workers.num_workers - 1) * int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-    moved = "reshard the rows" if rows else f"gather the rows of all workers, {size:,} bytes,"
+    moved = "reshard the rows" if have_rows else f"gather the rows of all workers, {size:,} bytes,"
     _report(
         mode,
-        f"state{leaf.path} is pinned to {_written(spec)}, but its rows lie as "
+        f"{name}{leaf.path} is pinned to {_written(spec)}, but its rows lie as "
         f"{leaf.sharding.spec}: XLA would {moved} at every step. Pin the state to "
         "DataParallel.state_shardings(params)",
     )
 
 
-def _check_param(name: str, workers: Workers, mode: OnWrongSharding, spec: Spec) -> None:
+def _compare(workers: Workers, leaf: Leaf, spec: Spec) -> tuple[bool, bool]:
+    """Whether rows lie along the workers' axis, and whether they lie right inside too."""
+    cut = {axis for axis, size in workers.mesh.shape.items() if size > 1}
+    wanted = [cut & {*entry_axes(entry)} for entry in leaf.sharding.spec]
+    wanted += [set[Hashable]()] * (len(spec) - len(wanted))
+    found = [cut & {*axes} for axes in spec]
+    have_rows = cut & {*axis_names(workers.axis_name)} <= found[0]
+    return have_rows, have_rows and (workers.param_specs is None or found[1:] == wanted[1:])
+
+
+def _check_rows(workers: Workers, mode: OnWrongSharding, leaf: Leaf, pins: Pins) -> None:
+    for spec in pins:
+        if spec is not None:
+            report_rows(workers, mode, leaf, spec)
+
+
+def _check_new_rows(workers: Workers, mode: OnWrongSharding, leaf: Leaf, pins: Pins) -> None:
+    """Report new rows, unless the program also returns them right, or as XLA chooses.
+
+    A program may return the rows once more for another purpose, such as a report.
+    """
+    wrong = [spec for spec in pins if spec is not None and not _compare(workers, leaf, spec)[1]]
+    if wrong and len(wrong) == len(pins):
+        report_rows(workers, mode, leaf, wrong[0], "the new state")
+
+
+def _check_param(name: str, workers: Workers, mode: OnWrongSharding, pins: Pins) -> None:
     """Report a parameter that is sharded, though `param_specs` does not say so."""
     shape = workers.mesh.shape
-    hidden = [axis for axis in spec_axes(PartitionSpec(*spec)) if axis not in workers.inside]
-    if any(shape.get(axis, 1) > 1 for axis in hidden):
-        _report(
-            mode,
-            f"{name} is sharded as {_written(spec)}, but param_specs is not given: XLA would "
-            "gather it, and its state would lie whole on every device. Pass param_specs, such as "
-            "jax.tree.map(lambda p: p.sharding.spec, params)",
-        )
+    for spec in pins:
+        axes = [] if spec is None else spec_axes(PartitionSpec(*spec))
+        if spec and any(shape.get(axis, 1) > 1 for axis in axes if axis not in workers.inside):
+            _report(
+                mode,
+                f"{name} is sharded as {_written(spec)}, but param_specs is not given: XLA would "
+                "gather it, and its state would lie whole on every device. Pass param_specs, such "
+                "as jax.tree.map(lambda p: p.sharding.spec, params)",
+            )
 
 
 def _written(spec: Spec) -> PartitionSpec:
@@ -154,10 +137,3 @@ def _report(mode: OnWrongSharding, message: str) -> None:
     if mode == "raise":
         raise ValueError(message)
     warnings.warn(message, stacklevel=2)
-
-
-_watch_p.def_impl(lambda array, *, check: array)
-_watch_p.def_abstract_eval(lambda array, *, check: array)
-mlir.register_lowering(_watch_p, _lower, cacheable=False)
-ad.deflinear2(_watch_p, lambda cotangent, *_, check: [cotangent])
-batching.primitive_batchers[_watch_p] = lambda arrays, axes, *, check: (arrays[0], axes[0])
