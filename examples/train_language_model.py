@@ -62,7 +62,9 @@ sizes = {
 # benchmarks/language_model.py tuned these values. A vote moves every parameter by the whole step
 # size, and needs a smaller step size than AdamW. Error feedback takes gradient descent's step size.
 step_sizes = {"adamw": 8e-3, "signum": 2e-3, "lion": 4e-3, "mixed": 4e-3, "ef": 0.512}
+step_sizes |= {"muon": 1.6e-2, "muon-orthogonal": 3.2e-2, "muon-mean": 1.6e-2}
 momenta = {"adamw": 0.8, "signum": 0.8, "lion": 0.6, "mixed": 0.6, "ef": 0.6}
+momenta |= {"muon": 0.8, "muon-orthogonal": 0.8, "muon-mean": 0.8}
 
 # With every method weights shrink by this share per step, step size times decay.
 shrinkage = 3e-3
@@ -171,6 +173,17 @@ def label(params):
     return jax.tree.map_with_path(of_leaf, params)
 
 
+def matrices(params):
+    """The rows and columns of the matrices that Muon orthogonalises, all but the embeddings."""
+
+    def of_leaf(leaf, kind):
+        if kind == "embedding" or leaf.ndim < 2:
+            return None
+        return optax.contrib.MuonDimensionNumbers()
+
+    return jax.tree.map(of_leaf, params, label(params))
+
+
 def make_optimizer(args, axis):
     """The optimiser of one worker, for workers along a mesh axis."""
     # The step size rises for a tenth of the steps, and falls to zero in the last three tenths: the
@@ -193,9 +206,32 @@ def make_optimizer(args, axis):
         return voted
     if args.method == "mixed":
         return optax.partition({"embedding": averaged, "other": voted}, label)
+    decays = {"b1": args.momentum, "b2": (1 + args.momentum) / 2}  # twice as many steps
     if args.method == "lion":
-        options["b2"] = (1 + args.momentum) / 2  # averages over twice as many steps
-        return signax.lion(schedule, b1=args.momentum, axis_name=axis, **options)
+        return signax.lion(schedule, **decays, axis_name=axis, **options)
+    if args.method in ("muon", "muon-orthogonal"):
+        return signax.muon(
+            schedule,
+            args.momentum,
+            weight_dimension_numbers=matrices,
+            others=optax.scale_by_lion(**decays),
+            after_vote="signs" if args.method == "muon" else "orthogonalize",
+            axis_name=axis,
+            **options,
+        )
+    if args.method == "muon-mean":
+        muon = optax.contrib.muon(
+            schedule,
+            beta=args.momentum,
+            muon_weight_dimension_numbers=matrices,
+            consistent_rms=0.2,
+            adam_b1=args.momentum,
+            adam_b2=0.95,
+            weight_decay=options["weight_decay"],
+            weight_decay_mask=options["mask"],
+            adam_weight_decay=options["weight_decay"],
+        )
+        return optax.chain(signax.average_updates(axis), muon)
     return signax.ef_sign_sgd(schedule, momentum=args.momentum, axis_name=axis, **options)
 
 

@@ -12,6 +12,7 @@ from signax._data_parallel.layout import state_specs
 from signax._data_parallel.norms import GradNorm
 from signax._data_parallel.rules import inner_rules
 from signax._optimizers.means import ef_sign_sgd, ssdm
+from signax._optimizers.muon import MuonMomentumState, muon
 from signax._optimizers.votes import lion, sign_sgd, signum
 from signax._transforms.compressors import (
     ScaleByRandomKState,
@@ -28,6 +29,7 @@ from signax._transforms.memory import (
     error_feedback,
     scale_by_signum,
 )
+from signax._transforms.orthogonal import orthogonalize
 from signax._transforms.participation import (
     Participation,
     hold_if_nonfinite,
@@ -61,6 +63,7 @@ __all__ = [
     "MajorityVoteState",
     "MeanScaledSignsState",
     "MeanSignsState",
+    "MuonMomentumState",
     "Participation",
     "ScaleByRandomKState",
     "ScaleBySignumState",
@@ -80,6 +83,8 @@ __all__ = [
     "mean_quantized",
     "mean_scaled_signs",
     "mean_signs",
+    "muon",
+    "orthogonalize",
     "participation",
     "pmean_quantized",
     "pmean_scaled_signs",

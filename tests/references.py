@@ -223,6 +223,37 @@ def descend(params, directions, learning_rates, weight_decay=0.0):
     return np.array(steps)
 
 
+# Muon: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/), Liu et al. 2025 (arXiv
+# 2502.16982), and its vote: Mishra, Trivedi and Kumar 2026 (arXiv 2605.16311).
+
+
+def polar(matrix, steps=5):
+    """The polar factor by quintic Newton-Schulz iterations, scaled by the root of the longer side.
+
+    The root mean square is then about 1.
+    """
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    wide = wide / (np.linalg.norm(wide) + 1e-8)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    factor = wide.T if matrix.shape[0] > matrix.shape[1] else wide
+    return np.sqrt(max(matrix.shape)) * factor
+
+
+def muon(gradients, beta, nesterov=True):
+    """The scaled polar factors that one worker's Muon follows, with Optax's correction of bias."""
+    momentum, directions = np.zeros_like(gradients[0]), []
+    for count, gradient in enumerate(gradients, start=1):
+        momentum = beta * momentum + (1 - beta) * gradient
+        ahead = momentum
+        if nesterov:
+            ahead = beta * momentum / (1 - beta ** (count + 1))
+            ahead = ahead + (1 - beta) * gradient / (1 - beta**count)
+        directions.append(polar(ahead))
+    return np.array(directions)
+
+
 # Compressors and error feedback: Karimireddy et al. 2019 (arXiv 1901.09847).
 
 
@@ -305,6 +336,33 @@ def blocks(shape, num_workers, block):
     return np.unique(np.stack([server, within]), axis=1, return_inverse=True)[1].reshape(-1)
 
 
+def device_blocks(shape, counts):
+    """The device that holds each coordinate of a leaf, its index there, and a block's shape.
+
+    The leaf is cut into `counts` equal blocks along its dimensions; () leaves it whole.
+    """
+    if not counts:
+        size = int(np.prod(shape))
+        return np.zeros(size, int), np.arange(size), shape
+    block = tuple(n // count for n, count in zip(shape, counts, strict=True))
+    place = np.indices(shape).reshape(len(shape), -1)
+    within = np.reshape(block, (-1, 1))
+    device = np.ravel_multi_index(tuple(place // within), counts)
+    return device, np.ravel_multi_index(tuple(place % within), block), block
+
+
+@cache
+def served_blocks(shape, counts, num_workers, block):
+    """For each coordinate: its index in its device's block, its server, and its block of a part.
+
+    Each device's block of the leaf is cut into the servers' parts, as a leaf of its own.
+    """
+    device, index, cut = device_blocks(shape, counts)
+    pairs = np.stack([device, blocks(cut, num_workers, block)[index]])
+    down = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1)
+    return index, servers(cut, num_workers)[0][index], down
+
+
 def signed_blocks(values, block, parity):
     """The mean |p| of a block times the sign of each coordinate. Zeros of even parity are +."""
     signs = np.where(values == 0, np.where(parity % 2 == 0, 1, -1), np.sign(values))
@@ -326,10 +384,14 @@ def quantized_blocks(values, block, parity, bits):
     return np.where(scaled >= 0, 1, -1) * (2 * steps + 1) * scale
 
 
-def mean_of_scaled_signs(leaves, feedback="both", block=None, decay=1.0, active=None, bits=1):
+def mean_of_scaled_signs(
+    leaves, feedback="both", block=None, decay=1.0, active=None, bits=1, counts=None
+):
     """Updates and memories after each of T steps, from a list of leaves [M, ...] for each step.
 
-    With more than one bit, `quantized_blocks` quantises the values.
+    With more than one bit, `quantized_blocks` quantises the values. `counts` has the numbers of
+    devices' blocks along the dimensions of each leaf. A leaf has one scale on the way up, however
+    it is cut.
 
     Returns:
       For each step and each leaf of d coordinates, in row-major order, a triple: the update [d],
@@ -349,19 +411,18 @@ def mean_of_scaled_signs(leaves, feedback="both", block=None, decay=1.0, active=
             takes_part &= active[t]
         step = []
         for n, leaf in enumerate(leaves[t]):
-            size = leaf.shape[1]
-            down = blocks(shapes[n], num_workers, block)
+            size, cut = leaf.shape[1], () if counts is None else counts[n]
+            index, server_of, down = served_blocks(shapes[n], cut, num_workers, block)
             up = np.zeros_like(down) if block is None else down
             mean = np.zeros(size)
             for i in np.flatnonzero(takes_part):
                 corrected = leaf[i] + (decay * memory[n][i] if feedback != "none" else 0)
-                sent = compress(corrected, up, at[i] + np.arange(size) + t + h1)
+                sent = compress(corrected, up, at[i] + index + t + h1)
                 memory[n][i] = corrected - sent
                 mean += sent / takes_part.sum()
             if feedback == "both" and takes_part.any():
                 corrected = mean + decay * server[n]
-                place = at[servers(shapes[n], num_workers)[0]]
-                mean = compress(corrected, down, place + np.arange(size) + t + h1)
+                mean = compress(corrected, down, at[server_of] + index + t + h1)
                 server[n] = corrected - mean
             step.append((mean, memory[n].copy(), server[n].copy()))
         history.append(step)

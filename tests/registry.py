@@ -143,6 +143,12 @@ REGISTRY = {
     "lion": Case(signax.lion, {**RATE, "b1": 0.8, "weight_decay": 0.1}, needs_params=True),
     "lion wide": Case(signax.lion, RATE, {"mu_dtype": jnp.float32, "weight_decay": 0.0}),
     "lion voted": Case(signax.lion, RATE, {**VOTE, "weight_decay": 0.0}, voted=True),
+    "orthogonalize": Case(signax.orthogonalize),
+    "muon": Case(signax.muon, {**RATE, "beta": 0.5, "weight_decay": 0.1}, needs_params=True),
+    "muon voted": Case(signax.muon, RATE, {**VOTE, "mu_dtype": jnp.float32}, voted=True),
+    "muon orthogonal votes": Case(
+        signax.muon, RATE, {**VOTE, "nesterov": False, "after_vote": "orthogonalize"}, voted=True
+    ),
     "ssdm": Case(
         signax.ssdm,
         {**RATE, "beta": 0.8, "weight_decay": 0.1},

@@ -1,7 +1,7 @@
 """Optimisers that apply majority votes: signSGD, Signum and Lion, each with a learning rate."""
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -59,6 +59,12 @@ def _voted(
     """The vote of the workers along an axis on their signs. Without an axis there is one worker."""
     if axis_name is not None:
         return voted(signs, make_vote(axis_name, **options))
+    check_no_vote_options(options)
+    return signs
+
+
+def check_no_vote_options(options: Mapping[str, Any]) -> None:
+    """Raise if an option of the vote is given to an optimiser without workers."""
     defaults = {
         "zeros": "dither",
         "ties": "dither",
@@ -72,7 +78,6 @@ def _voted(
             f"{listed} are options of the vote, which axis_name=None leaves out: pass axis_name, "
             "or drop them"
         )
-    return signs
 
 
 def _check_params(updates: Any, params: Any) -> None:

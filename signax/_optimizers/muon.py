@@ -1,0 +1,205 @@
+"""Muon by majority vote: each worker's momentum is orthogonalised before its signs are voted on."""
+
+from collections.abc import Hashable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from signax._core.checks import (
+    check_accumulator_dtype,
+    check_mode,
+    check_number,
+    check_transformation,
+)
+from signax._core.leaves import check_alike, check_floating
+from signax._optimizers.votes import Mask, check_no_vote_options, descend
+from signax._transforms.memory import checked
+from signax._transforms.orthogonal import DimensionNumbers, dimension_numbers, orthogonalize
+from signax._transforms.participation import hold_if_nonfinite
+from signax._wire.signs import Ties, Zeros
+from signax._wire.types import Transport
+from signax._workers.votes import majority_vote, own_updates
+
+MATRIX, OTHER = "matrix", "other"
+
+
+class MuonMomentumState(NamedTuple):
+    """State of the momentum of `muon`.
+
+    Attributes:
+      count: int32[], the steps taken.
+      momentum: the moving average m of the gradients, a tree like the parameters, in their dtypes
+        or in `mu_dtype`.
+    """
+
+    count: jax.typing.ArrayLike
+    momentum: optax.Updates
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    beta: float = 0.95,
+    *,
+    nesterov: bool = True,
+    mu_dtype: Any = None,
+    weight_dimension_numbers: DimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+    consistent_rms: float = 0.2,
+    ns_steps: int = 5,
+    after_vote: Literal["signs", "orthogonalize"] = "signs",
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    axis_name: Hashable | None = None,
+    zeros: Zeros = "dither",
+    ties: Ties = "dither",
+    transport: Transport = "auto",
+    split_over: Hashable | None = None,
+    agreement: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Muon by majority vote of the workers along an axis.
+
+    .. math:: m_i \leftarrow \beta m_i + (1 - \beta) g_i, \quad
+      O_i = \operatorname{polar}(\beta m_i + (1 - \beta) g_i), \quad
+      x \leftarrow x - \alpha \left( \rho \operatorname{sign} \sum_i \operatorname{sign}(O_i)
+      + \lambda x \right)
+
+    for matrices, where :math:`\operatorname{polar}(U \Sigma V^\top) = U V^\top`. Each worker keeps
+    its own momentum and orthogonalises it by itself; :func:`signax.orthogonalize` explains how. The
+    entries of :math:`O_i` are alike in size, so their signs hold nearly all of it. The other leaves
+    are voted on by Lion, in the same exchange: one bit per coordinate travels each way.
+
+    A vote moves every coordinate by :math:`\alpha \rho`. With :math:`\rho = 0.2` that is about as
+    far as a step of AdamW does, so AdamW's step size is a starting point. Try twice and four times
+    that size too. Embeddings have two axes but train better as other leaves: give them `None` in
+    `weight_dimension_numbers`.
+
+    Without an axis, matrices take the steps of `optax.contrib.muon` with this `consistent_rms`. A
+    worker whose gradient is not finite is excluded from the vote, and keeps its momentum.
+
+    Args:
+      learning_rate: the step size :math:`\alpha`, a number or a schedule.
+      beta: the decay :math:`\beta` of the momentum, in [0, 1).
+      nesterov: whether to orthogonalise :math:`\beta m_i + (1 - \beta) g_i`, with the bias of both
+        terms corrected as Optax does, and not :math:`m_i`.
+      mu_dtype: the dtype of the momentum; by default the parameters' dtype.
+      weight_dimension_numbers: the leaves that are matrices, and their axes, see
+        :func:`signax.orthogonalize`. By default all leaves of two axes.
+      others: a transformation of one worker for the other leaves; the signs of its updates are
+        voted on. By default `optax.scale_by_lion`.
+      consistent_rms: the root mean square :math:`\rho` of a step relative to the step size.
+      ns_steps: the number of Newton-Schulz iterations.
+      after_vote: `"signs"` applies the majority's signs. `"orthogonalize"` applies their polar
+        factor, :math:`\sqrt{\max(m, n)} \operatorname{polar}(\cdot)`, without any further
+        communication.
+      weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate, added
+        after the vote.
+      mask: which leaves decay: a tree of booleans, or a function from parameters to such a tree.
+      axis_name: the mapped axis along which the workers lie; `None` for one worker.
+      zeros: see :func:`signax.majority_vote`.
+      ties: see :func:`signax.majority_vote`.
+      transport: see :func:`signax.majority_vote`.
+      split_over: see :func:`signax.majority_vote`.
+      agreement: see :func:`signax.majority_vote`.
+
+    Returns:
+      The optimiser.
+
+    Raises:
+      ValueError: an option is unknown or out of range, or an option of the vote is given without
+        `axis_name`; at `init` and at the update, as in :func:`signax.orthogonalize` and
+        :func:`signax.majority_vote`.
+      TypeError: an option is of the wrong kind; at `init` and at the update, a leaf is not
+        floating-point.
+      NameError: at the update, the axis is not bound.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, signax
+      >>> tx = signax.muon(0.5, axis_name="workers", consistent_rms=1.0)
+      >>> params = {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)}
+      >>> scales = jnp.array([1.0, 3.0, -2.0])  # of the gradients of three workers
+      >>> rotation, ones = jnp.array([[3.0, -4.0], [4.0, 3.0]]), jnp.ones(2)
+      >>> gradients = jax.vmap(lambda scale: {"w": scale * rotation, "b": scale * ones})(scales)
+      >>> update = lambda g: tx.update(g, tx.init(params))[0]
+      >>> updates = jax.vmap(update, axis_name="workers")(gradients)
+      >>> print(updates["w"][0], updates["b"][0])
+      [[-0.5  0.5]
+       [-0.5 -0.5]] [-0.5 -0.5]
+
+    References:
+      Mishra, Trivedi and Kumar, `SignMuon <https://arxiv.org/abs/2605.16311>`_, 2026; Jordan et
+      al., `Muon: An optimizer for hidden layers in neural networks
+      <https://kellerjordan.github.io/posts/muon/>`_, 2024; Liu et al., `Muon is Scalable for LLM
+      Training <https://arxiv.org/abs/2502.16982>`_, 2025
+    """
+    check_number("beta", beta, low=0, high=1)
+    check_number("consistent_rms", consistent_rms, low=0)
+    check_accumulator_dtype(mu_dtype, "mu_dtype")
+    check_mode("after_vote", after_vote, ("signs", "orthogonalize"))
+    if others is None:
+        others = checked(optax.scale_by_lion(mu_dtype=mu_dtype), memory="mu")
+    check_transformation("others", others)
+
+    def label(params: optax.Params) -> Any:
+        numbers = dimension_numbers(params, weight_dimension_numbers)
+        labels = [OTHER if entry is None else MATRIX for entry in numbers]
+        return jax.tree.structure(params).unflatten(labels)
+
+    orthogonal = orthogonalize(weight_dimension_numbers=weight_dimension_numbers, ns_steps=ns_steps)
+    momentum = optax.partition(
+        {
+            MATRIX: _muon_momentum(beta, nesterov, mu_dtype),
+            OTHER: optax.chain(others, optax.scale_by_sign()),
+        },
+        label,
+    )
+    direction = optax.chain(momentum, orthogonal)
+    options: dict[str, Any] = {
+        "zeros": zeros,
+        "ties": ties,
+        "transport": transport,
+        "split_over": split_over,
+        "agreement": agreement,
+    }
+    if axis_name is None:
+        check_no_vote_options(options)
+        if after_vote != "signs":
+            raise ValueError(
+                f"after_vote={after_vote!r} is an option of the vote, which axis_name=None leaves "
+                "out: pass axis_name, or drop it"
+            )
+    else:
+        vote = majority_vote(axis_name, **options)
+        behind = orthogonal if after_vote == "orthogonalize" else optax.identity()
+        direction = optax.chain(own_updates(axis_name), hold_if_nonfinite(direction), vote, behind)
+    direction = optax.chain(direction, optax.scale(consistent_rms))
+    return descend(direction, learning_rate, weight_decay, mask)
+
+
+def _muon_momentum(beta: float, nesterov: bool, dtype: Any) -> optax.GradientTransformation:
+    """The momentum of `optax.contrib.scale_by_muon`, whose updates are not orthogonalised yet."""
+
+    def init_fn(params: optax.Params):
+        check_floating(params, "params", only_arrays=False)
+        momentum = optax.tree.zeros_like(params, dtype=dtype)
+        return MuonMomentumState(jnp.zeros([], jnp.int32), momentum)
+
+    def update_fn(updates: optax.Updates, state: Any, params: Any = None):
+        del params
+        check_floating(updates)
+        check_alike("updates", updates, "state.momentum", state.momentum)
+        count = optax.safe_increment(state.count)
+        corrected = optax.tree.bias_correction
+        with jax.numpy_dtype_promotion("standard"), jax.named_scope("signax.momentum"):
+            momentum = optax.tree.update_moment(updates, state.momentum, beta, 1)
+            direction = momentum
+            if nesterov:
+                ahead = corrected(momentum, beta, optax.safe_increment(count))
+                gradient = corrected(updates, beta, count)
+                direction = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, gradient)
+            direction = optax.tree.cast_like(direction, updates)
+            momentum = optax.tree.cast_like(momentum, state.momentum)
+        return direction, MuonMomentumState(count, momentum)
+
+    return optax.GradientTransformation(init_fn, update_fn)
