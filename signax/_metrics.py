@@ -35,9 +35,10 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     - `"signax/voters"`: the number of workers that took part in the last step.
     - `"signax/missed"`: the most steps that a worker has missed, and `"signax/missed_worker"`, the
       index of this worker. :func:`signax.participation` has the missed steps of every worker.
-    - `"signax/nonfinite_state"`: the number of workers whose own state holds a NaN or an infinity.
-      Such a worker is excluded from every further step. Its transformation keeps the NaN in a
-      momentum: wrap the transformation in :func:`signax.hold_if_nonfinite`.
+    - `"signax/nonfinite_state"`: the number of workers whose own state holds a NaN or an infinity,
+      and `"signax/nonfinite_state_worker"`, the index of the first of them. Such a worker is
+      excluded from every further step. Its transformation keeps the NaN in a momentum: wrap the
+      transformation in :func:`signax.hold_if_nonfinite`.
     - `"signax/agreement"`: the mean of the workers' shares of agreement (only from a vote with
       `agreement=True`, see :class:`signax.Agreement`).
     - `"signax/opposition"`: the largest opposition of a worker, and `"signax/opposition_worker"`,
@@ -84,6 +85,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       signax/missed_worker 0
       signax/momentum_norm 5.0
       signax/nonfinite_state 0
+      signax/nonfinite_state_worker 0
       signax/voters 1
     """
     found: dict[str, list[_Place]] = {}
@@ -184,7 +186,11 @@ def _numbers(found: dict[str, dict[str, list[Any]]], floating: list[Any]) -> dic
                 if leaves[0].ndim:
                     worst = jnp.argmax(leaves[0]).astype(jnp.int32)
                     numbers[f"signax/{quantity}_worker{label}"] = worst
-    numbers["signax/nonfinite_state"] = _count_nonfinite(floating, num_workers)
+    nonfinite = _nonfinite(floating, num_workers)
+    numbers["signax/nonfinite_state"] = jnp.sum(nonfinite, dtype=jnp.int32)
+    if nonfinite.ndim:
+        worker = jnp.argmax(nonfinite).astype(jnp.int32)
+        numbers["signax/nonfinite_state_worker"] = worker
     return numbers
 
 
@@ -193,20 +199,19 @@ def _have_rows(leaves: Sequence[Any], num_workers: int | None) -> bool:
     return num_workers is not None and all(jnp.shape(leaf)[:1] == (num_workers,) for leaf in leaves)
 
 
-def _count_nonfinite(leaves: Sequence[Any], num_workers: int | None) -> jax.Array:
-    """The number of workers with a NaN or an infinity in their own rows: i32[].
+def _nonfinite(leaves: Sequence[Any], num_workers: int | None) -> jax.Array:
+    """Which workers have a NaN or an infinity in their own rows: bool[M].
 
-    Without `num_workers` the leaves are one worker's.
+    Without `num_workers` the leaves are one worker's: bool[].
     """
     if num_workers is None:
-        return (~all_finite(leaves)).astype(jnp.int32)
+        return ~all_finite(leaves)
     flags = [
         jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
         for leaf in leaves
         if _have_rows([leaf], num_workers)
     ]
     if not flags:
-        return jnp.zeros([], jnp.int32)
+        return jnp.zeros([num_workers], jnp.bool_)
     # Under Explicit axes JAX does not stack flags of different shardings.
-    finite = reduce(jnp.logical_and, jax.lax.optimization_barrier(flags))
-    return jnp.sum(~finite, dtype=jnp.int32)
+    return ~reduce(jnp.logical_and, jax.lax.optimization_barrier(flags))

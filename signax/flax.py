@@ -5,10 +5,12 @@ Nothing else in signax imports Flax, and `import signax` does not import this mo
 
 import inspect
 from collections.abc import Callable
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from signax._core.leaves import all_finite, wide_dtype
 from signax._data_parallel.auxiliary import check_aux
@@ -46,8 +48,8 @@ def value_and_grad(
 
       .. math:: v \leftarrow \frac{1}{|F|} \sum_{i \in F} v_i
 
-      F holds the micro-batches after which all written variables are finite, on workers whose loss
-      is finite. If F is empty, the model keeps its old variables.
+      F holds the micro-batches after which all written variables are finite, on active workers
+      whose losses and gradient are finite. If F is empty, the model keeps its old variables.
     - Written integers and booleans, such as counters, become the largest value of all workers.
       Written random keys are discarded.
 
@@ -64,16 +66,18 @@ def value_and_grad(
         the variables before the step.
 
     Returns:
-      A function of `(model, batch, *replicated, key=None)` to `(loss, grads)`, or with `has_aux` to
-      `((loss, aux), grads)`. It writes the variables of `model` in place. `grads` have one row per
-      worker, for `optimizer.update(model, grads)`. Masks depend on the stored streams and, if it
-      is given, on `key`.
+      A function of `(model, batch, *replicated, key=None, active=None)` to `(loss, grads)`, or with
+      `has_aux` to `((loss, aux), grads)`. It writes the variables of `model` in place. `grads` have
+      one row per worker, for `optimizer.update(model, grads)`. Masks depend on the stored streams
+      and, if it is given, on `key`. `active`, bool[M], says whose variables count. Pass it to
+      `optimizer.update` too.
 
     Raises:
       ValueError: as in :meth:`signax.DataParallel.value_and_grad`; at the call, `loss_fn` adds a
         variable, changes the shape of a variable, or writes a variable of `wrt`.
       TypeError: `tx` is not a `DataParallel`; at the call, neither `loss_fn` nor the model uses
-        `key`; or as in :meth:`signax.DataParallel.value_and_grad`.
+        `key`, or `active` is not an array of M booleans; or as in
+        :meth:`signax.DataParallel.value_and_grad`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, signax.flax
@@ -98,7 +102,10 @@ def value_and_grad(
     check_aux(aux, has_aux)
     takes_key = _takes_key(loss_fn)
 
-    def value_and_grad_fn(model: Any, batch: Any, *replicated: Any, key: Any = None):
+    def value_and_grad_fn(
+        model: Any, batch: Any, *replicated: Any, key: Any = None, active: Any = None
+    ):
+        tx._workers.check_active(active)  # pyright: ignore[reportPrivateUsage]
         graph, params, rest = nnx.split(model, wrt, ...)
         has_streams = bool(_stream_keys(model))
         passes_key = key is not None and takes_key
@@ -120,20 +127,17 @@ def value_and_grad(
             before = _leaves(network, wrt)
             value = loss_fn(network, batch, *replicated, **(own if passes_key else {}))
             loss, values = value if has_aux else (value, None)
-            return loss, (values, _written(before, _leaves(network, wrt)))
+            written = _written(before, _leaves(network, wrt))
+            return loss, (values, {**written, "finite_loss": jnp.isfinite(loss)})
 
         gradient = tx.value_and_grad(
-            loss_of_worker, has_aux=True, accumulate=accumulate, aux=(aux, _MODES)
+            loss_of_worker, has_aux=True, accumulate=accumulate, aux=(aux, "rows")
         )
         (loss, (values, written)), grads = gradient(params, batch, rest, *replicated, key=key)
-        nnx.update(model, _settle(rest, written))
+        nnx.update(model, _settle(rest, written, jax.tree.leaves(grads), active))
         return ((loss, values) if has_aux else loss), grads
 
     return value_and_grad_fn
-
-
-# What becomes of written variables: sums of means to be, and their number; and others.
-_MODES = {"floating": "sum", "number": "sum", "other": "rows"}
 
 
 def _takes_key(loss_fn: Callable[..., Any]) -> bool:
@@ -190,26 +194,41 @@ def _written(before: Any, after: Any) -> dict[str, Any]:
         if leaf is old or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             continue
         (floating if jnp.issubdtype(leaf.dtype, jnp.inexact) else other)[path] = leaf
-    finite = all_finite(floating)
-    floating = {
-        path: jnp.where(finite, leaf, 0).astype(wide_dtype(leaf.dtype))
-        for path, leaf in floating.items()
-    }
-    return {"floating": floating, "number": finite.astype(jnp.float32), "other": other}
+    return {"floating": floating, "finite": all_finite(floating), "other": other}
 
 
-def _settle(rest: Any, written: dict[str, Any]) -> Any:
-    """The state that all workers share, from what they wrote."""
-    number = written["number"]
+def _settle(rest: Any, written: dict[str, Any], grads: list[Any], active: Any) -> Any:
+    """The state that all workers share, from rows of what each wrote and of its gradient."""
+    leaves = jax.tree.leaves_with_path(rest)
+    old = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    new: dict[str, Any] = {}
+    if written["floating"]:
+        new |= _means({name: old[name] for name in written["floating"]}, written, grads, active)
+    for name, rows in written["other"].items():
+        largest = rows.max(axis=tuple(range(rows.ndim - old[name].ndim)))
+        new[name] = largest.astype(old[name].dtype)
+    return jax.tree.structure(rest).unflatten([new.get(name, leaf) for name, leaf in old.items()])
 
-    def settle(path: Any, old: Any):
-        name = jax.tree_util.keystr(path)
-        if name in written["floating"]:
-            mean = written["floating"][name] / jnp.maximum(number, 1)
-            return jnp.where(number > 0, mean, old).astype(old.dtype)
-        if name in written["other"]:
-            rows = written["other"][name]
-            return rows.max(axis=tuple(range(rows.ndim - old.ndim))).astype(old.dtype)
-        return old
 
-    return jax.tree.map_with_path(settle, rest)
+@jax.jit
+def _means(
+    old: dict[str, Any], written: dict[str, Any], grads: list[Any], active: Any
+) -> dict[str, Any]:
+    """The means of written variables, from rows [M, ...] or [M, accumulate, ...]."""
+    flags = [written["finite_loss"], *[jnp.isfinite(rows) for rows in grads]]
+    flags = [jnp.all(flag, axis=tuple(range(1, flag.ndim))) for flag in flags]
+    # Without the barrier XLA copies the chain of flags into every use of the result.
+    own = reduce(jnp.logical_and, lax.optimization_barrier(flags))  # bool[M]
+    if active is not None:
+        own &= active
+    finite = written["finite"]
+    counted = finite & jnp.expand_dims(own, tuple(range(1, finite.ndim)))
+    pieces = tuple(range(counted.ndim))
+    number = jnp.sum(counted, axis=pieces, dtype=jnp.float32)
+
+    def mean(old: Any, rows: jax.Array) -> jax.Array:
+        mask = jnp.expand_dims(counted, tuple(range(counted.ndim, rows.ndim)))
+        total = jnp.sum(jnp.where(mask, rows, 0).astype(wide_dtype(rows.dtype)), axis=pieces)
+        return jnp.where(number > 0, total / jnp.maximum(number, 1), old).astype(old.dtype)
+
+    return {name: mean(old[name], rows) for name, rows in written["floating"].items()}

@@ -70,9 +70,9 @@ def one_after_the_other(make, loss_fn, batch, pieces=WORKERS, wrt=nnx.Param):
 
 def make_step(tx, loss_fn, **options):
     @nnx.jit
-    def step(model, batch, *replicated, key=None):
+    def step(model, batch, *replicated, key=None, active=None):
         return signax.flax.value_and_grad(tx, loss_fn, **options)(
-            model, batch, *replicated, key=key
+            model, batch, *replicated, key=key, active=active
         )
 
     return step
@@ -105,9 +105,11 @@ def test_gradients_and_statistics_are_those_of_flax(kind, accumulate):
     assert_same_on_all_devices(nnx.state(model, nnx.BatchStat))
 
 
-def test_a_step_outside_jit_equals_a_jitted_step(mesh):
+@BOTH
+def test_a_step_outside_jit_equals_a_jitted_step(kind):
+    mesh = make_mesh(kind=kind)
     tx, batch = signax.DataParallel(SIGNUM, mesh), make_batch()
-    models = [Network(nnx.Rngs(0), rate=0.5) for _ in range(2)]
+    models = [placed(Network(nnx.Rngs(0), rate=0.5), mesh) for _ in range(2)]
     jitted, plain = make_step(tx, squared), signax.flax.value_and_grad(tx, squared)
     found, expected = plain(models[0], batch), jitted(models[1], batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
@@ -138,6 +140,51 @@ def test_statistics_leave_out_workers_that_are_not_finite(column, bad, mesh):
     make_step(tx, lambda model, batch: model(batch).mean())(model, rows)
     kept = [rows[i, 1] for i in range(8) if i not in bad]
     assert model.seen[...] == pytest.approx(np.mean(kept) if kept else 7)
+
+
+@BOTH
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_statistics_leave_out_workers_that_do_not_vote(jit, kind):
+    mesh = make_mesh(kind=kind)
+    rows = np.float32(np.arange(16.0).reshape(8, 2)) + 1
+    rows[3, 0] = 0  # the loss is finite, and its gradient is 0 / 0
+    model, tx = placed(Fragile(), mesh), signax.DataParallel(SIGNUM, mesh)
+
+    def loss_fn(model, batch):
+        return jnp.sqrt(model(batch).mean())
+
+    step = make_step(tx, loss_fn) if jit else signax.flax.value_and_grad(tx, loss_fn)
+    active = np.arange(8) != 6
+    loss, grads = step(model, rows, active=active)
+    assert np.isfinite(loss)
+    assert np.isnan(arrays(grads)["['scale']"][3])
+    kept = [rows[i, 1] for i in range(8) if i not in (3, 6)]
+    assert model.seen[...] == pytest.approx(np.mean(kept))
+    params = nnx.state(model, nnx.Param)
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params, active=active)
+    assert signax.participation(state).voters == len(kept)
+    step(model, rows, active=np.arange(8) == 3)
+    assert model.seen[...] == pytest.approx(np.mean(kept))  # of nobody: unchanged
+
+
+def test_statistics_leave_out_micro_batches_with_a_nan_and_all_of_a_worker_without_a_gradient(mesh):
+    rows = np.float32(np.arange(32.0).reshape(16, 2)) + 1
+    rows[4, 0] = 0  # worker 2 has no finite gradient
+    rows[11, 1] = np.inf  # the second micro-batch of worker 5 has no finite statistic
+    model, tx = Fragile(), signax.DataParallel(SIGNUM, mesh)
+
+    def loss_fn(model, batch):
+        return jnp.sqrt(model(batch).mean())
+
+    make_step(tx, loss_fn, accumulate=2)(model, rows)
+    kept = [rows[i, 1] for i in range(16) if i not in (4, 5, 11)]
+    assert model.seen[...] == pytest.approx(np.mean(kept))
+
+
+def test_rejects_active_of_a_wrong_shape(mesh):
+    step = make_step(signax.DataParallel(SIGNUM, mesh), lambda model, batch: model(batch).mean())
+    with pytest.raises(TypeError, match="must be an array of one boolean for each of 8 workers"):
+        step(Counting(), jnp.ones(WORKERS), active=jnp.ones(4, bool))
 
 
 def test_half_precision_statistics_are_averaged_without_overflow(mesh):

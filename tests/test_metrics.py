@@ -65,7 +65,13 @@ def test_a_voted_momentum_gives_voters_missed_steps_and_its_norm(jit):
     assert all(value.shape == () for value in found.values())
     found = floats(found)
     np.testing.assert_allclose(found.pop("momentum_norm"), norm_over_workers(momentum), rtol=1e-5)
-    assert found == {"voters": 3, "missed": 1, "missed_worker": 2, "nonfinite_state": 0}
+    assert found == {
+        "voters": 3,
+        "missed": 1,
+        "missed_worker": 2,
+        "nonfinite_state": 0,
+        "nonfinite_state_worker": 0,
+    }
 
 
 def test_one_workers_state_gives_its_own_numbers_without_indices():
@@ -184,6 +190,7 @@ def test_votes_on_several_groups_have_names_from_their_paths():
         "missed_worker/matrices": 1,
         "missed_worker/others": 1,
         "nonfinite_state": 0,
+        "nonfinite_state_worker": 0,
     }
 
 
@@ -204,7 +211,7 @@ def test_a_worker_that_keeps_a_nan_in_its_momentum_is_counted(bad):
     poisoned["kernel"][3, 1, 1] = bad
     tx = on_mesh(optax.chain(optax.trace(0.9), signax.majority_vote(AXIS)), 4)
     found = floats(diagnostics.metrics(after(tx, [poisoned, clean, clean])))
-    assert found["nonfinite_state"] == 1
+    assert (found["nonfinite_state"], found["nonfinite_state_worker"]) == (1, 3)
     assert found["voters"] == 3
     assert (found["missed"], found["missed_worker"]) == (3, 3)
     assert np.isnan(found["momentum_norm"])
@@ -228,7 +235,8 @@ def test_workers_with_several_nonfinite_leaves_count_once_and_shared_state_does_
         "shared": jnp.full((3, 4), jnp.nan),
         "count": jnp.int32(4),
     }
-    assert floats(diagnostics.metrics(state))["nonfinite_state"] == 2
+    found = floats(diagnostics.metrics(state))
+    assert (found["nonfinite_state"], found["nonfinite_state_worker"]) == (2, 1)
 
 
 def test_one_workers_nonfinite_state_counts_as_one_worker():

@@ -119,17 +119,25 @@ def test_statistics_of_flax_linen_are_averaged_over_workers(kind):
 
     bad = data.copy()
     bad[: SIZE // 8] = np.inf  # the first worker's
-    gradient = tx.value_and_grad(loss_fn, has_aux=True, aux="mean")
-    (_, found), _ = jax.jit(gradient)(variables["params"], bad, variables["batch_stats"])
+    gradient = jax.jit(tx.value_and_grad(loss_fn, has_aux=True, aux="mean"))
+    (_, found), _ = gradient(variables["params"], bad, variables["batch_stats"])
     dense = variables["params"]["Dense_0"]
     hidden = data.astype(np.float64) @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"])
     kept = hidden.reshape(8, SIZE // 8, 2)[1:]
     np.testing.assert_allclose(
         found["BatchNorm_0"]["mean"], 0.5 * kept.mean(axis=(0, 1)), rtol=1e-4, atol=1e-6
     )
-    np.testing.assert_allclose(
-        found["BatchNorm_0"]["var"], 0.5 + 0.5 * kept.var(axis=1).mean(axis=0), rtol=1e-4
-    )
+    variance = 0.5 + 0.5 * kept.var(axis=1).mean(axis=0)
+    np.testing.assert_allclose(found["BatchNorm_0"]["var"], variance, rtol=1e-4)
+
+    # A variance beyond the range of f32 makes the outputs zero, and leaves the loss finite.
+    bad[: SIZE // 8 : 2] = 1e30 * data[: SIZE // 8 : 2]
+    bad[1 : SIZE // 8 : 2] = -bad[: SIZE // 8 : 2]
+    loss, own = loss_fn(variables["params"], bad[: SIZE // 8], variables["batch_stats"])
+    assert np.isfinite(loss)
+    assert not np.isfinite(own["BatchNorm_0"]["var"]).any()
+    (_, found), _ = gradient(variables["params"], bad, variables["batch_stats"])
+    np.testing.assert_allclose(found["BatchNorm_0"]["var"], variance, rtol=1e-4)
 
 
 def test_a_loss_may_capture_the_rest_of_an_nnx_model_on_an_explicit_mesh():
@@ -177,3 +185,41 @@ def test_active_reaches_the_vote_through_flax_nnx(mesh):
     jax.tree.map(
         lambda new, old: np.testing.assert_array_equal(new, old + np.float32(0.5)), after, before
     )
+
+
+# Bad input.
+
+
+def saved_elsewhere(tx, params):
+    """States that belong to another trainer, and words of the error that each gives."""
+    few = make_mesh(shape=(4,))
+    return {
+        "Adam": (optax.adam(0.1).init(params), r"lacks '\[0\]\[0\]\.count'"),
+        "one worker": (tx.tx.init(params), r"momentum\['w'\] has shape \(3,\).* \(8, 3\).*init"),
+        "another shape": (tx.init({"w": jnp.zeros(4)}), r"momentum\['w'\] has shape \(8, 4\)"),
+        "another name": (tx.init({"v": jnp.zeros(3)}), r"lacks .*momentum\['w'\]"),
+        "another M": (optimizer(few).init(params), r"rows for 4 workers.*DataParallel\.resize"),
+        "a dictionary": ({"0": {"momentum": params}}, r"lacks '\[0\]\[0\]\.count'.*init"),
+    }
+
+
+@pytest.mark.parametrize(
+    "case", ["Adam", "one worker", "another shape", "another name", "another M", "a dictionary"]
+)
+def test_a_state_of_another_trainer_is_refused_before_the_step_takes_the_parameters(case, mesh):
+    tx, params = optimizer(mesh), {"w": jnp.zeros(3)}
+    state, message = saved_elsewhere(tx, params)[case]
+    step = tx.train_step(lambda params, batch: jnp.mean((batch - params["w"]) ** 2))
+    with pytest.raises(ValueError, match=message):
+        step(params, state, jnp.ones((8, 3)))
+    with pytest.raises(ValueError, match=message):
+        tx.update(jax.tree.map(lambda leaf: jnp.ones((8, *leaf.shape)), params), state, params)
+    assert not params["w"].is_deleted()
+
+
+def test_rejects_aux_that_is_no_array(mesh):
+    gradient = optimizer(mesh).value_and_grad(
+        lambda params, batch: (jnp.mean(batch * params), {"name": "loss"}), has_aux=True
+    )
+    with pytest.raises(TypeError, match=r"aux\['name'\]='loss' is no array"):
+        gradient(jnp.ones(()), jnp.ones(8))

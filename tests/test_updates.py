@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import references
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from least_squares import (
     PARAMS,
     SIGN_SGD,
@@ -366,3 +366,27 @@ def test_unrelated_errors_of_jax_pass_through(mesh):
     )
     with pytest.raises(TypeError, match="cond branches"):
         tx.update(rows_of(), tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+@pytest.mark.parametrize("is_jitted", [True, False], ids=["jitted", "eager"])
+def test_a_transformation_may_use_arrays_among_the_extra_arguments(kind, is_jitted):
+    mesh = jax.make_mesh((WORKERS,), ("data",), axis_types=(kind,))
+
+    def scale(updates, state, params=None, *, value=1.0, **extra_args):
+        return jax.tree.map(lambda u: u * value, updates), state
+
+    scaled = optax.GradientTransformationExtraArgs(optax.init_empty_state, scale)
+    tx = signax.DataParallel(optax.chain(SIGN_SGD, scaled), mesh)
+    params, batch = jax.device_put((PARAMS, make_batch()), NamedSharding(mesh, PartitionSpec()))
+    state = tx.init(params)
+
+    def step(params, state, batch):
+        loss, grads = tx.value_and_grad(squared_error)(params, batch)
+        updates, _ = tx.update(grads, state, params, value=loss)
+        return loss, grads, updates
+
+    loss, grads, updates = (jax.jit(step) if is_jitted else step)(params, state, batch)
+    plain = signax.DataParallel(SIGN_SGD, mesh)
+    expected, _ = plain.update(grads, plain.init(params), params)
+    assert_trees_close(updates, jax.tree.map(lambda u: u * loss, expected))

@@ -49,7 +49,13 @@ def combine_aux(values: Any, aux: Any, loss: jax.Array, pieces: int, workers: Wo
     )
 
     def combine(path: Any, value: Any, mode: str):
-        name, value = f"aux{jax.tree_util.keystr(path)}", jnp.asarray(value)
+        name = f"aux{jax.tree_util.keystr(path)}"
+        try:
+            value = jnp.asarray(value)
+        except TypeError:
+            raise TypeError(
+                f"{name}={value!r} is no array: loss_fn may return arrays and numbers only"
+            ) from None
         if mode == "rows":
             return add_axis(value)
         if mode == "concat":
@@ -72,7 +78,7 @@ def _concatenate(name: str, value: jax.Array, pieces: int) -> jax.Array:
 def _reduce(
     name: str, value: jax.Array, mode: str, loss: jax.Array, pieces: int, workers: Workers
 ) -> jax.Array:
-    """The mean or sum over pieces, and over the workers whose loss is finite."""
+    """The mean or sum over pieces, and over workers with a finite loss and, for a mean, value."""
     dtype = value.dtype
     inexact = jnp.issubdtype(dtype, jnp.inexact)
     if not inexact and not jnp.issubdtype(dtype, jnp.integer) and dtype != jnp.bool_:
@@ -90,6 +96,8 @@ def _reduce(
     if pieces > 1:
         value = value.mean(axis=0) if mode == "mean" else value.sum(axis=0)
     finite = jnp.isfinite(loss)
+    if mode == "mean":  # a variance of BatchNorm may overflow while the loss stays finite
+        finite &= jnp.all(jnp.isfinite(value))
     total = lax.psum(jnp.where(finite, value, jnp.zeros_like(value)), workers.axis_name)
     if mode == "sum":
         return total

@@ -181,7 +181,12 @@ def captured_error(arrays: str) -> ValueError:
 
 def check_constraint(error: Exception, axis_name: Hashable) -> None:
     """Raise an error with a remedy if JAX rejects a sharding constraint over a mapped axis."""
-    words = "can only refer to Auto axes", "contains a manual axes"
+    words = (
+        "can only refer to Auto axes",
+        "cannot contain axis names that are of type Auto or Manual",
+        "contains a manual axes",
+        "should match the mesh passed to shard_map",
+    )
     if any(part in str(error) for part in words):
         raise ValueError(
             f"loss_fn constrains a sharding over a mapped axis, and {axis_name!r}, the workers' "

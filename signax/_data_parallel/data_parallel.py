@@ -7,7 +7,7 @@ import jax
 import optax
 
 from signax._core.leaves import is_traced
-from signax._data_parallel import mapped
+from signax._data_parallel import mapped, wrappers
 from signax._data_parallel.eager import static_arguments
 from signax._data_parallel.mapped import map_gradient
 from signax._data_parallel.norms import GradNorm
@@ -41,9 +41,9 @@ class DataParallel(StateOnMesh):
         `jax.tree_util.keystr` writes it) and of its `jax.ShapeDtypeStruct` on one worker. True
         gives each worker a copy. False shares one (JAX rejects a shared leaf that differs). None
         keeps the layout.
-      on_wrong_sharding: `"raise"` an error, or `"warn"`, if a jitted step takes rows of the state
-        that are pinned to another sharding than :meth:`state_shardings` has, or parameters that are
-        sharded without `param_specs`. XLA would gather them at every step.
+      on_wrong_sharding: `"raise"` an error, or `"warn"`, if a jitted step takes or returns rows of
+        the state that are pinned to another sharding than :meth:`state_shardings` has, or takes
+        sharded parameters without `param_specs`. XLA would gather them at every step.
 
     Attributes:
       num_workers: int, M, the size of the axis, or the product of the sizes of several axes.
@@ -80,12 +80,13 @@ class DataParallel(StateOnMesh):
 
         Raises:
           ValueError: `params` and `param_specs` differ in structure, `per_worker` shares a leaf
-            that differs, or `tx` votes under a condition that differs between workers.
+            that differs, `tx` votes under a worker's own condition, or a wrapper would see rows.
           TypeError: `tx` requires an extra argument, or a part of `tx` takes only some.
 
         Examples:
           See :meth:`value_and_grad`.
         """
+        wrappers.check_wrappers()
         layout = self._layout(params)
         return self._boxed(mapped.map_init(params, self.tx, self._workers, layout), layout)
 
@@ -110,12 +111,14 @@ class DataParallel(StateOnMesh):
 
         Raises:
           ValueError: `updates` lack a row per worker, the state belongs to other parameters or
-            workers, or the updates of `tx` differ between workers.
+            workers, the updates of `tx` differ between workers, or a wrapper such as
+            `optax.MultiSteps`, or a transformation before it in `optax.chain`, sees the rows.
           TypeError: `active` is not an array of M booleans.
 
         Examples:
           See :meth:`value_and_grad`.
         """
+        wrappers.check_wrappers()
         self._workers.check_rows(updates, params)
         self._workers.check_active(extra_args.get("active"))
         active = extra_args.pop("active", None)
@@ -150,9 +153,9 @@ class DataParallel(StateOnMesh):
           aux: what becomes of aux. `"rows"` gives each worker, and then each micro-batch if there
             are several, an entry: [M, ...] or [M, accumulate, ...]. `"concat"` joins results per
             example in the order of the batch: [b, ...] of each worker to [M b, ...]. `"mean"` and
-            `"sum"` run over micro-batches and over the workers whose loss is finite, in at least
-            f32 or, for sums of integers, int32. A tree of modes, such as `{"logits": "concat",
-            "correct": "sum"}`, has the outer structure of aux.
+            `"sum"` run over micro-batches and over the workers whose loss is finite, `"mean"` only
+            over finite values, in at least f32 or, for sums of integers, int32. A tree of modes,
+            such as `{"logits": "concat", "correct": "sum"}`, has the outer structure of aux.
 
         Returns:
           A function of `(params, batch, *replicated, key=None)` to `(loss, grads)`, or with

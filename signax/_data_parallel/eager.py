@@ -43,6 +43,17 @@ class Programs:
         return compiled(*arguments)
 
 
+def split_arrays(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments that are trees of arrays, and the others."""
+
+    def are_arrays(value: Any) -> bool:
+        leaves = jax.tree.leaves(value)
+        return bool(leaves) and all(isinstance(leaf, jax.Array) for leaf in leaves)
+
+    arrays = {name: value for name, value in arguments.items() if are_arrays(value)}
+    return arrays, {name: arguments[name] for name in arguments.keys() - arrays.keys()}
+
+
 def static_arguments(extra_args: dict[str, Any]) -> tuple[tuple[str, Any], ...] | None:
     """The arguments that `jax.jit` cannot trace; `None` if it cannot hash them either."""
     kinds = jax.Array, np.ndarray, np.number, np.bool_, float

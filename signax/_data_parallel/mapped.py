@@ -21,7 +21,7 @@ from signax._data_parallel.captured import (
     is_of_captured,
     local_shape,
 )
-from signax._data_parallel.eager import Programs
+from signax._data_parallel.eager import Programs, split_arrays
 from signax._data_parallel.layout import Layout
 from signax._data_parallel.pieces import average_pieces, follow_pieces
 from signax._data_parallel.placement import Report, Workers, add_axis, check_state, state_leaves
@@ -29,6 +29,10 @@ from signax._transforms.participation import Extras
 
 # Of parameters, a piece of the batch, replicated arguments and a key: the loss, aux and gradient.
 Differentiate = Callable[..., tuple[tuple[jax.Array, Any], Any]]
+
+# Like `local_value_and_grad`: the loss, aux, a row and the own state of one worker. Where the
+# workers share no parameters, they get `None`, and have parameters as the first part of the state.
+OfShare = Callable[..., tuple[jax.Array, Any, Any, Any]]
 
 
 def check_batch(batch: Any, num_workers: int, accumulate: int) -> None:
@@ -51,8 +55,9 @@ def local_value_and_grad(
     replicated: tuple[Any, ...],
     key: Any,
     pieces: int,
-    local: optax.GradientTransformation | None = None,
     state: Any = None,
+    *,
+    local: optax.GradientTransformation | None = None,
 ) -> tuple[jax.Array, Any, Any, Any]:
     """The loss, aux and gradient of one worker, and the state of `local`.
 
@@ -90,30 +95,30 @@ class _Gradient(NamedTuple):
       differentiate: the loss, aux and gradient of one piece of the batch.
       workers: the workers of the mesh.
       accumulate: the number of pieces in each worker's share.
-      local: the optimiser of local steps, if any.
+      of_share: what a worker computes from its share of the batch.
       aux: the mode of aux, or a tree of modes; `None` if there is no aux.
     """
 
     differentiate: Differentiate
     workers: Workers
     accumulate: int
-    local: optax.GradientTransformation | None
+    of_share: OfShare
     aux: Any
 
     def run(
         self, differentiate: Callable[..., Any], captured: list[Any], *arguments: Any
     ) -> tuple[Any, Any, Any, Any]:
-        """The loss, aux, rows and state of `local`, with captured arrays as a first argument."""
+        """The loss, aux, rows and own state, with captured arrays as a first argument."""
         workers = self.workers
 
         def of_worker(captured: Any, params: Any, own: Any, batch: Any, replicated: Any, key: Any):
             if key is not None:
                 key = jax.random.fold_in(key, lax.axis_index(workers.axis_name))
             own = jax.tree.map(lambda row: row.squeeze(0), own)
-            loss, aux, *rows = local_value_and_grad(
-                partial(differentiate, captured), params, batch, replicated, key,
-                self.accumulate, self.local, own,
-            )  # fmt: skip
+            differentiate_here = partial(differentiate, captured)
+            loss, aux, *rows = self.of_share(
+                differentiate_here, params, batch, replicated, key, self.accumulate, own
+            )
             if self.aux is not None:
                 aux = combine_aux(aux, self.aux, loss, self.accumulate, workers)
             return workers.mean_of_finite(loss), aux, *jax.tree.map(add_axis, rows)
@@ -162,7 +167,9 @@ class _Gradient(NamedTuple):
         placed = jax.eval_shape(self._place, *arguments)
         shape = partial(local_shape, mesh=workers.mesh, axes=axes)
         piece = partial(shape, pieces=workers.num_workers * self.accumulate)
-        params, _, batch, *others = jax.tree.map(jax.typeof, placed)
+        params, own, *others = placed
+        params = workers.params_like(own[0]) if params is None else params
+        params, batch, *others = jax.tree.map(jax.typeof, (params, *others))
         shapes = (*jax.tree.map(shape, (params,)), jax.tree.map(piece, batch))
         try:
             return hoist(
@@ -187,11 +194,12 @@ def map_gradient(
     has_aux: bool,
     accumulate: int,
     aux: Any,
+    of_share: OfShare | None = None,
 ) -> Callable[..., Any]:
-    """Return `f(params, local_state, batch, replicated, key) -> (value, rows, local_state)`.
+    """Return `f(params, own_state, batch, replicated, key) -> (value, rows, own_state)`.
 
-    Rows are gradients, or with `local` differences of parameters. `programs` compiles the calls
-    that are outside `jax.jit`.
+    Rows are gradients, or with `local` differences of parameters, or what `of_share` returns.
+    `programs` compiles the calls that are outside `jax.jit`.
     """
     check_count("accumulate", accumulate)
     if has_aux or aux != "rows":
@@ -206,7 +214,8 @@ def map_gradient(
         with_gradient = jax.value_and_grad(loss_and_aux, has_aux=True)
         return with_gradient(params, piece, *replicated, **keyword)
 
-    mapped = _Gradient(differentiate, workers, accumulate, local, aux if has_aux else None)
+    of_share = of_share or partial(local_value_and_grad, local=local)
+    mapped = _Gradient(differentiate, workers, accumulate, of_share, aux if has_aux else None)
 
     def gradient(*arguments: Any):
         _, _, batch, _, key = arguments
@@ -268,15 +277,19 @@ def map_update(
     like = workers.params_like(updates) if params is None else params
     specs, layout = workers.specs(like), layout_of(like)
     check_state(state, layout, workers.num_workers)
-    extra_args = {**extra_args, **dict(static)}
+    # Types of Explicit axes forbid that a map captures arrays, so they are arguments of the map.
+    arrays, extra_args = split_arrays({**extra_args, **dict(static)})
+    arrays.pop("signax", None)
     if specs is not None:
         extra_args["signax"] = Extras(param_specs=specs)
     whole, split = PartitionSpec(), PartitionSpec(workers.axis_name)
     state_specs = _worker_specs(workers, layout)
 
     # The barriers keep XLA from fusing the axis of rows: it would copy a donated state.
-    def update_worker(updates: Any, leaves: list[Any], params: Any, active: Any):
-        extra = extra_args if active is None else {**extra_args, "active": active.squeeze(0)}
+    def update_worker(updates: Any, leaves: list[Any], params: Any, active: Any, arrays: Any):
+        extra = {**extra_args, **arrays}
+        if active is not None:
+            extra["active"] = active.squeeze(0)
         leaves = [
             lax.optimization_barrier(array.squeeze(0)) if leaf.per_worker else array
             for array, leaf in zip(leaves, layout.leaves, strict=True)
@@ -287,12 +300,13 @@ def map_update(
         return updates, _state_rows(state, workers, layout)
 
     mapped = workers.shard_map(
-        update_worker, (split, state_specs, whole, split), (whole, state_specs)
+        update_worker, (split, state_specs, whole, split, whole), (whole, state_specs)
     )
     leaves = workers.reshard_state(state_leaves(state, layout), layout, report)
     updates, active = workers.reshard((updates, active), per_worker=True)
     try:
-        updates, leaves = mapped(updates, leaves, workers.reshard_params(params), active)
+        params, arrays = workers.reshard_params(params), workers.reshard(arrays)
+        updates, leaves = mapped(updates, leaves, params, active, arrays)
     except TypeError as error:
         # JAX names the manual axes of two branches only if their types differ in those.
         differs = all(words in str(error) for words in ("cond branches", "manual ax"))

@@ -272,8 +272,8 @@ def state_leaves(state: Any, layout: Layout) -> list[Any]:
     if leaves is None:
         raise ValueError(
             "state and params do not belong together: of the state, "
-            f"{first_difference(state, paths)}, unlike the state of these params. Make it with "
-            "init on the same parameters"
+            f"{first_difference(state, paths)}. Make it with DataParallel.init on the same "
+            "parameters, or restore a checkpoint into DataParallel.abstract_state(params)"
         )
     return leaves
 

@@ -34,6 +34,7 @@ from signax._data_parallel.pinned import (
     watch_update,
 )
 from signax._data_parallel.placement import Layouts, Workers, check_state, rows_in, state_leaves
+from signax._data_parallel.wrappers import explain_captured
 
 
 class StateOnMesh(inner.Aggregator):
@@ -69,6 +70,12 @@ class StateOnMesh(inner.Aggregator):
         check_mode("on_wrong_sharding", on_wrong_sharding, ("raise", "warn"))
         if local is not None:
             check_transformation("local", local)
+        for name, value in (("tx", tx), ("local", local)):
+            if isinstance(value, StateOnMesh):
+                raise TypeError(
+                    f"{name}={value!r} is a DataParallel itself: pass the transformation of one "
+                    "worker, such as signax.signum(1e-3, axis_name='data')"
+                )
         workers = Workers.find(mesh, axis_name, param_specs)
 
         own: Any = cls  # methods, which a subclass of a named tuple of functions may have
@@ -92,7 +99,7 @@ class StateOnMesh(inner.Aggregator):
         self._layout = Layouts(workers, find)
         report = partial(report_rows, workers, on_wrong_sharding)
         self._map_update = watch_update(
-            partial(mapped.map_update, self.tx, workers, self._layout, report),
+            explain_captured(partial(mapped.map_update, self.tx, workers, self._layout, report)),
             workers,
             self._layout,
             on_wrong_sharding,
@@ -104,6 +111,11 @@ class StateOnMesh(inner.Aggregator):
         if has_auto_axes(workers):
             self._watch = partial(watch_params, workers=workers, mode=on_wrong_sharding)
         return self
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        # As a tree it has no leaves. JAX would build a named tuple again from two functions.
+        jax.tree_util.register_static(cls)
 
     def __repr__(self):
         workers = f"axis_name={self.axis_name!r}, num_workers={self.num_workers}"
