@@ -232,9 +232,6 @@ def test_sharded_leaves_are_compressed_in_place():
     for name, (mean, errors, _) in zip(grads, expected, strict=True):
         np.testing.assert_allclose(np.ravel(updates[name]), mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(flat_rows(state.memory.worker[name]), errors, atol=1e-6)
-    both = signax.DataParallel(signax.mean_scaled_signs("data"), mesh, param_specs=specs)
-    with pytest.raises(ValueError, match="use feedback='worker'"):
-        both.update(grads, both.init(params), params)
 
 
 @pytest.mark.parametrize("feedback", ["worker", "none"])

@@ -23,6 +23,7 @@ FURTHER_CASES = {
         "fifty_steps_with_both_memories_equal_the_reference": "M from 1 to 9, three block sizes",
     },
     "test_sharded_params": {
+        "feedback_of_sharded_leaves_follows_the_reference": "meshes, specs and codecs",
         "training_gives_the_same_parameters_on_every_mesh": "meshes of up to three axes",
     },
 }
@@ -83,6 +84,7 @@ THOROUGH = {
     },
     "test_sharded_params": {
         "an_update_of_sharded_parameters_sends_no_large_floating_point_array": "hidden gathers",
+        "memories_of_sharded_leaves_survive_a_resize_and_a_restore": "other numbers of workers",
     },
     "test_signs": {"the_dither_does_not_drift": "resonances of the dither over 2,000 steps"},
     "test_testing": {

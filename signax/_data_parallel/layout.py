@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from signax._core.checks import check_axis_name, check_transformation
 from signax._core.leaves import axis_names, is_masked, spec_unless_masked
 from signax._data_parallel.varying import has_conditional_collective, varying_outputs
+from signax._wire.feedback import found_memories, memory_specs, with_specs
 
 PerWorker = Callable[[str, jax.ShapeDtypeStruct], bool | None]
 
@@ -71,12 +72,14 @@ def find_layout(
     state, found, is_conditional = _find_per_worker(tx, params, axis_name, sizes)
     if num_workers != on_mesh:
         sizes |= {first: num_workers, **dict.fromkeys(others, 1)}
-        _, state = _trace_init(tx, params, sizes)
+    init = with_specs(tx.init, param_specs, sizes)
+    if num_workers != on_mesh or init is not tx.init:
+        _, state = _trace_init(init, params, sizes)
     rows = axis_name if num_workers % on_mesh == 0 else None
     paths, state_structure = jax.tree.flatten_with_path(state)
     leaves = []
     for (path, leaf), per_worker, spec in zip(
-        paths, found, _state_specs(tx, state, params, param_specs), strict=True
+        paths, found, _state_specs(tx, state, params, param_specs, sizes), strict=True
     ):
         name = jax.tree_util.keystr(path)
         wanted = None if override is None else override(name, leaf)
@@ -84,6 +87,26 @@ def find_layout(
         sharding = NamedSharding(mesh, PartitionSpec(rows, *spec) if per_worker else spec)
         leaves.append(Leaf(name, leaf.shape, leaf.dtype, per_worker, sharding))
     return Layout(state_structure, leaves, is_conditional)
+
+
+def found_layout(layout: Layout, rows: list[Any], num_workers: int) -> Layout:
+    """The layout that the leaves of a state have, with this number of rows.
+
+    It differs from `layout` in servers' memories of parameters that were sharded otherwise.
+    """
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in layout.leaves]
+    tree = layout.structure.unflatten
+    found = jax.tree.leaves(found_memories(tree(shapes), tree(rows), num_workers))
+
+    def as_found(leaf: Leaf, shape: tuple[int, ...]):
+        if shape == leaf.shape:
+            return leaf
+        over_rows = PartitionSpec(*leaf.sharding.spec[:1])
+        return leaf._replace(shape=shape, sharding=NamedSharding(leaf.sharding.mesh, over_rows))
+
+    pairs = zip(layout.leaves, found, strict=True)
+    leaves = [as_found(leaf, other.shape) for leaf, other in pairs]
+    return layout if leaves == layout.leaves else layout._replace(leaves=leaves)
 
 
 def state_specs(
@@ -132,9 +155,11 @@ def state_specs(
     return jax.tree.structure(state).unflatten([rows if own else whole for own in found])
 
 
-def _trace_init(tx: Any, params: Any, sizes: dict[Hashable, int]) -> tuple[Any, Any]:
+def _trace_init(
+    init: Callable[[Any], Any], params: Any, sizes: dict[Hashable, int]
+) -> tuple[Any, Any]:
     """The jaxpr of `init` on axes of the given sizes, and the shapes of one worker's state."""
-    return jax.make_jaxpr(tx.init, axis_env=list(sizes.items()), return_shape=True)(params)
+    return jax.make_jaxpr(init, axis_env=list(sizes.items()), return_shape=True)(params)
 
 
 def _find_per_worker(
@@ -147,7 +172,7 @@ def _find_per_worker(
 
     The last result says whether an update has a collective under a condition.
     """
-    init, state = _trace_init(tx, params, sizes)
+    init, state = _trace_init(tx.init, params, sizes)
     try:
         update = jax.make_jaxpr(tx.update, axis_env=list(sizes.items()))(params, state, params)
     except TypeError as error:
@@ -180,8 +205,13 @@ def _find_per_worker(
     return state, per_worker, is_conditional
 
 
-def _state_specs(tx: Any, state: Any, params: Any, param_specs: Any) -> list[PartitionSpec]:
-    """Shard each state leaf over further axes like the parameter of the same shape."""
+def _state_specs(
+    tx: Any, state: Any, params: Any, param_specs: Any, sizes: Mapping[Hashable, int]
+) -> list[PartitionSpec]:
+    """Shard each state leaf over further axes like the parameter of the same shape.
+
+    A server's memory of a sharded parameter has parts of each device's block.
+    """
     whole = PartitionSpec()
     if param_specs is None:
         return [whole for _ in jax.tree.leaves(state)]
@@ -199,4 +229,4 @@ def _state_specs(tx: Any, state: Any, params: Any, param_specs: Any) -> list[Par
         transform_non_params=lambda node: spec_unless_masked(node, whole),
         is_leaf=is_masked,
     )
-    return jax.tree.leaves(specs)
+    return jax.tree.leaves(memory_specs(state, specs, param_specs, sizes))

@@ -26,6 +26,7 @@ from signax._data_parallel.layout import Layout
 from signax._data_parallel.pieces import average_pieces, follow_pieces
 from signax._data_parallel.placement import Report, Workers, add_axis, check_state, state_leaves
 from signax._transforms.participation import Extras
+from signax._wire.feedback import with_specs
 
 # Of parameters, a piece of the batch, replicated arguments and a key: the loss, aux and gradient.
 Differentiate = Callable[..., tuple[tuple[jax.Array, Any], Any]]
@@ -250,7 +251,8 @@ def map_init(
     """The state of `params` as global arrays."""
 
     def init_worker(params: optax.Params):
-        return _state_rows(tx.init(params), workers, layout)
+        init = with_specs(tx.init, workers.specs(params), workers.mesh.shape)
+        return _state_rows(init(params), workers, layout)
 
     mapped = workers.shard_map(init_worker, (PartitionSpec(),), _worker_specs(workers, layout))
 

@@ -25,7 +25,7 @@ from signax._core.leaves import mean, wide_dtype
 from signax._data_parallel import inner, mapped, norms
 from signax._data_parallel.boxes import add_row_axis
 from signax._data_parallel.eager import Programs
-from signax._data_parallel.layout import Layout, Leaf, PerWorker, find_layout
+from signax._data_parallel.layout import Layout, Leaf, PerWorker, find_layout, found_layout
 from signax._data_parallel.pinned import (
     OnWrongSharding,
     has_auto_axes,
@@ -222,8 +222,10 @@ class StateOnMesh(inner.Aggregator):
         wanted = self._wanted(num_workers)
         had = rows_in(state, self._layout(params), self.num_workers)
         before, after = self._layout(params, had), self._layout(params, wanted)
+        leaves = state_leaves(state, before)
+        before = found_layout(before, leaves, had)
         check_state(state, before, had)
-        inner = before.structure.unflatten(state_leaves(state, before))
+        inner = before.structure.unflatten(leaves)
         resized = resize_state(inner, before, after, self.mesh, wanted)
         return jax.tree.structure(state).unflatten(jax.tree.leaves(resized))
 
@@ -241,15 +243,18 @@ class StateOnMesh(inner.Aggregator):
 def resize_state(state: Any, before: Layout, after: Layout, mesh: Mesh, num_workers: int) -> Any:
     """A state laid out as `after` says, from a state laid out as `before` says."""
     flags = before.structure.unflatten([leaf.per_worker for leaf in before.leaves])
+    like = after.structure.unflatten(
+        [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in after.leaves]
+    )
 
-    def resize(node: Any, flags: Any):
+    def resize(node: Any, flags: Any, like: Any):
         if _has_a_way(node):
-            return node.resized(num_workers, resize_rows)
+            return node.resized(num_workers, resize_rows, like)
         return resize_rows(node, num_workers) if flags else node
 
     def resized(leaves: list[Any]):
         state = before.structure.unflatten(leaves)
-        return jax.tree.leaves(jax.tree.map(resize, state, flags, is_leaf=_has_a_way))
+        return jax.tree.leaves(jax.tree.map(resize, state, flags, like, is_leaf=_has_a_way))
 
     leaves = _device_put(jax.tree.leaves(state), _auto_shardings(before, mesh))
     if before is not after:

@@ -77,6 +77,7 @@ def exchange(
     dither: Any = None,
     memory: Sequence[Array] = (),
     specs: Sequence[PartitionSpec] | None = None,
+    memory_specs: Sequence[PartitionSpec] = (),
     like: Any = None,
     name: str = "updates",
 ) -> Outcome:
@@ -90,7 +91,9 @@ def exchange(
       active: bool[], whether this worker takes part; by default it does if its values are finite.
       dither: the memory of the codec's dither; without one the dither depends on `step` alone.
       memory: the server's memory of its part of each leaf, or nothing.
-      specs: how each leaf is sharded over further axes within a worker.
+      specs: how each leaf is sharded over further axes within a worker; by default as its type
+        says, which names Explicit axes only.
+      memory_specs: how each array of `memory` is sharded over the same axes.
       like: a tree in the shapes of the updates, by default `tree`.
       name: the name of the tree in errors.
     """
@@ -98,6 +101,7 @@ def exchange(
     worker = codec.worker(route.axis_name, step, dither)
     values, structure = jax.tree.flatten(tree)
     like = values if like is None else jax.tree.leaves(like)
+    specs = [jax.typeof(leaf).sharding.spec for leaf in values] if specs is None else specs
     groups = sharding_groups(values, specs)
 
     # Two passes over the groups: a worker takes part only if the values of all groups are finite.
@@ -114,8 +118,9 @@ def exchange(
     verdict, counts, kept = jnp.zeros(2, jnp.uint32), [], list(memory)
     for group, message in zip(groups, messages, strict=True):
         own = [memory[n] for n in group.positions] if memory else []
+        own_specs = [memory_specs[n] for n in group.positions] if memory else []
         leaves = _leaves_of(group, values, like)
-        result = _settle_group(group, leaves, codec, route, worker, message, header, own)
+        result = _settle_group(group, leaves, codec, route, worker, message, header, own, own_specs)
         assign(updates, group.positions, result.updates)
         assign(kept, group.positions, result.memory)
         # Every group found the same verdict. Older JAX cannot index one of its rows here.
@@ -123,16 +128,9 @@ def exchange(
         counts.extend(map(add_up, result.counts))
     voters, dead = verdict
     counts = [sum(counts[1:], start=counts[0])] if counts else []
-    return Outcome(
-        structure.unflatten(updates),
-        voters,
-        dead,
-        participates,
-        finite,
-        counts,
-        residual if codec.has_residual else [],
-        kept,
-    )
+    residual = residual if codec.has_residual else []
+    updates = structure.unflatten(updates)
+    return Outcome(updates, voters, dead, participates, finite, counts, residual, kept)
 
 
 def take_part(finite: Bool[Array, ""], active: Array | bool | None) -> Bool[Array, ""]:
@@ -216,6 +214,7 @@ def _settle_group(
     message: list[Array],
     header: Array,
     memory: list[Array],
+    memory_specs: list[PartitionSpec],
 ) -> _Result:
     """Send a group's message and decode the reply."""
     whole, flat = PartitionSpec(), PartitionSpec(group.axes or None)
@@ -240,8 +239,9 @@ def _settle_group(
         return _Result(updates, verdict[None], counts, reply.memory)
 
     message_specs = _message_specs(group, codec, route)
-    in_specs = (Leaves(group.specs, group.specs), message_specs, whole, whole, position_spec, whole)
-    out_specs = _Result(group.specs, flat, flat, whole)
+    of_leaves = Leaves(group.specs, group.specs)
+    in_specs = of_leaves, message_specs, whole, whole, position_spec, memory_specs
+    out_specs = _Result(group.specs, flat, flat, memory_specs)
     function = _on_blocks(settle, (*group.axes, *split), in_specs, out_specs)
     return function(leaves, message, header, worker, position, memory)
 

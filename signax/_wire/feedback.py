@@ -1,6 +1,7 @@
 """Error feedback on the wire: the memories of workers and servers, around an exchange."""
 
-from collections.abc import Callable, Hashable, Sequence
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -22,10 +23,11 @@ from signax._core.leaves import (
     check_floating,
     check_votable,
     spec_axes,
+    specs_like,
     worker_index,
 )
 from signax._wire.exchange import exchange
-from signax._wire.parts import cut_leaf, join_leaf, part_shape
+from signax._wire.parts import cut_blocks, device_blocks, join_blocks, server_shape, server_spec
 from signax._wire.scaled_signs import ScaledSigns
 from signax._wire.types import Array, Outcome, Route
 
@@ -42,27 +44,34 @@ class ScaledSignsMemory(NamedTuple):
         `None` without error feedback.
       server: this worker's memory as the server of its part of each leaf: a tree like the values,
         in the dtypes of `worker`, of parts [32, S] with S an M-th of d / 32, rounded up. `None` if
-        means come down in full precision. The layout is the same on every platform.
+        means come down in full precision. The layout is the same on every platform. If a leaf is
+        sharded within a worker, a server has a part of each device's block, and its memory of the
+        leaf is [n1, n2, ..., 32, S] with n1 x n2 x ... blocks along the leaf's dimensions.
     """
 
     worker: Any
     server: Any
 
-    def resized(self, num_workers: int, resize_rows: Any) -> "ScaledSignsMemory":
+    def resized(
+        self, num_workers: int, resize_rows: Any, like: "ScaledSignsMemory | None" = None
+    ) -> "ScaledSignsMemory":
         """The memory of another number of workers, from the rows of all workers.
 
-        Workers' rows are dealt out by `resize_rows`; the servers' parts are cut afresh.
+        Workers' rows are dealt out by `resize_rows`; the servers' parts are cut again, from blocks
+        as in the shapes of `like`, by default from the same blocks.
         """
         worker = jax.tree.map(lambda rows: resize_rows(rows, num_workers), self.worker)
         if self.server is None:
             return self._replace(worker=worker)
 
-        def cut_again(own: jax.Array, parts: jax.Array):
+        def cut_again(own: jax.Array, parts: jax.Array, wanted: Any):
             if not parts.size:  # an empty leaf, which has no rows
                 return parts
-            return cut_leaf(join_leaf(parts, own.shape[1:]), num_workers)
+            blocks = parts.shape[1:-2] if like is None else wanted.shape[:-2]
+            return cut_blocks(join_blocks(parts, own.shape[1:]), blocks, num_workers)
 
-        return ScaledSignsMemory(worker, jax.tree.map(cut_again, self.worker, self.server))
+        wanted = self.server if like is None else like.server
+        return ScaledSignsMemory(worker, jax.tree.map(cut_again, self.worker, self.server, wanted))
 
 
 def scaled_signs_memory(
@@ -102,13 +111,112 @@ def scaled_signs_memory(
         worker = jax.tree.map(lambda leaf: zeros(leaf, jnp.shape(leaf)), tree)
     if feedback == "both":
         server = jax.tree.map(
-            lambda leaf: zeros(leaf, part_shape(jnp.shape(leaf), num_workers)), tree
+            lambda leaf: zeros(leaf, server_shape(jnp.shape(leaf), (), num_workers)), tree
         )
     return ScaledSignsMemory(worker, server)
 
 
-def check_memory(name: str, tree: Any, memory: Any, num_workers: int) -> None:
-    """Raise if a memory belongs to other values, or to another number of workers."""
+class _Sharding(NamedTuple):
+    """How parameters are sharded within a worker.
+
+    Attributes:
+      structure: the structure of the parameters.
+      specs: their partition specs.
+      sizes: the names and sizes of the mesh's axes.
+    """
+
+    structure: Any
+    specs: tuple[PartitionSpec, ...]
+    sizes: tuple[tuple[Hashable, int], ...]
+
+
+# Optax's `init` gets the parameters alone, and their types do not name Auto axes. JAX traces a
+# function again where this context has another value.
+_sharding = jax.make_user_context(None)
+
+
+def with_specs(
+    init: Callable[[Any], Any], specs: Any, sizes: Mapping[Hashable, int]
+) -> Callable[[Any], Any]:
+    """Let `init` know how parameters are sharded within a worker, on a mesh of these sizes.
+
+    Servers then have a memory of each device's block.
+    """
+    leaves, structure = jax.tree.flatten(specs)
+    if not any(map(spec_axes, leaves)):
+        return init
+    sharding = _Sharding(structure, tuple(leaves), tuple(sizes.items()))
+
+    def init_with_specs(params: Any):
+        with _sharding(sharding):
+            return init(params)
+
+    return init_with_specs
+
+
+def init_memory(
+    params: Any, num_workers: int, *, feedback: Feedback, dtype: Any
+) -> ScaledSignsMemory:
+    """`scaled_signs_memory` in `init`, which `with_specs` lets know of sharded parameters."""
+    memory = scaled_signs_memory(params, num_workers, feedback=feedback, dtype=dtype)
+    sharding = _sharding.value
+    if sharding is None or memory.server is None:
+        return memory
+    specs = specs_like(params, sharding.structure.unflatten(sharding.specs))
+
+    def zeros(own: jax.Array, spec: PartitionSpec):
+        blocks = device_blocks(own, spec, dict(sharding.sizes))
+        return jnp.zeros(server_shape(own.shape, blocks, num_workers), own.dtype)
+
+    return memory._replace(server=jax.tree.map(zeros, memory.worker, specs))
+
+
+def memory_specs(state: Any, state_specs: Any, specs: Any, sizes: Mapping[Hashable, int]) -> Any:
+    """The specs of a state's leaves, with the specs of servers' memories put right.
+
+    `specs` shards the parameters within a worker, on a mesh of these sizes.
+    """
+
+    def put_right(node: Any, found: Any):
+        if not _is_memory(node) or node.server is None:
+            return found
+        own_specs = specs_like(node.worker, specs)
+        of_server = partial(server_spec, sizes=sizes)
+        return found._replace(server=jax.tree.map(of_server, node.worker, own_specs))
+
+    return jax.tree.map(put_right, state, state_specs, is_leaf=_is_memory)
+
+
+def found_memories(state: Any, rows: Any, num_workers: int) -> Any:
+    """A state's shapes, but with servers' memories as in `rows`, which has M rows of each.
+
+    Those may be of other devices' blocks. Any other shape stays as it is.
+    """
+
+    def of_server(own: Any, part: Any, found: Any):
+        blocks = jnp.shape(found)[1:-2]
+        if len(blocks) not in (0, own.ndim) or any(map(operator.mod, own.shape, blocks)):
+            return part
+        shape = server_shape(own.shape, blocks, num_workers)
+        return jax.ShapeDtypeStruct(shape if own.size else part.shape, part.dtype)
+
+    def replace(node: Any, found: Any):
+        if not _is_memory(node) or node.server is None:
+            return node
+        server = jax.tree.map(of_server, node.worker, node.server, found.server)
+        return node._replace(server=server)
+
+    return jax.tree.map(replace, state, rows, is_leaf=_is_memory)
+
+
+def _is_memory(node: Any) -> bool:
+    return isinstance(node, ScaledSignsMemory)
+
+
+def check_memory(
+    name: str, tree: Any, memory: Any, num_workers: int, specs: Sequence[PartitionSpec]
+) -> None:
+    """Raise if a memory belongs to other values, number of workers, or specs of the values."""
     if not isinstance(memory, ScaledSignsMemory):
         raise TypeError(
             f"memory is of type {type(memory).__name__}: start with signax.scaled_signs_memory, "
@@ -119,16 +227,29 @@ def check_memory(name: str, tree: Any, memory: Any, num_workers: int) -> None:
         check_alike(name, tree, "memory.worker", memory.worker, remedy)
     if memory.server is None:
         return
-    parts = jax.eval_shape(lambda: scaled_signs_memory(tree, num_workers).server)
-    structure, expected = jax.tree.structure(memory.server), jax.tree.structure(parts)
+    leaves, sizes = jax.tree.leaves(tree), jax.sharding.get_abstract_mesh().shape
+    blocks = [device_blocks(*both, sizes) for both in zip(leaves, specs, strict=True)]
+    structure, expected = jax.tree.structure(memory.server), jax.tree.structure(tree)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(memory.server)]
-    wanted = [leaf.shape for leaf in jax.tree.leaves(parts)]
-    if structure != expected or shapes != wanted:
-        raise ValueError(
-            f"memory.server has leaves of shapes {shapes}, but these values need {wanted} for "
-            f"{num_workers} workers: it must come from scaled_signs_memory on the "
-            "same values and workers, or through DataParallel.resize"
+    wanted = [
+        server_shape(leaf.shape, counts, num_workers)
+        for leaf, counts in zip(leaves, blocks, strict=True)
+    ]
+    if structure == expected and shapes == wanted:
+        return
+    remedy = (
+        "it must come from scaled_signs_memory on the same values and workers, or through "
+        "DataParallel.resize"
+    )
+    if any(blocks):
+        remedy = (
+            f"the values are sharded within a worker, as {[*specs]}. DataParallel.init makes such "
+            "a memory. In your own shard_map map over these axes too"
         )
+    raise ValueError(
+        f"memory.server has leaves of shapes {shapes}, but these values need {wanted} for "
+        f"{num_workers} workers: {remedy}"
+    )
 
 
 def make_scaled(
@@ -167,12 +288,9 @@ def exchange_with_memory(
     A worker that does not take part keeps its memory. A server does too, where nobody takes part.
     """
     check_votable(tree, axis_name, name=name)
-    check_memory(name, tree, memory, codec.num_workers)
-    if memory.server is not None and any(spec_axes(spec) for spec in specs or ()):
-        raise ValueError(
-            "feedback='both' does not take leaves that are sharded within a worker, as "
-            f"param_specs shards them, {specs!r}: use feedback='worker'"
-        )
+    leaves, sizes = jax.tree.leaves(tree), jax.sharding.get_abstract_mesh().shape
+    specs = [jax.typeof(leaf).sharding.spec for leaf in leaves] if specs is None else specs
+    check_memory(name, tree, memory, codec.num_workers, specs)
     values = tree
     if memory.worker is not None:
         with jax.named_scope("signax.momentum"):
@@ -185,6 +303,7 @@ def exchange_with_memory(
         active=active,
         memory=jax.tree.leaves(memory.server),
         specs=specs,
+        memory_specs=[server_spec(*both, sizes) for both in zip(leaves, specs, strict=True)],
         like=tree,
         name=name,
     )

@@ -223,7 +223,11 @@ def merge_bits(fields: Sequence[Array], axis: int, flags: int = 1) -> Sequence[A
     return lax.reduce(
         [*shifted, *fields[planes:]],
         [np.uint32(0)] * planes + [np.bool_(False)] * flags,
-        lambda left, right: [*map(lax.bitwise_or, left, right)],
+        # Bits do not overlap, so a sum joins them. Unlike OR, XLA can reduce it across devices.
+        lambda left, right: [
+            *map(lax.add, left[:planes], right[:planes]),
+            *map(lax.bitwise_or, left[planes:], right[planes:]),
+        ],
         (axis,),
     )
 

@@ -8,19 +8,22 @@ columns; the last part may be padded too:
     S = 2           | 6 7 | 8 9 |10 11|      row 1: coordinates 6 to 11, and so on
 
 All this depends on the leaf's shape and on M alone, so a server's memory of its part is the same on
-every platform.
+every platform. If a leaf is sharded within a worker, each device's block is cut as a leaf.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from signax._core.leaves import wide_dtype
+from signax._core.leaves import entry_axes, spec_axes, wide_dtype
 from signax._wire.packing import MOST_WASTE, SMALL, Fold
 from signax._wire.types import Array, Bool, Float, Int, Leaves, Num, UInt32
 from signax._wire.words import WORD_BITS, from_words, to_words
@@ -53,6 +56,34 @@ def part_shape(shape: tuple[int, ...], num_workers: int) -> tuple[int, int]:
     return WORD_BITS, part_columns(shape, num_workers)
 
 
+def device_blocks(leaf: Any, spec: PartitionSpec, sizes: Mapping[Hashable, int]) -> tuple[int, ...]:
+    """The number of devices' blocks along each dimension of a leaf; () if each device has all."""
+    counts = [math.prod([sizes[axis] for axis in entry_axes(entry)]) for entry in spec]
+    if math.prod(counts) == 1 or not leaf.size:
+        return ()
+    return *counts, *[1] * (leaf.ndim - len(counts))
+
+
+def server_shape(
+    shape: tuple[int, ...], blocks: tuple[int, ...], num_workers: int
+) -> tuple[int, ...]:
+    """The shape of a server's memory of a leaf, whose first dimensions count devices' blocks."""
+    return *blocks, *part_shape(_block_shape(shape, blocks), num_workers)
+
+
+def server_spec(leaf: Any, spec: PartitionSpec, sizes: Mapping[Hashable, int]) -> PartitionSpec:
+    """The spec of a server's memory of a leaf, over the axes over which the leaf is sharded."""
+    if device_blocks(leaf, spec, sizes):
+        return spec
+    axes = spec_axes(spec)  # of size 1, but a map over them must find them in the memory's type
+    return PartitionSpec(None, axes) if axes else PartitionSpec()
+
+
+def _block_shape(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a device's block. JAX shards even divisions only."""
+    return tuple([n // count for n, count in zip(shape, blocks, strict=True)]) if blocks else shape
+
+
 def cut_leaf(leaf: Num[Array, "..."], num_workers: int) -> Num[Array, "M 32 S"]:
     """Cut a leaf into its parts."""
     columns = matrix(leaf.shape).words
@@ -64,6 +95,32 @@ def join_leaf(parts: Num[Array, "M 32 S"], shape: tuple[int, ...]) -> Num[Array,
     """Invert `cut_leaf`."""
     rows = join_columns(jnp.swapaxes(parts, 0, 1), matrix(shape).words)
     return rows.reshape(-1)[: math.prod(shape)].reshape(shape)
+
+
+def cut_blocks(
+    leaf: Num[Array, "..."], blocks: tuple[int, ...], num_workers: int
+) -> Num[Array, "M *blocks 32 S"]:
+    """Cut each device's block of a leaf into its parts."""
+    if not blocks:
+        return cut_leaf(leaf, num_workers)
+    cut = partial(cut_leaf, num_workers=num_workers)
+    for _ in blocks:
+        cut = jax.vmap(cut, out_axes=1)
+    pairs = zip(blocks, _block_shape(leaf.shape, blocks), strict=True)
+    apart = leaf.reshape([n for pair in pairs for n in pair])
+    return cut(apart.transpose(*range(0, apart.ndim, 2), *range(1, apart.ndim, 2)))
+
+
+def join_blocks(parts: Num[Array, "M *blocks 32 S"], shape: tuple[int, ...]) -> Num[Array, "..."]:
+    """Invert `cut_blocks`."""
+    blocks = parts.shape[1:-2]
+    if not blocks:
+        return join_leaf(parts, shape)
+    join = partial(join_leaf, shape=_block_shape(shape, blocks))
+    for _ in blocks:
+        join = jax.vmap(join, in_axes=1)
+    order = [n for pair in enumerate(range(len(blocks), 2 * len(blocks))) for n in pair]
+    return join(parts).transpose(order).reshape(shape)
 
 
 def cut_columns(columns: Num[Array, "*others W"], num_workers: int) -> Num[Array, "*others M S"]:

@@ -182,7 +182,9 @@ class ScaledSigns:
         words, scales, memory, worker = [], [], list(context.memory), context.worker
         for bundle, mean in zip(bundles, means, strict=True):
             blocks = bundle.blocks
-            error = jnp.concatenate(bundle.of(context.memory), axis=1)
+            kept = bundle.of(context.memory)
+            # Of a sharded leaf, the memory has a leading 1 for each dimension of the leaf.
+            error = jnp.concatenate([own.reshape(own.shape[-2:]) for own in kept], axis=1)
             real = [is_real(shape, self.num_workers, worker.index) for shape in blocks.shapes]
             real = jnp.concatenate(real, axis=1)
             part = jnp.where(real, add_memory(mean, error, self.decay), 0)[None]
@@ -193,8 +195,9 @@ class ScaledSigns:
             words.append(word)
             scales.append(scale)
             error = jnp.where(real & (voters > 0), left[0], error)
-            edges = np.cumsum(blocks.columns)[:-1]
-            assign(memory, bundle.positions, jnp.split(error, edges, axis=1))
+            errors = jnp.split(error, np.cumsum(blocks.columns)[:-1], axis=1)
+            errors = [new.reshape(own.shape) for new, own in zip(errors, kept, strict=True)]
+            assign(memory, bundle.positions, errors)
         return write_message(words, scales), memory
 
     def _read_reply(

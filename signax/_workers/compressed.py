@@ -35,8 +35,8 @@ from signax._wire.feedback import (
     Feedback,
     ScaledSignsMemory,
     exchange_with_memory,
+    init_memory,
     make_scaled,
-    scaled_signs_memory,
 )
 from signax._wire.quantized import Bits, Quantized, check_bits
 from signax._wire.scaled_signs import ScaledSigns
@@ -96,9 +96,10 @@ def mean_scaled_signs(
         in full precision.
       block: the coordinates that share a scale: `"leaf"` or the most in a block, see
         :func:`signax.pmean_scaled_signs`. A leaf that is sharded within a worker, by the
-        `param_specs` of :class:`signax.DataParallel`, has one scale too, which takes one small sum
-        over those axes. A number of coordinates is counted in each device's block of the leaf. So
-        are the coordinates whose parity dithers zeros: results then depend on the mesh.
+        `param_specs` of :class:`signax.DataParallel`, has one scale on the way up too, which takes
+        one small sum over those axes. Servers' parts, a number of coordinates, and the coordinates
+        whose parity dithers zeros are counted in each device's block of the leaf: results then
+        depend on the mesh.
       decay: the share :math:`\lambda` of the memories that is added, in [0, 1].
       learning_rate: if updates are already scaled by a learning rate, that rate: see
         :func:`signax.error_feedback`.
@@ -113,8 +114,7 @@ def mean_scaled_signs(
 
     Raises:
       ValueError: an option is unknown or out of range; at the update, the state belongs to another
-        tree or number of workers, a leaf does not vary over the axis, or with `"both"` a leaf is
-        sharded within a worker.
+        tree, number of workers or sharding within a worker, or a leaf does not vary over the axis.
       TypeError: `axis_name` names no axis, or an option is of the wrong kind; at `init` and at the
         update, a leaf is not floating-point.
       NameError: at the update, the axis is not bound; at `init`, the number of workers is unknown.
@@ -238,7 +238,7 @@ def _init_mean(params: optax.Params, options: MeanOptions) -> MeanScaledSignsSta
     workers = 1  # any number will do where servers keep no memory
     if options.feedback == "both" and jax.tree.leaves(params):
         workers = options.num_workers or _axis_size(options.axis_name)
-    memory = scaled_signs_memory(
+    memory = init_memory(
         params, workers, feedback=options.feedback, dtype=options.accumulator_dtype
     )
     return MeanScaledSignsState(jnp.zeros([], jnp.int32), memory, no_participation())
