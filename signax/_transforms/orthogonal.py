@@ -1,4 +1,4 @@
-"""Orthogonalisation: matrices become their polar factors, whose entries are all about as large."""
+"""Orthogonalisation: matrices become their polar factors, whose singular values are all equal."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,7 +28,8 @@ def orthogonalize(
 
     for a matrix of m rows and n columns. Five Newton-Schulz iterations, Optax's, approximate
     :math:`U V^\top`: they bring the singular values to between about 0.7 and 1.2. The entries of u
-    are alike in size, so that a vote on their signs loses little.
+    are spread like Gaussian numbers, without the heavy tails of a gradient's entries, so that their
+    signs lose less.
 
     The transformation is stateless. Use it after a momentum and before a vote, or after a vote,
     where the matrix of the majority's signs becomes a matrix of equal singular values again, the
