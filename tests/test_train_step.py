@@ -1,5 +1,6 @@
 """The training step that comes with `DataParallel`."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from least_squares import (
     make_batch,
     squared_error,
 )
-from workers import assert_same_on_all_devices, large_floating
+from workers import assert_same_on_all_devices, auto_mesh, large_floating
 
 import signax
 from signax import diagnostics
@@ -191,3 +192,19 @@ def test_a_step_of_ten_million_parameters_sends_one_bit_each_way(mesh):
     assert sum(r.bytes_sent for r in scalars) <= 16
     assert sent <= 1.02 * 2 * (7 / 8) * size / 8
     assert 31 * sent <= 2 * (7 / 8) * 4 * size
+
+
+def test_boxed_parameters_may_have_plain_param_specs():
+    mesh = auto_mesh({"data": 2, "fsdp": 2})
+    params = {"w": nn.Partitioned(jnp.zeros((4, 2)), names=("fsdp", None))}
+    specs = {"w": PartitionSpec("fsdp")}
+    params = jax.device_put(params, NamedSharding(mesh, specs["w"]))
+
+    def loss_fn(params, batch):
+        return jnp.mean((batch - batch @ nn.unbox(params)["w"].sum(axis=1, keepdims=True)) ** 2)
+
+    tx = signax.DataParallel(signax.signum(0.5, axis_name="data"), mesh, param_specs=specs)
+    step = tx.train_step(loss_fn)
+    params, _, _ = step(params, tx.init(params), jnp.ones((4, 4)))
+    assert params["w"].value.sharding.spec == specs["w"]
+    assert params["w"].value.tolist() == [[0.5, 0.5]] * 4

@@ -304,7 +304,7 @@ class DataParallel(StateOnMesh):
                 value, rows, state = gradient(params, state, batch, *more, key=key)
             updates, state = self.update(rows, state, params, active=active)
             params = optax.apply_updates(params, updates)
-            return self._workers.constrain(params, self.param_specs), state, value
+            return self._workers.constrain(params, self._workers.specs(params)), state, value
 
         return jax.jit(step, donate_argnums=(0, 1))
 
