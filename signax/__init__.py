@@ -13,6 +13,7 @@ from signax._data_parallel.norms import GradNorm
 from signax._data_parallel.rules import inner_rules
 from signax._optimizers.means import ef_sign_sgd, ssdm
 from signax._optimizers.muon import MuonMomentumState, muon
+from signax._optimizers.one_bit_adam import OneBitAdamState, one_bit_adam
 from signax._optimizers.votes import lion, sign_sgd, signum
 from signax._transforms.compressors import (
     ScaleByRandomKState,
@@ -64,6 +65,7 @@ __all__ = [
     "MeanScaledSignsState",
     "MeanSignsState",
     "MuonMomentumState",
+    "OneBitAdamState",
     "Participation",
     "ScaleByRandomKState",
     "ScaleBySignumState",
@@ -84,6 +86,7 @@ __all__ = [
     "mean_scaled_signs",
     "mean_signs",
     "muon",
+    "one_bit_adam",
     "orthogonalize",
     "participation",
     "pmean_quantized",

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from signax._core.leaves import all_finite
+from signax._optimizers.muon import MuonMomentumState
+from signax._optimizers.one_bit_adam import OneBitAdamState
 from signax._transforms.memory import ErrorFeedbackState, ScaleBySignumState
 from signax._transforms.participation import Participation
 from signax._transforms.spikes import tree_norm
@@ -17,13 +19,15 @@ from signax._wire.feedback import ScaledSignsMemory
 from signax._workers.votes import Agreement
 
 _MOMENTA: dict[type, str] = {  # states, and their fields that are momenta
+    MuonMomentumState: "momentum",
     ScaleBySignumState: "momentum",
     optax.EmaState: "ema",
     optax.ScaleByAdamState: "mu",
     optax.ScaleByLionState: "mu",
     optax.TraceState: "trace",
 }
-_KNOWN = (Participation, Agreement, ScaledSignsMemory, ErrorFeedbackState, *_MOMENTA)
+_MEMORIES = ScaledSignsMemory, ErrorFeedbackState
+_KNOWN = (Participation, Agreement, OneBitAdamState, *_MEMORIES, *_MOMENTA)
 _NORMS = ("momentum_norm", "memory_norm", "server_memory_norm")
 
 
@@ -135,6 +139,9 @@ def _places(state: Any, above: tuple[Any, ...]) -> Iterator[_Place]:
                 yield _Place("memory_norm", (*path, jax.tree_util.GetAttrKey("error")), error)
                 inner = (*path, jax.tree_util.GetAttrKey("inner_state"))
                 yield from _places(inner_state, inner)
+            case OneBitAdamState():
+                yield _Place("momentum_norm", path, node.mu)
+                yield from _places(node.mean, (*path, jax.tree_util.GetAttrKey("mean")))
             case _ if type(node) in _MOMENTA:
                 yield _Place("momentum_norm", path, getattr(node, _MOMENTA[type(node)]))
             case _:

@@ -450,3 +450,45 @@ def stochastic_sign_mean(values, norm="l2"):
     if norm == "l2":
         return relative / np.sqrt((relative**2).sum())
     return relative if norm == "linf" else np.clip(values / norm, -1, 1)
+
+
+# 1-bit Adam: Tang et al. 2021 (arXiv 2102.02888), with corrected biases. After the freeze, steps
+# stay within the bound of Adam's: Kingma and Ba 2015 (arXiv 1412.6980), section 2.1.
+
+
+def one_bit_adam(leaves, warmup_steps, b1, b2, eps, block=None, counts=None):
+    """Directions and states after each of T steps, from a list of leaves [M, ...] for each step.
+
+    A step in which no worker takes part changes nothing. A coordinate that no gradient reached
+    before the freeze does not move then, and its gradients are not sent.
+
+    Returns:
+      For each step and each leaf of d coordinates, in row-major order: the direction [d], m [d],
+      v [d], and a pair of the workers' [M, d] and the servers' [d] memories.
+    """
+    num_workers, taken, sent, history = len(leaves[0][0]), 0, [], []
+    mu = [np.zeros(leaf[0].size) for leaf in leaves[0]]
+    nu = [np.zeros(leaf[0].size) for leaf in leaves[0]]
+    for step in leaves:
+        flat = [leaf.reshape(num_workers, -1) for leaf in step]
+        takes_part = participants(np.concatenate(flat, axis=1), None)
+        exact, directions = taken < warmup_steps, [np.zeros_like(m) for m in mu]
+        # Whoever has NaN sends nothing: that is everybody in the warm-up.
+        own = [b1 * m + (1 - b1) * leaf for m, leaf in zip(mu, flat, strict=True)]
+        own = [np.where(v > 0, momentum, 0) for v, momentum in zip(nu, own, strict=True)]
+        silent = exact | ~takes_part[:, None]
+        own = [np.where(silent, np.nan, momentum) for momentum in own]
+        sent.append([m.reshape(leaf.shape) for m, leaf in zip(own, step, strict=True)])
+        replies = mean_of_scaled_signs(sent, block=block, counts=counts)[-1]
+        if takes_part.any():
+            taken += 1
+            for n, leaf in enumerate(flat):
+                gradient, m, v = leaf[takes_part].mean(axis=0), mu[n], nu[n]
+                mu[n] = b1 * m + (1 - b1) * gradient if exact else np.where(v > 0, replies[n][0], 0)
+                nu[n] = b2 * v + (1 - b2) * gradient**2 if exact else v
+                root = np.sqrt(nu[n] / (1 - b2 ** min(taken, warmup_steps)))
+                most = np.inf if exact else max(1, (1 - b1) / np.sqrt(1 - b2))
+                directions[n] = np.clip(mu[n] / (1 - b1**taken) / (root + eps), -most, most)
+        memories = [(workers, server) for _, workers, server in replies]
+        history.append(list(zip(directions, mu.copy(), nu.copy(), memories, strict=True)))
+    return history

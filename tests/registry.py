@@ -156,6 +156,18 @@ REGISTRY = {
         needs_params=True,
     ),
     "ssdm over workers": Case(signax.ssdm, RATE, {"key": KEY, **VOTE}, voted=True),
+    "one_bit_adam": Case(
+        signax.one_bit_adam,
+        {**RATE, "b1": 0.8, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.1},
+        {"warmup_steps": 1},
+        needs_params=True,
+    ),
+    "one_bit_adam over workers": Case(
+        signax.one_bit_adam,
+        {**RATE, "b1": 0.8, "b2": 0.9},
+        {**VOTE, "warmup_steps": 1, "mu_dtype": jnp.float32, "num_workers": 2},
+        voted=True,
+    ),
     "ef_sign_sgd": Case(signax.ef_sign_sgd, {**RATE, "weight_decay": 0.1}, needs_params=True),
     "ef_sign_sgd over workers": Case(
         signax.ef_sign_sgd,

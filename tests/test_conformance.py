@@ -380,8 +380,8 @@ def test_works_in_a_chain(name):
 EXPORTS = [name for name in signax.__all__ if not inspect.ismodule(getattr(signax, name))]
 STATES = [name for name in EXPORTS if is_state(getattr(signax, name)) and name not in OTHERS]
 FACTORIES = [name for name in EXPORTS if name not in (*STATES, *OPTAXS)]
-# Optax too takes these hyperparameters second or third.
-POSITIONAL = {"beta", "b1", "b2", "momentum"}
+# Optax too takes these hyperparameters second to fourth.
+POSITIONAL = {"beta", "b1", "b2", "eps", "momentum"}
 
 
 @pytest.mark.parametrize("name", FACTORIES)

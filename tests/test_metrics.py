@@ -152,6 +152,21 @@ def test_momenta_of_optax_are_measured(momentum, norm):
     np.testing.assert_allclose(floats(diagnostics.metrics(state))["momentum_norm"], norm, rtol=1e-6)
 
 
+def test_momenta_of_muon_and_one_bit_adam_are_measured():
+    rows = random_rows(4)
+    state = after(on_mesh(signax.muon(0.1, 0.75, axis_name=AXIS), 4), [rows])
+    found = floats(diagnostics.metrics(state))
+    own = sorted(value for name, value in found.items() if name.startswith("momentum_norm/"))
+    kernel, bias = {"kernel": 0.25 * rows["kernel"]}, {"bias": 0.01 * rows["bias"]}  # Lion's
+    np.testing.assert_allclose(own, sorted(map(norm_over_workers, (kernel, bias))), rtol=1e-5)
+
+    adam = signax.one_bit_adam(0.1, 0.75, warmup_steps=2, axis_name=AXIS)
+    found = floats(diagnostics.metrics(after(on_mesh(adam, 4), [rows])))
+    shared = jax.tree.map(lambda leaf: 0.25 * leaf.mean(axis=0, keepdims=True), rows)
+    assert found["momentum_norm"] == pytest.approx(norm_over_workers(shared), rel=1e-5)
+    assert found["memory_norm"] == 0
+
+
 def test_every_memory_of_nested_error_feedback_has_a_name():
     tx = signax.error_feedback(signax.error_feedback(signax.scale_by_top_k(0.5)))
     gradient = jnp.array([3.0, 1.0])

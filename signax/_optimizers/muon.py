@@ -67,7 +67,8 @@ def muon(
 
     for matrices, where :math:`\operatorname{polar}(U \Sigma V^\top) = U V^\top`. Each worker keeps
     its own momentum and orthogonalises it by itself; :func:`signax.orthogonalize` explains how. The
-    other leaves are voted on by Lion, in the same exchange: one bit per coordinate travels each way.
+    other leaves are voted on by Lion, in the same exchange. One bit per coordinate travels each
+    way.
 
     A vote moves every coordinate by :math:`\alpha \rho`. With :math:`\rho = 0.2` that is about as
     far as a step of AdamW does, so AdamW's step size is a starting point. Try twice and four times
