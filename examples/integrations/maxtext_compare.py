@@ -1,10 +1,10 @@
 """Compare MaxText's DiLoCo with and without a vote, on a tiny model and eight simulated devices.
 
-Four slices have two devices each. Parameters are sharded over `fsdp` inside a slice, or whole
-where scaled signs have two memories. For each number H of steps between two exchanges, the program
-prints the outer parameters' loss on all slices' data for each seed, and the bytes that a device
-sends to other slices in one exchange, read from the compiled step. Then it interrupts a run with a
-vote, resumes it from MaxText's checkpoint, and compares its losses with those of a whole run.
+Four slices have two devices each. Parameters are sharded over `fsdp` inside a slice. For each
+number H of steps between two exchanges, the program prints the outer parameters' loss on all
+slices' data for each seed, and the bytes that a device sends to other slices in one exchange, read
+from the compiled step. Then it interrupts a run with a vote, resumes it from MaxText's checkpoint,
+and compares its losses with those of a whole run.
 
     python examples/integrations/maxtext_compare.py
     python examples/integrations/maxtext_compare.py --seeds 1 --periods 8 --outers mean vote
@@ -86,11 +86,9 @@ def train(outer, folder, seed, period, *args):
     """Train in a process of its own; returns the slices' mean loss by step, and the bytes."""
     metrics = Path(folder, "metrics.json")
     metrics.unlink(missing_ok=True)
-    axis = "data" if outer == "both" else "fsdp"  # two memories do not take sharded leaves
     args = [f"metrics_file={metrics}", f"base_output_directory={folder}", *args]
     args += [f"init_weights_seed={seed}", f"diloco_sync_period={period}"]
-    args += [f"ici_{axis}_parallelism={devices_per_slice}"]  # MaxText's default gives fsdp the rest
-    args += ["ici_fsdp_parallelism=1"] * (axis != "fsdp")
+    args += [f"ici_fsdp_parallelism={devices_per_slice}"]
     settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags, "DECOUPLE_GCLOUD": "TRUE"}
     command = [sys.executable, __file__, "--child", outer, *args]
     environment = {**os.environ, **settings}
