@@ -7,6 +7,8 @@ from optax import scale_by_sign
 
 from signax import diagnostics, testing
 from signax._data_parallel.data_parallel import DataParallel
+from signax._data_parallel.diloco import DiLoCo
+from signax._data_parallel.diloco_state import DiLoCoState
 from signax._data_parallel.inner import LocalStepsState
 from signax._data_parallel.layout import state_specs
 from signax._data_parallel.norms import GradNorm
@@ -57,6 +59,8 @@ __all__ = [
     "Agreement",
     "AverageUpdatesState",
     "DataParallel",
+    "DiLoCo",
+    "DiLoCoState",
     "DitherMemory",
     "ErrorFeedbackState",
     "GradNorm",

@@ -179,7 +179,8 @@ REGISTRY = {
 # Exports that do not transform one worker's updates. DataParallel transforms global arrays, and
 # has tests of its own.
 OTHERS = {
-    "DataParallel", "GradNorm", "diagnostics", "inner_rules", "participation", "pmean_quantized",
+    "DataParallel", "DiLoCo", "GradNorm", "diagnostics", "inner_rules", "participation",
+    "pmean_quantized",
     "pmean_scaled_signs", "pmean_signs", "pvote", "pvote_scatter", "scaled_signs_memory",
     "state_specs", "testing",
 }  # fmt: skip

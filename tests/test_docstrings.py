@@ -13,11 +13,14 @@ import signax.flax
 
 PAGES = pathlib.Path(__file__).parent.parent / "docs" / "api"
 SECTIONS = ["Args", "Attributes", "Returns", "Raises", "Examples", "References"]
-METHODS = [
-    name
-    for name, value in inspect.getmembers(signax.DataParallel, inspect.isfunction)
-    if value.__module__.startswith("signax.") and not name.startswith("_")
-]
+METHODS = {
+    kind: [
+        name
+        for name, value in inspect.getmembers(kind, inspect.isfunction)
+        if value.__module__.startswith("signax.") and not name.startswith("_")
+    ]
+    for kind in (signax.DataParallel, signax.DiLoCo)
+}
 
 
 def find_exports():
@@ -33,7 +36,7 @@ def find_exports():
         (signax.diagnostics, signax.diagnostics.__all__),
         (signax.flax, signax.flax.__all__),
         (signax.testing, testing),
-        (signax.DataParallel, METHODS),
+        *METHODS.items(),
     ):
         prefix = module.__name__ if inspect.ismodule(module) else f"signax.{module.__name__}"
         exports |= {f"{prefix}.{name}": getattr(module, name) for name in names}
@@ -69,8 +72,18 @@ WITHOUT_SOURCE = {
     "signax.diagnostics.exchange_seconds": "is this project's model",
     "signax.diagnostics.metrics": "reads a state",
     "signax.diagnostics.wire_bytes": "counts this project's bytes",
-    **{f"signax.DataParallel.{name}": "is a method of DataParallel" for name in METHODS},
+    **{
+        f"signax.{kind.__name__}.{name}": "is a method of a class"
+        for kind, names in METHODS.items()
+        for name in names
+    },
 }
+
+
+def class_of(name):
+    """The class of a method, or `None`."""
+    classes = [f"signax.{kind.__name__}" for kind in METHODS]
+    return next((one for one in classes if name.startswith(f"{one}.")), None)
 
 
 def documented_names(page):
@@ -142,7 +155,7 @@ def test_the_reference_documents_each_name_by_the_directive_of_its_kind():
 def test_the_table_of_the_reference_links_every_function():
     index = (PAGES / "index.md").read_text(encoding="utf-8")
     linked = re.findall(r"^\| \{\w+\}`~([\w.]+)` \|", index, re.MULTILINE)
-    functions = [name for name in (*CALLABLES, *OPTAXS) if "DataParallel." not in name]
+    functions = [name for name in (*CALLABLES, *OPTAXS) if class_of(name) is None]
     assert sorted(linked) == sorted(functions)
 
 
@@ -173,9 +186,9 @@ def test_docstrings_have_every_section_in_order(name):
 @pytest.mark.parametrize("name", CALLABLES)
 def test_examples_run_or_name_the_docstring_with_the_example(name):
     examples = "\n".join(split_sections(name)["Examples"])
-    if name.startswith("signax.DataParallel.") and ">>>" not in examples:
+    if class_of(name) and ">>>" not in examples:
         (target,) = re.findall(r"^  See :(?:meth|class):`(.+)`\.$", examples.strip("\n"))
-        target = target if target in EXPORTS else f"signax.DataParallel.{target}"
+        target = target if target in EXPORTS else f"{class_of(name)}.{target}"
         examples = "\n".join(split_sections(target)["Examples"])
         assert f".{name.rpartition('.')[2]}(" in examples, f"{target} does not show {name}"
     code_and_result = r"^  (?:>>>|\.\.\.) .*\n  (?!>>>|\.\.\.)\S"

@@ -15,6 +15,10 @@ FURTHER_CASES = {
         "votes_equal_the_reference_with_any_number_of_absent_workers": "M from 1 to 9",
         "votes_on_large_leaves_equal_the_reference": "M from 1 to 9, above 16,384 words",
     },
+    "test_diloco": {
+        "parameters_may_be_sharded_within_workers": "axes of mixed types, and specs beside types",
+        "rounds_equal_the_reference": "H of 1, 2 and 3, with 1, 2 and 4 workers",
+    },
     "test_means": {
         "means_of_signs_equal_the_reference_with_any_number_of_absent_workers": "M from 1 to 9",
     },
@@ -57,6 +61,9 @@ THOROUGH = {
     },
     "test_docs": {
         "code_blocks_of_a_page_run_in_order": "examples of the documentation that do not run",
+    },
+    "test_fragments": {
+        "fragments_may_be_sharded_within_workers": "specs of fragments",
     },
     "test_fuzz": {
         "packing_and_unpacking_of_ten_thousand_arrays": "shapes that nobody thought of",
@@ -124,6 +131,9 @@ SLOW = {
         "a_stopped_and_continued_run_equals_an_uninterrupted_run": "the example's checkpoints",
         "network_trains_in_processes_and_compares_times": "benchmarks/language_model.py network",
         "tune_searches_one_grid_with_all_seeds_and_resumes": "benchmarks/language_model.py tune",
+    },
+    "test_diloco": {
+        "few_bits_without_feedback_learn_as_well_as_the_mean": "a claim of the documentation",
     },
     "test_learning": {
         "eight_local_steps_for_each_vote_reach_the_same_loss": "a claim of the documentation",

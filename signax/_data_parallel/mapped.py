@@ -23,17 +23,10 @@ from signax._data_parallel.captured import (
 )
 from signax._data_parallel.eager import Programs, split_arrays
 from signax._data_parallel.layout import Layout
-from signax._data_parallel.pieces import average_pieces, follow_pieces
+from signax._data_parallel.pieces import Differentiate, OfShare, local_value_and_grad
 from signax._data_parallel.placement import Report, Workers, add_axis, check_state, state_leaves
 from signax._transforms.participation import Extras
 from signax._wire.feedback import with_specs
-
-# Of parameters, a piece of the batch, replicated arguments and a key: the loss, aux and gradient.
-Differentiate = Callable[..., tuple[tuple[jax.Array, Any], Any]]
-
-# Like `local_value_and_grad`: the loss, aux, a row and the own state of one worker. Where the
-# workers share no parameters, they get `None`, and have parameters as the first part of the state.
-OfShare = Callable[..., tuple[jax.Array, Any, Any, Any]]
 
 
 def check_batch(batch: Any, num_workers: int, accumulate: int) -> None:
@@ -47,46 +40,6 @@ def check_batch(batch: Any, num_workers: int, accumulate: int) -> None:
                 "examples. Pass a random key as key=, and other arguments that are not to be "
                 "split after the batch"
             )
-
-
-def local_value_and_grad(
-    differentiate: Differentiate,
-    params: Any,
-    batch: Any,
-    replicated: tuple[Any, ...],
-    key: Any,
-    pieces: int,
-    state: Any = None,
-    *,
-    local: optax.GradientTransformation | None = None,
-) -> tuple[jax.Array, Any, Any, Any]:
-    """The loss, aux and gradient of one worker, and the state of `local`.
-
-    Losses and gradients are averaged over several pieces, and aux is stacked. With an optimiser
-    `local`, the worker takes a step for each piece instead, and the parameters before minus the
-    parameters after take the gradient's place.
-    """
-
-    def of_piece(params: Any, piece: Any, number: Any):
-        own = key if key is None or number is None else jax.random.fold_in(key, number)
-        seen, grads = differentiate(params, piece, replicated, own)
-        return grads, seen
-
-    if pieces == 1 and local is None:
-        grads, (loss, aux) = of_piece(params, batch, None)
-        return loss, aux, grads, state
-
-    def cut(leaf: Any):
-        return leaf.reshape(pieces, leaf.shape[0] // pieces, *leaf.shape[1:])
-
-    stacked = jax.tree.map(cut, batch), jnp.arange(pieces)
-    if local is None:
-        grads, (losses, aux) = average_pieces(of_piece, params, stacked)
-    else:
-        grads, state, (losses, aux) = follow_pieces(of_piece, params, stacked, local, state)
-    if pieces == 1:
-        aux = jax.tree.map(lambda leaf: leaf[0], aux)
-    return jnp.mean(losses), aux, grads, state
 
 
 class _Gradient(NamedTuple):
