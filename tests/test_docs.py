@@ -104,7 +104,8 @@ def test_memory_matches_the_results():
     rows = re.findall(r"^\| (.*?) \|(.*?)\|(.*?)\| (\d\.\d\d) \|", PAGES["choose"], re.MULTILINE)
     printed = {re.sub(r"{func}`signax\.(\w+)`", r"\1", row[0]): float(row[-1]) for row in rows}
     printed["adamw"] = printed.pop("AdamW on the mean")
-    assert len(printed) == 7
+    printed["muon on the mean"] = printed.pop("Muon on the mean")
+    assert len(printed) == 10
     for name, copies in printed.items():
         assert copies == pytest.approx(found["results"][name]["state"], abs=0.005), name
 
