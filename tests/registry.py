@@ -51,6 +51,15 @@ def over_workers(tx, num_workers):
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
+def matrices(params):
+    """Dimension numbers for leaves of two axes, and for no others."""
+
+    def of_leaf(leaf):
+        return optax.contrib.MuonDimensionNumbers() if jnp.ndim(leaf) == 2 else None
+
+    return jax.tree.map(of_leaf, params)
+
+
 RATE = {"learning_rate": 0.1}
 VOTE = {"axis_name": AXIS}
 REGISTRY = {
@@ -144,7 +153,12 @@ REGISTRY = {
     "lion wide": Case(signax.lion, RATE, {"mu_dtype": jnp.float32, "weight_decay": 0.0}),
     "lion voted": Case(signax.lion, RATE, {**VOTE, "weight_decay": 0.0}, voted=True),
     "orthogonalize": Case(signax.orthogonalize),
-    "muon": Case(signax.muon, {**RATE, "beta": 0.5, "weight_decay": 0.1}, needs_params=True),
+    "muon": Case(
+        signax.muon,
+        {**RATE, "beta": 0.5, "weight_decay": 0.1},
+        {"weight_dimension_numbers": matrices},
+        needs_params=True,
+    ),
     "muon voted": Case(signax.muon, RATE, {**VOTE, "mu_dtype": jnp.float32}, voted=True),
     "muon orthogonal votes": Case(
         signax.muon, RATE, {**VOTE, "nesterov": False, "after_vote": "orthogonalize"}, voted=True

@@ -232,6 +232,12 @@ def spec_axes(spec: PartitionSpec) -> tuple[Hashable, ...]:
     return tuple([axis for entry in spec for axis in entry_axes(entry)])
 
 
+def typed_spec(array: Any) -> PartitionSpec:
+    """The spec in the type of an array, which names Explicit axes only."""
+    spec = jax.typeof(array).sharding.spec
+    return spec if spec_axes(spec) else PartitionSpec()
+
+
 def specs_like(tree: Any, specs: Any) -> Any:
     """The specs of a tree's leaves, without those that a mask removed; `None` shards nothing."""
     if specs is None:

@@ -296,7 +296,7 @@ def check_state(state: Any, layout: Layout, num_workers: int) -> None:
         path = next(leaf.path for leaf in layout.leaves if leaf.per_worker)
         raise ValueError(
             f"state{path} has rows for {rows} workers, but there are {num_workers}: "
-            f"resize makes a state of {num_workers}"
+            f"DataParallel.resize (or DiLoCo.resize) makes a state of {num_workers}"
         )
     for array, leaf in zip(state_leaves(state, layout), layout.leaves, strict=True):
         expected = (num_workers, *leaf.shape) if leaf.per_worker else leaf.shape

@@ -14,7 +14,7 @@ from signax._core.checks import (
     check_transformation,
 )
 from signax._core.leaves import check_alike, check_floating
-from signax._optimizers.votes import Mask, check_no_vote_options, descend
+from signax._optimizers.votes import Mask, check_no_vote_options, check_params, descend
 from signax._transforms.memory import checked
 from signax._transforms.orthogonal import DimensionNumbers, dimension_numbers, orthogonalize
 from signax._transforms.participation import hold_if_nonfinite
@@ -154,7 +154,7 @@ def muon(
         },
         label,
     )
-    direction = optax.chain(momentum, orthogonal)
+    direction = optax.chain(_check_inputs(), momentum, orthogonal)
     options: dict[str, Any] = {
         "zeros": zeros,
         "ties": ties,
@@ -177,6 +177,18 @@ def muon(
     return descend(direction, learning_rate, weight_decay, mask)
 
 
+def _check_inputs() -> optax.GradientTransformation:
+    """Raise if a leaf is no gradient of its parameter, before the leaves are dealt into groups."""
+
+    def update_fn(updates: optax.Updates, state: Any, params: Any = None):
+        check_floating(updates)
+        if params is not None:
+            check_params(updates, params)
+        return updates, state
+
+    return optax.GradientTransformation(optax.init_empty_state, update_fn)
+
+
 def _muon_momentum(beta: float, nesterov: bool, dtype: Any) -> optax.GradientTransformation:
     """The momentum of `optax.contrib.scale_by_muon`, whose updates are not orthogonalised yet."""
 
@@ -190,14 +202,14 @@ def _muon_momentum(beta: float, nesterov: bool, dtype: Any) -> optax.GradientTra
         check_floating(updates)
         check_alike("updates", updates, "state.momentum", state.momentum)
         count = optax.safe_increment(state.count)
-        corrected = optax.tree.bias_correction
         with jax.numpy_dtype_promotion("standard"), jax.named_scope("signax.momentum"):
             momentum = optax.tree.update_moment(updates, state.momentum, beta, 1)
             direction = momentum
             if nesterov:
-                ahead = corrected(momentum, beta, optax.safe_increment(count))
-                gradient = corrected(updates, beta, count)
-                direction = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, gradient)
+                # Optax's direction times 1 - beta, so that large gradients do not overflow.
+                ahead = beta * (1 - beta) / (1 - beta ** (count + 1))
+                own = (1 - beta) ** 2 / (1 - beta**count)
+                direction = jax.tree.map(lambda m, g: ahead * m + own * g, momentum, updates)
             direction = optax.tree.cast_like(direction, updates)
             momentum = optax.tree.cast_like(momentum, state.momentum)
         return direction, MuonMomentumState(count, momentum)

@@ -47,7 +47,7 @@ def _add_decay(weight_decay: Any, mask: Mask) -> optax.GradientTransformation:
 
     def update_fn(updates: optax.Updates, state: Any, params: Any = None):
         if params is not None:
-            _check_params(updates, params)
+            check_params(updates, params)
         return decay.update(updates, state, params)
 
     return optax.GradientTransformation(decay.init, update_fn)
@@ -80,7 +80,7 @@ def check_no_vote_options(options: Mapping[str, Any]) -> None:
         )
 
 
-def _check_params(updates: Any, params: Any) -> None:
+def check_params(updates: Any, params: Any) -> None:
     """Raise if updates and parameters differ in shape or structure. An update may be `None`."""
 
     def check(path: Any, update: Any, param: Any):

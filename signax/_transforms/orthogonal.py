@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
 from signax._core.checks import check_count
-from signax._core.leaves import check_floating, is_masked, specs_like
+from signax._core.leaves import check_floating, is_masked, relative_to_peak, specs_like
 from signax._transforms.matrices import map_matrices, matrix_axes
 from signax._transforms.participation import NO_EXTRAS, Extras
 
@@ -164,5 +164,8 @@ def _polar(matrix: jax.Array, numbers: MuonDimensionNumbers, ns_steps: int) -> j
     )
     sides = [math.prod(matrix.shape[n] for n in axes) for axes in matrix_axes(matrix.ndim, numbers)]
     with jax.numpy_dtype_promotion("standard"), jax.named_scope("signax.orthogonalize"):
-        factor: Any = iteration.update(matrix, iteration.init(matrix))[0]
+        # Norms must not overflow. In f16 even the norm of a matrix of ones may.
+        unit = relative_to_peak(matrix)
+        unit = unit.astype(jnp.float32) if unit.dtype == jnp.float16 else unit
+        factor: Any = iteration.update(unit, iteration.init(unit))[0]
         return (factor * math.sqrt(max(sides))).astype(matrix.dtype)

@@ -36,6 +36,7 @@ from signax._core.leaves import (
     check_votable,
     find_axis,
     sharding_groups,
+    typed_spec,
     varies,
 )
 from signax._wire.types import (
@@ -101,7 +102,7 @@ def exchange(
     worker = codec.worker(route.axis_name, step, dither)
     values, structure = jax.tree.flatten(tree)
     like = values if like is None else jax.tree.leaves(like)
-    specs = [jax.typeof(leaf).sharding.spec for leaf in values] if specs is None else specs
+    specs = [*map(typed_spec, values)] if specs is None else specs
     groups = sharding_groups(values, specs)
 
     # Two passes over the groups: a worker takes part only if the values of all groups are finite.
@@ -128,8 +129,7 @@ def exchange(
         counts.extend(map(add_up, result.counts))
     voters, dead = verdict
     counts = [sum(counts[1:], start=counts[0])] if counts else []
-    residual = residual if codec.has_residual else []
-    updates = structure.unflatten(updates)
+    updates, residual = structure.unflatten(updates), residual if codec.has_residual else []
     return Outcome(updates, voters, dead, participates, finite, counts, residual, kept)
 
 

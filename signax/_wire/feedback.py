@@ -24,6 +24,7 @@ from signax._core.leaves import (
     check_votable,
     spec_axes,
     specs_like,
+    typed_spec,
     worker_index,
 )
 from signax._wire.exchange import exchange
@@ -289,7 +290,7 @@ def exchange_with_memory(
     """
     check_votable(tree, axis_name, name=name)
     leaves, sizes = jax.tree.leaves(tree), jax.sharding.get_abstract_mesh().shape
-    specs = [jax.typeof(leaf).sharding.spec for leaf in leaves] if specs is None else specs
+    specs = [*map(typed_spec, leaves)] if specs is None else specs
     check_memory(name, tree, memory, codec.num_workers, specs)
     values = tree
     if memory.worker is not None:
