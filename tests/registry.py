@@ -160,9 +160,6 @@ REGISTRY = {
         needs_params=True,
     ),
     "muon voted": Case(signax.muon, RATE, {**VOTE, "mu_dtype": jnp.float32}, voted=True),
-    "muon orthogonal votes": Case(
-        signax.muon, RATE, {**VOTE, "nesterov": False, "after_vote": "orthogonalize"}, voted=True
-    ),
     "ssdm": Case(
         signax.ssdm,
         {**RATE, "beta": 0.8, "weight_decay": 0.1},

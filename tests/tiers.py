@@ -78,6 +78,12 @@ THOROUGH = {
     "test_participation": {
         "one_nonfinite_block_of_a_sharded_leaf_excludes_its_worker": "finiteness per block",
     },
+    "test_orthogonal": {
+        "sharded_matrices_are_orthogonalized_as_a_whole": "specs of matrices on kinds of axes",
+    },
+    "test_muon": {
+        "sharded_matrices_take_the_steps_of_whole_matrices": "the whole optimiser on shards",
+    },
     "test_state": {
         "resize_works_for_numbers_that_the_transformation_does_not_support": "few workers",
     },
