@@ -93,8 +93,9 @@ def one_bit_adam(
     does not train well: average such leaves in full precision, by `optax.partition`.
 
     A worker whose gradient is not finite is excluded: m and v do not contain its gradient, and it
-    keeps its memory. If no worker takes part, m and v stay and u is 0. Without an axis there is one
-    worker, which compresses its own momentum.
+    keeps its memory. If no worker takes part, m and v stay and u is 0. During the warm-up, mean
+    gradients are clipped where their square exceeds the dtype of v, from 1.8e19 in f32 and from 254
+    in f16. Without an axis there is one worker, which compresses its own momentum.
 
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule. Use AdamW's.
@@ -208,8 +209,9 @@ class _Adam(NamedTuple):
 
         value, old_nu = _wide(value), _wide(state.nu)
         seen = jax.tree.map(lambda m, v: jnp.where(v > 0, m, 0), value, old_nu)
-        mu = choose(warms_up, self._average(value, state.mu), seen)
-        squares = optax.tree.update_moment_per_elem_norm(value, old_nu, self.b2, 2)
+        gradient = jax.tree.map(_with_finite_square, value, state.nu)
+        mu = choose(warms_up, self._average(gradient, state.mu), seen)
+        squares = optax.tree.update_moment_per_elem_norm(gradient, old_nu, self.b2, 2)
         mu, nu = choose(counts, mu, state.mu), choose(counts & warms_up, squares, old_nu)
         mu_hat = optax.tree.bias_correction(mu, self.b1, count)
         nu_hat = optax.tree.bias_correction(nu, self.b2, jnp.minimum(count, self.warmup_steps))
@@ -224,6 +226,12 @@ class _Adam(NamedTuple):
 
     def _average(self, value: Any, mu: Any) -> Any:
         return optax.tree.update_moment(value, mu, self.b1, 1)
+
+
+def _with_finite_square(gradient: jax.Array, nu: jax.Array) -> jax.Array:
+    """Clip a gradient so that its square is finite in the dtype of v."""
+    most = float(jnp.finfo(nu.dtype).max) ** 0.5 * (1 - 2.0**-7)
+    return jnp.clip(gradient, -most, most)
 
 
 def _wide(tree: Any) -> Any:
