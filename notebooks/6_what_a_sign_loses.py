@@ -54,7 +54,7 @@ WORKERS, DECAY, STEPS = 8, 0.8, 100
 LOOKS = (10, 50, 100)  # the steps at which the notebook looks
 
 # %% [markdown]
-# The model is that of `examples/train_language_model.py`, with three layers of width 96. It is
+# `examples/train_language_model.py` defines the model, here with three layers of width 96. It is
 # trained by AdamW on the mean of the workers' gradients: all three values then come from one run,
 # and none of them decides where the run goes.
 

@@ -473,7 +473,7 @@ def one_bit_adam(leaves, warmup_steps, b1, b2, eps, block=None, counts=None):
         flat = [leaf.reshape(num_workers, -1) for leaf in step]
         takes_part = participants(np.concatenate(flat, axis=1), None)
         exact, directions = taken < warmup_steps, [np.zeros_like(m) for m in mu]
-        # Whoever has NaN sends nothing: that is everybody in the warm-up.
+        # A worker whose row is NaN sends nothing. During the warm-up no worker sends.
         own = [b1 * m + (1 - b1) * leaf for m, leaf in zip(mu, flat, strict=True)]
         own = [np.where(v > 0, momentum, 0) for v, momentum in zip(nu, own, strict=True)]
         silent = exact | ~takes_part[:, None]

@@ -4,7 +4,7 @@ Four slices have two devices each. Parameters are sharded over `fsdp` inside a s
 number H of steps between two exchanges, the program prints the outer parameters' loss on all
 slices' data for each seed, and the bytes that a device sends to other slices in one exchange, read
 from the compiled step. Then it interrupts a run with a vote, resumes it from MaxText's checkpoint,
-and compares its losses with those of a whole run.
+and checks that a run without an interruption has the same losses.
 
     python examples/integrations/maxtext_compare.py
     python examples/integrations/maxtext_compare.py --seeds 1 --periods 8 --outers mean vote

@@ -2,8 +2,8 @@
 
 A training stack may infer the shardings of the optimiser state from the parameters and pin them.
 Rows then lie on every device, and XLA gathers them in full precision at every step. Under Explicit
-axes the types of old rows show their shardings. Only the lowered program shows those of new rows,
-and of all rows under Auto axes.
+axes the types of old rows show their shardings. The shardings of new rows, and of all rows under
+Auto axes, show only in the lowered program.
 """
 
 import warnings

@@ -1,7 +1,7 @@
 """Functions of whole matrices, which may be stacked in a leaf or cut over a worker's devices.
 
-Matrices of one shape run one after the other through one program. A transformer has five shapes or
-so: its program stays as short as that of five matrices, and has the intermediate results of one.
+Matrices of one shape run one after the other through one program. A transformer has about five
+shapes, so its program has five such loops, and each loop keeps one matrix's intermediate results.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -40,7 +40,7 @@ class Stack(NamedTuple):
 
     Attributes:
       kind: the kind of its matrices.
-      order: the axes of the leaf that count matrices, and then those of a matrix.
+      order: the axes of the leaf that count matrices, and then the axes of a matrix.
       shape: the shape of the block with its axes in this order.
     """
 
@@ -59,7 +59,7 @@ class Stack(NamedTuple):
 
 
 def matrix_axes(rank: int, numbers: MuonDimensionNumbers) -> tuple[list[int], list[int]]:
-    """The axes of the rows, and those of the columns, of an array of some rank."""
+    """The row axes and the column axes of an array of a given rank, as non-negative numbers."""
     rows, columns = (
         [axis % rank for axis in ((entry,) if isinstance(entry, int) else entry)]
         for entry in numbers
