@@ -95,7 +95,8 @@ def lower(sizes, kind, tx, options):
         outputs = [batch @ leaf for leaf in params.values()]
         return sum(jnp.mean(jnp.square(output)) for output in outputs)
 
-    step = data_parallel.train_step(loss_fn, accumulate=2)
+    number = "num_local_steps" if "local" in options else "accumulate"
+    step = data_parallel.train_step(loss_fn, **{number: 2})
     state = data_parallel.abstract_state(params)
     batch = ShapeDtypeStruct((32, 32), jnp.float32)
     return step.lower(params, state, batch).as_text()

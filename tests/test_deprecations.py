@@ -50,6 +50,11 @@ def test_an_old_argument_warns_and_equals_the_new_argument(make, old, new, value
     assert_equal(two_updates(tx), two_updates(make(**{new: value})))
 
 
+def test_an_old_argument_beside_the_new_one_is_an_error():
+    with pytest.raises(ValueError, match="b1=0.5 and beta=0.9 are one option: pass beta alone"):
+        signax.signum(0.1, b1=0.5, beta=0.9)  # pyright: ignore[reportCallIssue]
+
+
 def voted(**options):
     tx = signax.majority_vote(AXIS, **options)
     return rows_of_workers("vmap", lambda g: tx.update(g, tx.init(g))[0], 3)(ROWS)

@@ -473,16 +473,16 @@ def test_every_step_of_a_loop_may_capture_what_the_last_step_returned(kind, cont
     assert numbers[0] == numbers[2]  # one compilation
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_local_steps_may_capture_arrays(accumulate):
+@pytest.mark.parametrize("steps", [1, 2])
+def test_local_steps_may_capture_arrays(steps):
     mesh, batch = make_mesh(kind=EXPLICIT), make_batch()
     tx = signax.DataParallel(SIGNUM, mesh, local=signax.signum(0.1))
     scale = on_mesh(np.float32(2), mesh)
     found = tx.local_steps(
-        lambda params, batch: scale * squared_error(params, batch), accumulate=accumulate
+        lambda params, batch: scale * squared_error(params, batch), num_local_steps=steps
     )
     given = tx.local_steps(
-        lambda params, batch, scale: scale * squared_error(params, batch), accumulate=accumulate
+        lambda params, batch, scale: scale * squared_error(params, batch), num_local_steps=steps
     )
     state = tx.init(PARAMS)
     assert_trees_close(found(PARAMS, state, batch), given(PARAMS, state, batch, 2.0))

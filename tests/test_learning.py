@@ -46,7 +46,7 @@ def test_eight_local_steps_for_each_vote_reach_the_same_loss():
     rounds, own = batches // k, signax.signum(warmup_cosine(2.5e-4, batches))
     vote = signax.signum(warmup_cosine(k * 2.5e-4, rounds), 0.0, axis_name="data")
     local_losses = [
-        learn(vote, num_workers, rounds, k * batch_size, seed, local=own, accumulate=k)[0]
+        learn(vote, num_workers, rounds, k * batch_size, seed, local=own, num_local_steps=k)[0]
         for seed in SEEDS
     ]
     assert np.mean(local_losses) <= 1.05 * np.mean(losses), (local_losses, losses)

@@ -26,7 +26,7 @@ from signax import diagnostics
 def test_local_steps_return_each_workers_displacement(steps, mesh):
     rate, b1 = 1 / 16, 0.5
     tx = signax.DataParallel(SIGNUM, mesh, local=signax.signum(rate, b1))
-    follow = jax.jit(tx.local_steps(squared_error, accumulate=steps))
+    follow = jax.jit(tx.local_steps(squared_error, num_local_steps=steps))
     state = tx.init(PARAMS)
     momenta = [jax.tree.map(np.zeros_like, PARAMS)] * WORKERS
     for batch in (make_batch(), make_batch(64)):  # the second pass starts with a momentum
@@ -63,7 +63,7 @@ def test_local_steps_have_aux_and_fold_keys_like_gradients(mesh):
     key, state = jax.random.key(1), tx.init(PARAMS)
     gradient = jax.jit(tx.value_and_grad(loss_fn, has_aux=True, accumulate=4))
     (_, expected), _ = gradient(PARAMS, make_batch(), key=key)
-    follow = jax.jit(tx.local_steps(loss_fn, has_aux=True, accumulate=4))
+    follow = jax.jit(tx.local_steps(loss_fn, has_aux=True, num_local_steps=4))
     (_, aux), _, _ = follow(PARAMS, state, make_batch(), key=key)
     np.testing.assert_array_equal(aux, expected)
     assert np.unique(aux).size == 4 * WORKERS
@@ -78,7 +78,7 @@ def test_local_steps_join_and_average_aux(steps, mesh):
         return squared_error(params, batch), (batch["x"], params["b"])
 
     tx = signax.DataParallel(SIGNUM, mesh, local=signax.sign_sgd(0.5))
-    follow = tx.local_steps(loss_fn, has_aux=True, aux=("concat", "mean"), accumulate=steps)
+    follow = tx.local_steps(loss_fn, has_aux=True, aux=("concat", "mean"), num_local_steps=steps)
     batch = make_batch()
     (_, (inputs, bias)), *_ = jax.jit(follow)(PARAMS, tx.init(PARAMS), batch)
     np.testing.assert_array_equal(inputs, batch["x"])
@@ -98,7 +98,7 @@ def test_a_nonfinite_worker_discards_its_local_steps(mesh):
     tx = signax.DataParallel(SIGNUM, mesh, local=signax.signum(0.1))
     batch = make_batch()
     batch["x"] = batch["x"].at[5].set(jnp.inf)  # the second worker's
-    follow = jax.jit(tx.local_steps(squared_error, accumulate=2))
+    follow = jax.jit(tx.local_steps(squared_error, num_local_steps=2))
     _, rows, state = follow(PARAMS, tx.init(PARAMS), batch)
     momentum = optax.tree.get(state.local, "momentum")["w"]
     np.testing.assert_array_equal(np.any(np.isnan(rows["w"]), axis=(1, 2)), np.arange(8) == 1)
@@ -130,7 +130,7 @@ def test_nonfinite_values_hidden_by_local_steps_exclude_the_worker(mesh, local, 
     batch = {"slope": slopes.reshape(-1, 4), "extra": extras.reshape(-1)}
     params = jnp.zeros(4)
     before = tx.init(params)
-    follow = jax.jit(tx.local_steps(loss_fn, accumulate=3))
+    follow = jax.jit(tx.local_steps(loss_fn, num_local_steps=3))
     _, rows, state = follow(params, before, batch)
     bad = np.arange(WORKERS) == 1
     np.testing.assert_array_equal(np.isnan(rows).all(axis=1), bad)
@@ -145,9 +145,9 @@ def test_nonfinite_values_hidden_by_local_steps_exclude_the_worker(mesh, local, 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_local_steps_send_no_more_than_one_vote(kind):
     batch, sent = make_batch(64), []
-    for options in ({}, {"local": signax.signum(0.1)}):
-        tx = signax.DataParallel(SIGNUM, make_mesh(kind=kind), **options)
-        step, state = tx.train_step(squared_error, accumulate=8), tx.init(PARAMS)
+    for local, number in ((None, "accumulate"), (signax.signum(0.1), "num_local_steps")):
+        tx = signax.DataParallel(SIGNUM, make_mesh(kind=kind), local=local)
+        step, state = tx.train_step(squared_error, **{number: 8}), tx.init(PARAMS)
         sent.append(diagnostics.collective_bytes(step.lower(PARAMS, state, batch).compile()))
         params, state, _ = step(jax.tree.map(jnp.copy, PARAMS), state, batch)
         step(params, state, batch)
@@ -172,3 +172,90 @@ def test_local_steps_require_a_local_optimizer(mesh):
         signax.DataParallel(SIGNUM, mesh, local=signax.sign_sgd)
     with pytest.raises(ValueError, match="local=None"):
         signax.DataParallel(SIGNUM, mesh).local_steps(squared_error)
+
+
+# The number of local steps.
+
+
+@pytest.fixture
+def local_signum(mesh):
+    return signax.DataParallel(SIGNUM, mesh, local=signax.signum(0.1))
+
+
+def test_train_step_takes_local_steps_and_votes(local_signum):
+    tx, batch = local_signum, make_batch()
+
+    @jax.jit
+    def by_hand(params, state):
+        follow = tx.local_steps(squared_error, num_local_steps=4)
+        loss, rows, state = follow(params, state, batch)
+        updates, state = tx.update(rows, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    expected = by_hand(PARAMS, tx.init(PARAMS))
+    step = tx.train_step(squared_error, num_local_steps=4)
+    found = step(jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS), batch)
+    assert_trees_equal(found, expected)
+    np.testing.assert_array_equal(optax.tree.get(found[1].local, "count"), [4] * WORKERS)
+
+
+@pytest.mark.parametrize("method", ["local_steps", "train_step"])
+def test_one_local_step_is_the_default(method, local_signum):
+    tx, batch = local_signum, make_batch()
+    found, expected = (
+        getattr(tx, method)(squared_error, **options)(
+            jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS), batch
+        )
+        for options in ({}, {"num_local_steps": 1})
+    )
+    assert_trees_equal(found, expected)
+
+
+@pytest.mark.parametrize("method", ["local_steps", "train_step"])
+def test_the_old_name_of_the_number_warns_and_equals_the_new_name(method, local_signum):
+    tx, batch = local_signum, make_batch()
+    make = getattr(tx, method)
+    said = rf"{method}\(accumulate=\.\.\.\).* is deprecated: use num_local_steps=\.\.\."
+    with pytest.warns(DeprecationWarning, match=said) as warned:
+        old = make(squared_error, accumulate=2)
+    assert [warning.filename for warning in warned] == [__file__]
+    found, expected = (
+        step(jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS), batch)
+        for step in (old, make(squared_error, num_local_steps=2))
+    )
+    assert_trees_equal(found, expected)
+    state = found[2] if method == "local_steps" else found[1]
+    np.testing.assert_array_equal(optax.tree.get(state.local, "count"), [2] * WORKERS)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "said"),
+    [
+        (0, ValueError, "num_local_steps=0 must be at least 1"),
+        (1.5, TypeError, r"num_local_steps=1\.5 must be a whole number"),
+    ],
+)
+@pytest.mark.parametrize("method", ["local_steps", "train_step"])
+def test_rejects_an_invalid_number_of_local_steps(method, number, kind, said, local_signum):
+    with pytest.raises(kind, match=said):
+        getattr(local_signum, method)(squared_error, num_local_steps=number)
+
+
+@pytest.mark.parametrize("method", ["local_steps", "train_step"])
+def test_rejects_a_batch_that_local_steps_cannot_cut_evenly(method, local_signum):
+    follow = getattr(local_signum, method)(squared_error, num_local_steps=3)
+    said = r"batch\['x'\] has shape \(32, 3\).* multiple of 8 workers times num_local_steps=3: drop"
+    with pytest.raises(ValueError, match=said):
+        follow(PARAMS, local_signum.init(PARAMS), make_batch())
+
+
+def test_a_number_of_local_steps_requires_a_local_optimizer(mesh):
+    said = r"num_local_steps=4 needs DataParallel\(\.\.\., local=optimizer\).* use accumulate="
+    with pytest.raises(ValueError, match=said):
+        signax.DataParallel(SIGNUM, mesh).train_step(squared_error, num_local_steps=4)
+
+
+def test_rejects_two_numbers_of_local_steps(local_signum):
+    said = r"accumulate=2 and num_local_steps=4 are both given.* use num_local_steps= alone"
+    with pytest.raises(ValueError, match=said):
+        local_signum.train_step(squared_error, accumulate=2, num_local_steps=4)

@@ -23,6 +23,11 @@ def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             for old, new in names.items():
+                if old in kwargs and new in kwargs:
+                    raise ValueError(
+                        f"{old}={kwargs[old]!r} and {new}={kwargs[new]!r} are one option: pass "
+                        f"{new} alone"
+                    )
                 if old in kwargs:
                     message = f"{function.__name__}({old}=...) is deprecated: use {new}=..."
                     warnings.warn(message, DeprecationWarning, stacklevel=2)

@@ -114,7 +114,7 @@ class DiLoCo(DiLoCoOnMesh):
         """
         workers = self._workers
         gradient = map_gradient(
-            loss_fn, workers, self._programs, has_aux=has_aux, accumulate=accumulate, aux=aux,
+            loss_fn, workers, self._programs, has_aux=has_aux, pieces=accumulate, aux=aux,
             of_share=partial(step_on_own, inner=self.inner),
         )  # fmt: skip
         report = partial(report_rows, workers, self._mode)

@@ -29,14 +29,14 @@ from signax._transforms.participation import Extras
 from signax._wire.feedback import with_specs
 
 
-def check_batch(batch: Any, num_workers: int, accumulate: int) -> None:
-    """Raise if a batch cannot be cut into equal shares, and each share into micro-batches."""
+def check_batch(batch: Any, num_workers: int, pieces: int, name: str) -> None:
+    """Raise if a batch cannot be cut into equal shares, and each share into equal pieces."""
     for path, leaf in jax.tree.leaves_with_path(batch):
         shape = jnp.shape(leaf)
-        if not shape or shape[0] % (num_workers * accumulate):
+        if not shape or shape[0] % (num_workers * pieces):
             raise ValueError(
                 f"batch{jax.tree_util.keystr(path)} has shape {shape}, whose first axis is not a "
-                f"multiple of {num_workers} workers times accumulate={accumulate}: drop or pad "
+                f"multiple of {num_workers} workers times {name}={pieces}: drop or pad "
                 "examples. Pass a random key as key=, and other arguments that are not to be "
                 "split after the batch"
             )
@@ -48,14 +48,14 @@ class _Gradient(NamedTuple):
     Attributes:
       differentiate: the loss, aux and gradient of one piece of the batch.
       workers: the workers of the mesh.
-      accumulate: the number of pieces in each worker's share.
+      pieces: the number of pieces in each worker's share.
       of_share: what a worker computes from its share of the batch.
       aux: the mode of aux, or a tree of modes; `None` if there is no aux.
     """
 
     differentiate: Differentiate
     workers: Workers
-    accumulate: int
+    pieces: int
     of_share: OfShare
     aux: Any
 
@@ -71,10 +71,10 @@ class _Gradient(NamedTuple):
             own = jax.tree.map(lambda row: row.squeeze(0), own)
             differentiate_here = partial(differentiate, captured)
             loss, aux, *rows = self.of_share(
-                differentiate_here, params, batch, replicated, key, self.accumulate, own
+                differentiate_here, params, batch, replicated, key, self.pieces, own
             )
             if self.aux is not None:
-                aux = combine_aux(aux, self.aux, loss, self.accumulate, workers)
+                aux = combine_aux(aux, self.aux, loss, self.pieces, workers)
             return workers.mean_of_finite(loss), aux, *jax.tree.map(add_axis, rows)
 
         # Every worker's row is its own, so types have nothing to prove here. With varying types a
@@ -120,7 +120,7 @@ class _Gradient(NamedTuple):
         workers, axes = self.workers, axis_names(self.workers.axis_name)
         placed = jax.eval_shape(self._place, *arguments)
         shape = partial(local_shape, mesh=workers.mesh, axes=axes)
-        piece = partial(shape, pieces=workers.num_workers * self.accumulate)
+        piece = partial(shape, pieces=workers.num_workers * self.pieces)
         params, own, *others = placed
         params = workers.params_like(own[0]) if params is None else params
         params, batch, *others = jax.tree.map(jax.typeof, (params, *others))
@@ -146,7 +146,7 @@ def map_gradient(
     local: optax.GradientTransformation | None = None,
     *,
     has_aux: bool,
-    accumulate: int,
+    pieces: int,
     aux: Any,
     of_share: OfShare | None = None,
 ) -> Callable[..., Any]:
@@ -155,7 +155,8 @@ def map_gradient(
     Rows are gradients, or with `local` differences of parameters, or what `of_share` returns.
     `programs` compiles the calls that are outside `jax.jit`.
     """
-    check_count("accumulate", accumulate)
+    name = "accumulate" if local is None else "num_local_steps"
+    check_count(name, pieces)
     if has_aux or aux != "rows":
         check_aux(aux, has_aux)
 
@@ -169,11 +170,11 @@ def map_gradient(
         return with_gradient(params, piece, *replicated, **keyword)
 
     of_share = of_share or partial(local_value_and_grad, local=local)
-    mapped = _Gradient(differentiate, workers, accumulate, of_share, aux if has_aux else None)
+    mapped = _Gradient(differentiate, workers, pieces, of_share, aux if has_aux else None)
 
     def gradient(*arguments: Any):
         _, _, batch, _, key = arguments
-        check_batch(batch, workers.num_workers, accumulate)
+        check_batch(batch, workers.num_workers, pieces, name)
         if key is not None:
             check_key(key)
         if is_traced_call(arguments):
