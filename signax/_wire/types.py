@@ -130,11 +130,13 @@ class Worker(NamedTuple):
       index: u32[], its index along the axis; also the index of the part that it serves.
       coin: u32[] in {0, 1}, which dithers its zero ballots.
       tie: u32[] in {0, 1}, which breaks ties; the same on every worker.
+      weights: f32[M], the weights of all workers' ballots, the same on every worker; or `None`.
     """
 
     index: UInt32[Array, ""]
     coin: UInt32[Array, ""]
     tie: UInt32[Array, ""]
+    weights: Any = None
 
 
 class Leaves(NamedTuple):
