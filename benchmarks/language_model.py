@@ -45,7 +45,7 @@ BASELINE = "adamw"
 # The search with the first momentum begins at step size 0.001 * 2**exponent. The search with the
 # next momentum begins at the best step size of the search before.
 first_exponents = {BASELINE: 3, "signum": 2, "lion": 2, "mixed": 2, "ef": 5}
-first_exponents |= {"muon": 4, "muon-mean": 4}
+first_exponents |= {"muon": 4, "muon-mean": 4, "ef-muon": 5, "one-bit-adam": 3}
 
 tuned_names = ("step_size", "momentum")
 

@@ -2,8 +2,8 @@ r"""Train a GPT on the sources of Python's standard library, by votes or by mean
 
 Every machine with Python has the text. A transformer of a million parameters predicts the text's
 characters, on eight simulated workers. The default is Lion by votes, with one bit per parameter in
-each direction. Muon by votes sends as much, and ends at a lower loss. AdamW and Muon on gradients
-averaged in full precision are the comparison.
+each direction. Muon by votes or with error feedback sends as much, and ends at a lower loss. AdamW
+and Muon on gradients averaged in full precision are the comparison. 1-bit Adam starts as AdamW.
 
     python examples/train_language_model.py
     python examples/train_language_model.py --method muon
@@ -65,9 +65,9 @@ sizes = {
 # size, and needs a smaller step size than AdamW. Muon's vote moves parameters by a fifth of it.
 # Error feedback takes gradient descent's step size.
 step_sizes = {"adamw": 8e-3, "signum": 2e-3, "lion": 4e-3, "mixed": 4e-3, "ef": 0.512}
-step_sizes |= {"muon": 3.2e-2, "muon-mean": 1.6e-2}
+step_sizes |= {"muon": 3.2e-2, "ef-muon": 3.2e-2, "muon-mean": 3.2e-2, "one-bit-adam": 8e-3}
 momenta = {"adamw": 0.8, "signum": 0.8, "lion": 0.6, "mixed": 0.6, "ef": 0.6}
-momenta |= {"muon": 0.8, "muon-mean": 0.8}
+momenta |= {"muon": 0.8, "ef-muon": 0.8, "muon-mean": 0.8, "one-bit-adam": 0.8}
 
 # With every method weights shrink by this share per step, step size times decay.
 shrinkage = 3e-3
@@ -212,15 +212,16 @@ def make_optimizer(args, axis):
     decays = {"b1": args.momentum, "b2": (1 + args.momentum) / 2}  # twice as many steps
     if args.method == "lion":
         return signax.lion(schedule, **decays, axis_name=axis, **options)
+    if args.method == "one-bit-adam":
+        options |= {"b1": args.momentum, "b2": 0.95, "warmup_steps": max(1, args.steps // 5)}
+        return signax.one_bit_adam(schedule, axis_name=axis, **options)
+    muon = {"weight_dimension_numbers": matrices, "axis_name": axis, **options}
+    lion = optax.scale_by_lion(**decays)
     if args.method == "muon":
-        return signax.muon(
-            schedule,
-            args.momentum,
-            weight_dimension_numbers=matrices,
-            others=optax.scale_by_lion(**decays),
-            axis_name=axis,
-            **options,
-        )
+        return signax.muon(schedule, args.momentum, others=lion, **muon)
+    if args.method == "ef-muon":
+        signs = optax.chain(lion, optax.scale_by_sign())
+        return signax.ef_muon(schedule, args.momentum, others=signs, **muon)
     if args.method == "muon-mean":
         muon = optax.contrib.muon(
             schedule,

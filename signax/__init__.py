@@ -13,6 +13,7 @@ from signax._data_parallel.inner import LocalStepsState
 from signax._data_parallel.layout import state_specs
 from signax._data_parallel.norms import GradNorm
 from signax._data_parallel.rules import inner_rules
+from signax._optimizers.ef_muon import ef_muon
 from signax._optimizers.means import ef_sign_sgd, ssdm
 from signax._optimizers.muon import MuonMomentumState, muon
 from signax._optimizers.one_bit_adam import OneBitAdamState, one_bit_adam
@@ -43,6 +44,7 @@ from signax._transforms.spikes import SkipOnSpikeState, skip_on_spike
 from signax._wire.feedback import ScaledSignsMemory, scaled_signs_memory
 from signax._wire.quantized import pmean_quantized
 from signax._wire.signs import DitherMemory
+from signax._workers.agreement import Reputation
 from signax._workers.collectives import pmean_scaled_signs, pmean_signs, pvote, pvote_scatter
 from signax._workers.compressed import MeanScaledSignsState, mean_quantized, mean_scaled_signs
 from signax._workers.means import (
@@ -51,6 +53,7 @@ from signax._workers.means import (
     average_updates,
     mean_signs,
 )
+from signax._workers.vote_state import WeightedVoteState
 from signax._workers.votes import Agreement, MajorityVoteState, majority_vote
 
 __version__ = "0.2.0"
@@ -71,13 +74,16 @@ __all__ = [
     "MuonMomentumState",
     "OneBitAdamState",
     "Participation",
+    "Reputation",
     "ScaleByRandomKState",
     "ScaleBySignumState",
     "ScaleByStochasticSignState",
     "ScaledSignsMemory",
     "SkipOnSpikeState",
+    "WeightedVoteState",
     "average_updates",
     "diagnostics",
+    "ef_muon",
     "ef_sign_sgd",
     "error_feedback",
     "freeze",

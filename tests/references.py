@@ -66,11 +66,59 @@ def vote(values, step=0, zeros="dither", ties="dither", active=None, drift=0, sh
     result = np.sign(ballots.sum(axis=0))
     if zeros == "abstain" or not len(ballots):
         return result
+    return broken_ties(result, step, ties, drift)
+
+
+def broken_ties(result, step, ties, drift):
+    """Decisions, with +1 or -1 where they are 0."""
     _, h2 = hash_bits(step // 2)
     even = np.arange(result.size) % 2 == 0
     first = (step + h2) % 2 == 0 if drift == 0 else drift < 0
     coin = 1 if ties == "plus" else np.where(even == first, 1, -1)
     return np.where(result == 0, coin, result)
+
+
+# Weighted majority, and weights by log-odds: Nitzan and Paroush 1982, "Optimal decision rules in
+# uncertain dichotomous choice situations".
+
+
+def weighted_vote(values, weights, step=0, zeros="dither", ties="dither", active=None, **memory):
+    """The sign of the sum of weighted ballots, [d], added up as f32 in the order of the workers."""
+    ballots = cast(values, step, zeros, active, memory.get("shuffled", False))
+    result = np.zeros(ballots.shape[1], np.float32)
+    for weight, ballot in zip(
+        np.float32(weights)[participants(values, active)], np.float32(ballots), strict=True
+    ):
+        result = result + weight * ballot
+    result = np.sign(result)
+    if zeros == "abstain" or not len(ballots):
+        return result
+    return broken_ties(result, step, ties, memory.get("drift", 0))
+
+
+class Reputations:
+    """Weights that follow from each worker's agreement with the weighted vote of the others."""
+
+    def __init__(self, num_workers):
+        self.average, self.weights = np.full(num_workers, 0.51), np.ones(num_workers)
+
+    def of(self, takes_part):
+        """The weights in a step. Voters that all have weight 0 count alike."""
+        return self.weights if self.weights[takes_part].any() else np.ones(len(takes_part))
+
+    def advance(self, values, step, active=None):
+        """Record a step with values [M, d]. Weights change after each pair of steps."""
+        takes_part = participants(values, active)
+        signs = np.sign(np.where(takes_part[:, None], values, 0))
+        for i, weighted in enumerate(self.of(takes_part)[:, None] * signs):
+            others = np.sign(self.of(takes_part) @ signs - weighted)
+            agree, disagree = ((signs[i] * others == sign).sum() for sign in (1, -1))
+            if agree + disagree:
+                self.average[i] += 0.01 * (agree / (agree + disagree) - self.average[i])
+        if step % 2:
+            clipped = np.clip(self.average, 0.01, 0.99)
+            odds = np.maximum(0, np.log(clipped / (1 - clipped)))
+            self.weights = np.round(256 * odds / (odds.max() or 1)) / 256
 
 
 class DitherMemory:
@@ -456,7 +504,7 @@ def stochastic_sign_mean(values, norm="l2"):
 # stay within the bound of Adam's: Kingma and Ba 2015 (arXiv 1412.6980), section 2.1.
 
 
-def one_bit_adam(leaves, warmup_steps, b1, b2, eps, block=None, counts=None):
+def one_bit_adam(leaves, warmup_steps, b1, b2, eps, block=None, counts=None, decay=1.0):
     """Directions and states after each of T steps, from a list of leaves [M, ...] for each step.
 
     A step in which no worker takes part changes nothing. A coordinate that no gradient reached
@@ -479,7 +527,7 @@ def one_bit_adam(leaves, warmup_steps, b1, b2, eps, block=None, counts=None):
         silent = exact | ~takes_part[:, None]
         own = [np.where(silent, np.nan, momentum) for momentum in own]
         sent.append([m.reshape(leaf.shape) for m, leaf in zip(own, step, strict=True)])
-        replies = mean_of_scaled_signs(sent, block=block, counts=counts)[-1]
+        replies = mean_of_scaled_signs(sent, block=block, counts=counts, decay=decay)[-1]
         if takes_part.any():
             taken += 1
             for n, leaf in enumerate(flat):

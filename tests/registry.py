@@ -26,6 +26,7 @@ class Case(NamedTuple):
     voted: bool = False  # it runs inside a mapped axis
     needs_params: bool = False
     num_workers: int = 2
+    rounding: float = 1e-6  # between programs that compute the same
 
     def make(self, **changes):
         return self.wrap(self.factory(**{**self.numbers, **self.others, **changes}))
@@ -116,6 +117,9 @@ REGISTRY = {
     "majority_vote agreement": Case(
         signax.majority_vote, others={**VOTE, "agreement": True}, voted=True, num_workers=4
     ),
+    "majority_vote weights": Case(
+        signax.majority_vote, others={**VOTE, "weights": (2.0, 1.0)}, voted=True
+    ),
     "mean_signs": Case(signax.mean_signs, others=VOTE, voted=True),
     "mean_scaled_signs": Case(
         signax.mean_scaled_signs, others={**VOTE, "num_workers": 2}, voted=True
@@ -177,6 +181,19 @@ REGISTRY = {
         signax.one_bit_adam,
         {**RATE, "b1": 0.8, "b2": 0.9},
         {**VOTE, "warmup_steps": 1, "mu_dtype": jnp.float32, "num_workers": 2},
+        voted=True,
+    ),
+    "ef_muon": Case(
+        signax.ef_muon,
+        {**RATE, "beta": 0.5, "decay": 0.5, "weight_decay": 0.1},
+        {"weight_dimension_numbers": matrices},
+        needs_params=True,
+        rounding=5e-4,  # Newton-Schulz iterations multiply small singular values by 3.44**5
+    ),
+    "ef_muon over workers": Case(
+        signax.ef_muon,
+        RATE,
+        {**VOTE, "weight_dimension_numbers": matrices, "mu_dtype": jnp.float32, "num_workers": 2},
         voted=True,
     ),
     "ef_sign_sgd": Case(signax.ef_sign_sgd, {**RATE, "weight_decay": 0.1}, needs_params=True),

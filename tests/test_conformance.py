@@ -113,12 +113,13 @@ def test_compiled_equals_eager(name):
     tx, params = REGISTRY[name].make(), small_tree()
     update, _ = compiled(name)
     eager = jitted = tx.init(params)
+    rounding = REGISTRY[name].rounding
     for seed in (1, 2):
         gradients = small_tree(seed=seed)
         expected, eager = tx.update(gradients, eager, params)
         found, jitted = update(gradients, jitted, params)
-        assert_trees_equal(found, expected, rtol=1e-6, atol=1e-6)
-        assert_trees_equal(jitted, eager, rtol=1e-6, atol=1e-6)
+        assert_trees_equal(found, expected, rtol=rounding, atol=rounding)
+        assert_trees_equal(jitted, eager, rtol=rounding, atol=rounding)
 
 
 @every

@@ -33,6 +33,9 @@ FURTHER_CASES = {
 }
 
 THOROUGH = {
+    "test_accelerator_benchmark": {
+        "simulated_steps_equal_steps_of_the_optimizer_under_vmap": "benchmarks/accelerator_model.py",
+    },
     "test_agreement": {
         "share_covers_all_blocks_of_sharded_leaves": "agreement under param_specs",
     },
@@ -112,6 +115,9 @@ THOROUGH = {
 }
 
 SLOW = {
+    "test_accelerator_benchmark": {
+        "steps_and_training_steps_are_compared_with_their_reference": "benchmarks/accelerator.py",
+    },
     "test_agreement": {
         "an_inverting_worker_is_flagged_within_twenty_steps": "the power of opposition",
         "no_honest_worker_is_flagged_when_coordinates_are_dead": "false alarms",

@@ -20,6 +20,7 @@ from signax._transforms.orthogonal import DimensionNumbers, dimension_numbers, o
 from signax._transforms.participation import hold_if_nonfinite
 from signax._wire.signs import Ties, Zeros
 from signax._wire.types import Transport
+from signax._wire.weights import Weights
 from signax._workers.votes import majority_vote, own_updates
 
 MATRIX, OTHER = "matrix", "other"
@@ -57,6 +58,7 @@ def muon(
     transport: Transport = "auto",
     split_over: Hashable | None = None,
     agreement: bool = False,
+    weights: Weights = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon by majority vote of the workers along an axis.
 
@@ -102,6 +104,7 @@ def muon(
       transport: see :func:`signax.majority_vote`.
       split_over: see :func:`signax.majority_vote`.
       agreement: see :func:`signax.majority_vote`.
+      weights: see :func:`signax.majority_vote`.
 
     Returns:
       The optimiser.
@@ -141,25 +144,16 @@ def muon(
         others = checked(optax.scale_by_lion(mu_dtype=mu_dtype), memory="mu")
     check_transformation("others", others)
 
-    def label(params: optax.Params) -> Any:
-        numbers = dimension_numbers(params, weight_dimension_numbers)
-        labels = [OTHER if entry is None else MATRIX for entry in numbers]
-        return jax.tree.structure(params).unflatten(labels)
-
+    others = optax.chain(others, optax.scale_by_sign())
+    momentum = muon_momentum(beta, others, weight_dimension_numbers, nesterov, mu_dtype)
     orthogonal = orthogonalize(weight_dimension_numbers=weight_dimension_numbers, ns_steps=ns_steps)
-    momentum = optax.partition(
-        {
-            MATRIX: _muon_momentum(beta, nesterov, mu_dtype),
-            OTHER: optax.chain(others, optax.scale_by_sign()),
-        },
-        label,
-    )
-    direction = optax.chain(_check_inputs(), momentum, orthogonal)
+    direction = optax.chain(momentum, orthogonal)
     options: dict[str, Any] = {
         "zeros": zeros,
         "ties": ties,
         "transport": transport,
         "split_over": split_over,
+        "weights": weights,
         "agreement": agreement,
     }
     if axis_name is None:
@@ -177,6 +171,26 @@ def muon(
     return descend(direction, learning_rate, weight_decay, mask)
 
 
+def muon_momentum(
+    beta: float,
+    others: optax.GradientTransformation,
+    weight_dimension_numbers: DimensionNumbers,
+    nesterov: bool,
+    dtype: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon's momentum for matrices, not yet orthogonalised, and `others` for the other leaves."""
+
+    def label(params: optax.Params) -> Any:
+        numbers = dimension_numbers(params, weight_dimension_numbers)
+        labels = [OTHER if entry is None else MATRIX for entry in numbers]
+        return jax.tree.structure(params).unflatten(labels)
+
+    of_matrices = _momentum(beta, nesterov, dtype)
+    return optax.chain(
+        _check_inputs(), optax.partition({MATRIX: of_matrices, OTHER: others}, label)
+    )
+
+
 def _check_inputs() -> optax.GradientTransformation:
     """Raise if a leaf is no gradient of its parameter, before the leaves are dealt into groups."""
 
@@ -189,7 +203,7 @@ def _check_inputs() -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
 
 
-def _muon_momentum(beta: float, nesterov: bool, dtype: Any) -> optax.GradientTransformation:
+def _momentum(beta: float, nesterov: bool, dtype: Any) -> optax.GradientTransformation:
     """The momentum of `optax.contrib.scale_by_muon`, whose updates are not orthogonalised yet."""
 
     def init_fn(params: optax.Params):

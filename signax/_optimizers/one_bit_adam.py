@@ -56,6 +56,7 @@ def one_bit_adam(
     *,
     warmup_steps: int,
     block: Literal["leaf"] | int = "leaf",
+    decay: float = 1.0,
     mu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
@@ -108,6 +109,7 @@ def one_bit_adam(
         nothing is ever compressed; no schedule tells its length, so this is not checked.
       block: the coordinates that share a scale: `"leaf"` or the most in a block, see
         :func:`signax.mean_scaled_signs`.
+      decay: the share of the memories that is added, see :func:`signax.mean_scaled_signs`.
       mu_dtype: the dtype of m and of the memories; by default the parameters' dtype.
       weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate. The decay
         does not enter the memories.
@@ -154,7 +156,11 @@ def one_bit_adam(
     block = check_block(block, ("leaf",))
     if axis_name is not None:
         compressed = mean_scaled_signs(
-            axis_name, block=block, accumulator_dtype=mu_dtype, num_workers=num_workers
+            axis_name,
+            block=block,
+            decay=decay,
+            accumulator_dtype=mu_dtype,
+            num_workers=num_workers,
         )
         exchange = _Exchange(average_updates(axis_name), compressed, axis_name)
     elif num_workers is not None:
@@ -163,7 +169,9 @@ def one_bit_adam(
             "axis_name=None leaves out: pass axis_name, or drop it"
         )
     else:
-        compressed = error_feedback(scale_by_scaled_sign(block=block), accumulator_dtype=mu_dtype)
+        compressed = error_feedback(
+            scale_by_scaled_sign(block=block), decay=decay, accumulator_dtype=mu_dtype
+        )
         exchange = _Exchange(None, compressed, None)
     adam = _Adam(b1, b2, eps, warmup_steps)
     return descend(_one_bit_adam(adam, exchange, mu_dtype), learning_rate, weight_decay, mask)

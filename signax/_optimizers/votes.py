@@ -12,6 +12,7 @@ from signax._core.checks import check_accumulator_dtype, check_number, renamed
 from signax._transforms.memory import checked, scale_by_signum
 from signax._wire.signs import Ties, Zeros
 from signax._wire.types import Transport
+from signax._wire.weights import Weights
 from signax._workers.votes import make_vote, voted
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -70,9 +71,11 @@ def check_no_vote_options(options: Mapping[str, Any]) -> None:
         "ties": "dither",
         "transport": "auto",
         "split_over": None,
+        "weights": None,
         "agreement": False,
     }
-    if options != defaults:
+    # Weights may be an array, whose comparison is an array.
+    if options["weights"] is not None or {**options, "weights": None} != defaults:
         listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise ValueError(
             f"{listed} are options of the vote, which axis_name=None leaves out: pass axis_name, "
@@ -114,6 +117,7 @@ def sign_sgd(
     transport: Transport = "auto",
     split_over: Hashable | None = None,
     agreement: bool = False,
+    weights: Weights = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""signSGD by majority vote of the workers along an axis.
 
@@ -134,6 +138,7 @@ def sign_sgd(
       transport: see :func:`signax.majority_vote`.
       split_over: see :func:`signax.majority_vote`.
       agreement: see :func:`signax.majority_vote`.
+      weights: see :func:`signax.majority_vote`.
 
     Returns:
       The optimiser.
@@ -165,6 +170,7 @@ def sign_sgd(
         ties=ties,
         transport=transport,
         split_over=split_over,
+        weights=weights,
         agreement=agreement,
     )
     return descend(direction, learning_rate, weight_decay, mask)
@@ -186,6 +192,7 @@ def signum(
     transport: Transport = "auto",
     split_over: Hashable | None = None,
     agreement: bool = False,
+    weights: Weights = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Signum, signSGD with momentum, by majority vote of the workers along an axis.
 
@@ -211,6 +218,7 @@ def signum(
       transport: see :func:`signax.majority_vote`.
       split_over: see :func:`signax.majority_vote`.
       agreement: see :func:`signax.majority_vote`.
+      weights: see :func:`signax.majority_vote`.
 
     Returns:
       The optimiser.
@@ -248,6 +256,7 @@ def signum(
         ties=ties,
         transport=transport,
         split_over=split_over,
+        weights=weights,
         agreement=agreement,
     )
     return descend(direction, learning_rate, weight_decay, mask)
@@ -268,6 +277,7 @@ def lion(
     transport: Transport = "auto",
     split_over: Hashable | None = None,
     agreement: bool = False,
+    weights: Weights = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lion by majority vote of the workers along an axis.
 
@@ -293,6 +303,7 @@ def lion(
       transport: see :func:`signax.majority_vote`.
       split_over: see :func:`signax.majority_vote`.
       agreement: see :func:`signax.majority_vote`.
+      weights: see :func:`signax.majority_vote`.
 
     Returns:
       The optimiser.
@@ -327,6 +338,7 @@ def lion(
         ties=ties,
         transport=transport,
         split_over=split_over,
+        weights=weights,
         agreement=agreement,
     )
     return descend(direction, learning_rate, weight_decay, mask)

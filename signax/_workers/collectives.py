@@ -1,8 +1,7 @@
 """Collectives over the workers along a mapped axis: votes and means, shaped like `lax.psum`."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from functools import partial
-from numbers import Integral
 from typing import Any, Literal
 
 import jax
@@ -16,7 +15,9 @@ from signax._wire.feedback import ScaledSignsMemory, exchange_with_memory, make_
 from signax._wire.scaled_signs import ScaledSigns
 from signax._wire.signs import Majority, MeanOfSigns, Rules, Ties, Zeros
 from signax._wire.types import Context, Leaves, Transport, make_route
+from signax._wire.weights import make_majority
 from signax._wire.words import make_header
+from signax._workers.cuts import cut_shape, scatter_dimensions
 
 
 def pvote(
@@ -29,13 +30,14 @@ def pvote(
     active: jax.Array | bool | None = None,
     transport: Transport = "auto",
     split_over: Hashable | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Any:
     r"""Decide the sign of every coordinate by majority vote, one bit each way.
 
-    With :math:`b_i \in \{+1, -1, 0\}` the sign of worker i's value on a coordinate and S the
-    workers that take part,
+    With :math:`b_i \in \{+1, -1, 0\}` the sign of worker i's value on a coordinate, S the workers
+    that take part and :math:`w_i` their weights, by default 1,
 
-    .. math:: v = \operatorname{sign} \sum_{i \in S} b_i
+    .. math:: v = \operatorname{sign} \sum_{i \in S} w_i b_i
 
     where `zeros` and `ties` say how zero ballots and ties are decided. The vote is shaped like
     `jax.lax.psum` and runs under `jax.shard_map`, `jax.pmap` and `jax.vmap(axis_name=...)`, in one
@@ -67,6 +69,10 @@ def pvote(
       split_over: an axis along which devices hold the same values, such as the chips of a slice
         after a mean. Each device then votes on its own part, and the parts are gathered along this
         axis, so the links between workers carry each bit once. Not for `"sum"`.
+      weights: one finite number of at least 0 per worker, in the order of `lax.axis_index`, such as
+        the sizes of unequal batches. Servers add up weighted ballots as f32 in this order, so sums
+        of whole numbers below :math:`2^{24}` are exact. A worker with weight 0 is still counted as
+        taking part. Weights change no message. Not for `"sum"`.
 
     Returns:
       A tree like `tree`, of +1 and -1 in each leaf's dtype; with `zeros="abstain"` of 0 too. If no
@@ -74,10 +80,10 @@ def pvote(
 
     Raises:
       NameError: `axis_name` or `split_over` is not bound.
-      TypeError: a leaf is not real floating-point, or `axis_name`, `split_over`, `step` or `active`
-        is of the wrong kind.
-      ValueError: a mode is unknown, two options exclude one another, or a leaf does not vary over
-        the axis or varies over `split_over`.
+      TypeError: a leaf is not real floating-point, or `axis_name`, `split_over`, `step`, `active`
+        or `weights` is of the wrong kind.
+      ValueError: a mode is unknown, two options exclude one another, a leaf does not vary over the
+        axis or varies over `split_over`, or `weights` are out of range or not one per worker.
 
     Examples:
       >>> import jax, jax.numpy as jnp, signax
@@ -92,7 +98,10 @@ def pvote(
     """
     rules, route = Rules(zeros, ties), make_route(axis_name, transport, split_over)
     rules.check()
-    return exchange(tree, Majority(rules), route, step=step, active=active, name="tree").updates
+    if isinstance(weights, str):
+        raise ValueError(f"weights={weights!r} needs a state: use signax.majority_vote")
+    codec = make_majority(rules, weights, route.transport)
+    return exchange(tree, codec, route, step=step, active=active, name="tree").updates
 
 
 def pmean_signs(
@@ -284,10 +293,10 @@ def pvote_scatter(
     check_axis_name(axis_name)
     check_votable(tree, axis_name, name="tree")
     num_workers = lax.axis_size(axis_name)
-    dimensions = _scatter_dimensions(tree, scatter_dimension, num_workers)
+    dimensions = scatter_dimensions(tree, scatter_dimension, num_workers)
     leaves, structure = jax.tree.flatten(tree)
     shapes = [
-        _cut_shape(leaf, dimension, num_workers)
+        cut_shape(leaf, dimension, num_workers)
         for leaf, dimension in zip(leaves, dimensions, strict=True)
     ]
     parts = [
@@ -311,34 +320,3 @@ def pvote_scatter(
     reply = ask_server(encoded.message, header, axis_name, combine)
     with jax.named_scope("signax.unpack"):
         return structure.unflatten(codec.decode(reply, Leaves([], parts)))
-
-
-def _scatter_dimensions(tree: Any, scatter_dimension: Any, num_workers: int) -> list[int]:
-    """One dimension for each leaf, which M divides."""
-    if isinstance(scatter_dimension, Integral):
-        scatter_dimension = jax.tree.map(lambda _: scatter_dimension, tree)
-    if jax.tree.structure(scatter_dimension) != jax.tree.structure(tree):
-        raise ValueError(
-            f"scatter_dimension={scatter_dimension!r} must be an integer, or a tree of them like "
-            f"the one that is voted on, {jax.tree.structure(tree)}"
-        )
-    dimensions = jax.tree.leaves(scatter_dimension)
-    for (path, leaf), dimension in zip(jax.tree.leaves_with_path(tree), dimensions, strict=True):
-        if not isinstance(dimension, Integral):
-            raise TypeError(f"scatter_dimension={dimension!r} is not an integer")
-        if not -leaf.ndim <= dimension < leaf.ndim or leaf.shape[dimension] % num_workers:
-            raise ValueError(
-                f"tree{jax.tree_util.keystr(path)} of shape {leaf.shape} cannot be cut into "
-                f"{num_workers} equal parts along scatter_dimension={dimension}: choose one that "
-                f"is a multiple of {num_workers}, or use pvote for this leaf"
-            )
-    return [d % leaf.ndim for d, leaf in zip(dimensions, jax.tree.leaves(tree), strict=True)]
-
-
-def _cut_shape(
-    leaf: jax.Array, dimension: int, num_workers: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape of a leaf with an axis of M parts put in, and that of one part."""
-    before, after = leaf.shape[:dimension], leaf.shape[dimension + 1 :]
-    length = leaf.shape[dimension] // num_workers
-    return (*before, num_workers, length, *after), (*before, length, *after)

@@ -13,7 +13,6 @@ from signax._core.leaves import check_votable, is_like_tree, spec_axes, specs_li
 from signax._transforms.participation import (
     NO_EXTRAS,
     Extras,
-    Participation,
     hold,
     mark_nonfinite,
     next_participation,
@@ -23,44 +22,23 @@ from signax._wire.exchange import exchange, take_part
 from signax._wire.packing import in_slabs
 from signax._wire.signs import DitherMemory, Majority, Rules, Ties, Zeros
 from signax._wire.types import Outcome, Route, Transport, make_route
+from signax._wire.weights import Weighing, Weights, is_by_agreement, make_majority
 from signax._wire.words import LEAST_VOTERS
+from signax._workers.agreement import (
+    Agreement,
+    first_reputation,
+    next_agreement,
+    next_reputation,
+)
+from signax._workers.vote_state import (
+    NEVER,
+    MajorityVoteState,
+    VoteState,
+    WeightedVoteState,
+    next_dither_memory,
+)
 
-# The test for opposition, see `signax.diagnostics.opposes`.
-SLACK = 0.1
-THRESHOLD = 1.25
-ENOUGH = 16  # coordinates; a share of fewer weighs less
-
-
-class Agreement(NamedTuple):
-    """A worker's agreement with the others, in the state of a vote with `agreement=True`.
-
-    Attributes:
-      share: float32[], the share of coordinates on which this worker had the sign of the majority,
-        among the coordinates on which its value was not zero and the signs of the other voters
-        added up to 3 or more, or -3 or less. It comes from the last step with such coordinates in
-        which the worker took part, and is a half before that.
-      opposition: float32[], the sum of the distances of this share below a half: see
-        :func:`signax.diagnostics.opposes`.
-    """
-
-    share: jax.typing.ArrayLike
-    opposition: jax.typing.ArrayLike
-
-
-class MajorityVoteState(NamedTuple):
-    """State of `majority_vote`.
-
-    Attributes:
-      count: int32[], the steps taken, the same on every worker; it drives the dither.
-      participation: a :class:`signax.Participation`.
-      agreement: this worker's :class:`signax.Agreement`; `None` unless asked for.
-      dither: a :class:`signax.DitherMemory`; `None` unless zeros and ties are dithered.
-    """
-
-    count: jax.typing.ArrayLike
-    participation: Participation
-    agreement: Any = None
-    dither: Any = None
+THRESHOLD = 1.25  # of opposition, see `signax.diagnostics.opposes`
 
 
 def majority_vote(
@@ -71,14 +49,15 @@ def majority_vote(
     transport: Transport = "auto",
     split_over: Hashable | None = None,
     agreement: bool = False,
+    weights: Weights = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace updates by the majority of the workers' signs, one bit each way.
 
-    .. math:: u = \operatorname{sign} \sum_{i \in S} \operatorname{sign}(u_i)
+    .. math:: u = \operatorname{sign} \sum_{i \in S} w_i \operatorname{sign}(u_i)
 
-    over the workers S that take part. A worker takes part if it is `active`, an extra argument of
-    the update (bool[], by default true), and if all its updates are finite. :func:`signax.pvote`
-    says what is sent and explains the options.
+    over the workers S that take part, with weights :math:`w_i`, by default 1. A worker takes part
+    if it is `active`, an extra argument of the update (bool[], by default true), and if all its
+    updates are finite. :func:`signax.pvote` says what is sent and explains the options.
 
     Coordinates that are zero on all workers stay within one step as long as the same workers vote
     in both steps of each pair (0 and 1, 2 and 3, ...). Where workers come and go, the state
@@ -103,17 +82,23 @@ def majority_vote(
         :func:`signax.diagnostics.opposes`. Needs four workers. Agreement takes no further
         collective, but a second bit per coordinate on the way up, which tells opinions from
         dithered zeros (`zeros="abstain"` sends it anyway, `transport="sum"` a second integer).
+      weights: how much each worker's ballots count, see :func:`signax.pvote`. `"agreement"` gives
+        more weight to workers that agreed with the others in earlier steps, by their log-odds: see
+        :class:`signax.Reputation`. It needs the second bit of `agreement=True`, and an `all_gather`
+        of 4 bytes per worker. Where `init` is called, the axis must be bound, as under
+        :class:`signax.DataParallel`.
 
     Returns:
       A transformation whose updates are +1 and -1 in each leaf's dtype (with `zeros="abstain"` 0
       too), and 0 everywhere if no worker takes part.
 
     Raises:
-      TypeError: `axis_name` or `split_over` names no axis, or `agreement` is not a boolean; at the
-        update, a leaf is not floating-point.
-      ValueError: a mode is unknown, or two options exclude one another; at the update, a leaf does
-        not vary over the axis or varies over `split_over`, or `agreement` has too few workers.
-      NameError: at the update, the axis is not bound.
+      TypeError: `axis_name` or `split_over` names no axis, `agreement` is not a boolean, or
+        `weights` are not numbers; at the update, a leaf is not floating-point.
+      ValueError: a mode is unknown, `weights` are out of range, or two options exclude one another;
+        at the update, a leaf does not vary over the axis or varies over `split_over`, `agreement`
+        has too few workers, or `weights` has another length than the axis.
+      NameError: at the update, and with `weights="agreement"` at `init`, the axis is not bound.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, signax
@@ -126,13 +111,13 @@ def majority_vote(
 
     References:
       Bernstein et al., `signSGD with Majority Vote is Communication Efficient and Fault Tolerant
-      <https://arxiv.org/abs/1810.05291>`_, 2019
+      <https://arxiv.org/abs/1810.05291>`_, 2019; Nitzan and Paroush, `Optimal Decision Rules in
+      Uncertain Dichotomous Choice Situations <https://doi.org/10.2307/2526438>`_, 1982
     """
-    vote = make_vote(axis_name, zeros, ties, transport, split_over, agreement)
+    vote = make_vote(axis_name, zeros, ties, transport, split_over, agreement, weights)
 
     def init_fn(params: optax.Params):
-        del params
-        return _init_vote(vote)
+        return _init_vote(params, vote)
 
     def update_fn(
         updates: optax.Updates,
@@ -165,27 +150,32 @@ def make_vote(
     transport: Transport = "auto",
     split_over: Hashable | None = None,
     agreement: Any = False,
+    weights: Weights = None,
 ) -> Vote:
     """A vote; raises if an option is unknown."""
     rules = Rules(zeros, ties)
     rules.check()
     if not isinstance(agreement, bool):
         raise TypeError(f"agreement={agreement!r} must be True or False")
-    return Vote(Majority(rules, agreement), make_route(axis_name, transport, split_over))
+    route = make_route(axis_name, transport, split_over)
+    return Vote(make_majority(rules, weights, route.transport, agreement=agreement), route)
 
 
-def _init_vote(vote: Vote) -> MajorityVoteState:
+def _init_vote(params: Any, vote: Vote) -> VoteState:
     agreement = dither = None
     if vote.codec.agreement:
         agreement = Agreement(jnp.full([], 0.5, jnp.float32), jnp.zeros([], jnp.float32))
     if vote.codec.rules.has_memory:
         dither = DitherMemory(jnp.zeros([], jnp.int32), jnp.full([], NEVER, jnp.int32))
-    return MajorityVoteState(jnp.zeros([], jnp.int32), no_participation(), agreement, dither)
+    state = MajorityVoteState(jnp.zeros([], jnp.int32), no_participation(), agreement, dither)
+    if is_by_agreement(vote.codec):  # a state of its own: others keep the structure of checkpoints
+        return WeightedVoteState(*state, first_reputation(params, vote.route.axis_name))
+    return state
 
 
 def _exchange(
     updates: Any,
-    state: MajorityVoteState,
+    state: Any,
     vote: Vote,
     active: Any,
     specs: list[Any] | None,
@@ -193,13 +183,16 @@ def _exchange(
 ) -> Outcome:
     if vote.codec.agreement:
         _check_enough_workers(updates, vote.route)
+    dither = state.dither
+    if is_by_agreement(vote.codec):
+        dither = Weighing(dither, state.reputation.weights)
     return exchange(
         updates,
         vote.codec,
         vote.route,
         step=state.count,
         active=active,
-        dither=state.dither,
+        dither=dither,
         specs=specs,
         like=like,
     )
@@ -216,60 +209,30 @@ def _check_enough_workers(updates: optax.Updates, route: Route) -> None:
         )
 
 
-def _next_state(state: MajorityVoteState, outcome: Outcome, vote: Vote) -> MajorityVoteState:
+def _next_state(state: Any, outcome: Outcome, vote: Vote) -> VoteState:
     agreement, dither = state.agreement, state.dither
-    if agreement is not None and outcome.counts:  # a tree without coordinates has no counts
-        agreement = next_agreement(
-            agreement, outcome.counts[0], outcome.voters, outcome.participates
-        )
+    counts = outcome.counts[0] if outcome.counts else None  # as in a tree without coordinates
+    if agreement is not None and counts is not None:
+        agreement = next_agreement(agreement, counts[:2], outcome.voters, outcome.participates)
     if dither is not None:
         num_workers = lax.axis_size(vote.route.axis_name)
         dither = next_dither_memory(
             dither, outcome.dead, outcome.voters, jnp.asarray(state.count), num_workers
         )
-    return MajorityVoteState(
+    after = MajorityVoteState(
         optax.safe_increment(state.count),
         next_participation(state.participation, outcome.voters, outcome.participates),
         agreement,
         dither,
     )
-
-
-def next_agreement(
-    before: Agreement, counts: jax.Array, voters: jax.Array, participates: jax.Array
-) -> Agreement:
-    """The agreement after a step with f32[2] coordinates of agreement and of disagreement."""
-    agree, disagree = counts
-    compared = agree + disagree
-    share = agree / jnp.maximum(compared, 1)
-    measured = participates & (voters >= LEAST_VOTERS) & (compared > 0)
-    # A share of few coordinates varies much, so it counts for less, in proportion.
-    weight = jnp.minimum(compared / ENOUGH, 1)
-    opposition = before.opposition + 0.5 * weight - share * weight - SLACK * weight
-    return Agreement(
-        share=jnp.where(measured, share, before.share),
-        opposition=jnp.where(measured, jnp.maximum(opposition, 0), before.opposition),
-    )
-
-
-NEVER = 2**31 - 1
-
-
-def next_dither_memory(
-    before: DitherMemory, dead: jax.Array, voters: jax.Array, step: jax.Array, num_workers: int
-) -> DitherMemory:
-    """The dither's memory after a step.
-
-    Args:
-      before: the memory before the step.
-      dead: u32[] in {0, 1}, whether dead coordinates of even index moved up or down.
-      voters: u32[], the number of workers that took part. Nothing moves without any.
-      step: int32[], the number of the step.
-      num_workers: M.
-    """
-    moved = jnp.where(voters > 0, 2 * dead.astype(jnp.int32) - 1, 0)
-    pair = jnp.where(voters < num_workers, step // 2, jnp.int32(NEVER))
-    return DitherMemory(before.drift + moved, jnp.minimum(before.first_missed, pair))
+    if not is_by_agreement(vote.codec):
+        return after
+    reputation = state.reputation
+    if counts is not None:
+        reputation = next_reputation(
+            reputation, counts[-2:], outcome.participates, state.count, vote.route.axis_name
+        )
+    return WeightedVoteState(*after, reputation)
 
 
 def voted(signs: optax.GradientTransformation, vote: Vote) -> optax.GradientTransformationExtraArgs:
@@ -280,7 +243,7 @@ def voted(signs: optax.GradientTransformation, vote: Vote) -> optax.GradientTran
     """
 
     def init_fn(params: optax.Params):
-        return signs.init(params), _init_vote(vote)
+        return signs.init(params), _init_vote(params, vote)
 
     def update_fn(
         updates: optax.Updates,
