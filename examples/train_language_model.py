@@ -187,55 +187,68 @@ def matrices(params):
     return jax.tree.map(of_leaf, params, label(params))
 
 
-def make_optimizer(args, axis):
-    """The optimiser of one worker, for workers along a mesh axis."""
-    # The step size rises for a tenth of the steps, and falls to zero in the last three tenths: the
-    # length of a vote never shrinks by itself. Until then a large step size trains best.
+def make_schedule(args):
+    """The step size: it rises for a tenth of the steps, and falls in the last three tenths."""
+    # The length of a vote never shrinks by itself. Until the fall a large step size trains best.
     warmup, decay = max(1, args.steps // 10), max(1, args.steps * 3 // 10)
     rise = optax.linear_schedule(0.0, args.step_size, warmup)
     stay = optax.constant_schedule(args.step_size)
     fall = optax.linear_schedule(args.step_size, 0.0, decay)
-    schedule = optax.join_schedules([rise, stay, fall], [warmup, args.steps - decay])
-    options: dict[str, Any] = {
+    return optax.join_schedules([rise, stay, fall], [warmup, args.steps - decay])
+
+
+def decay_options(args):
+    """The weight decay of matrices, embeddings among them."""
+    return {
         "weight_decay": shrinkage / args.step_size,
         "mask": lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
     }
-    adamw = optax.adamw(schedule, b1=args.momentum, b2=0.95, **options)
-    averaged = optax.chain(signax.average_updates(axis), adamw)
-    voted = signax.signum(schedule, beta=args.momentum, axis_name=axis, **options)
-    if args.method == "adamw":
-        return averaged
-    if args.method == "signum":
-        return voted
-    if args.method == "mixed":
+
+
+def make_adamw(args):
+    return optax.adamw(make_schedule(args), b1=args.momentum, b2=0.95, **decay_options(args))
+
+
+def make_muon(args):
+    """Muon as in Optax, with AdamW for embeddings and norms."""
+    options = decay_options(args)
+    return optax.contrib.muon(
+        make_schedule(args),
+        beta=args.momentum,
+        muon_weight_dimension_numbers=matrices,
+        consistent_rms=0.2,
+        adam_b1=args.momentum,
+        adam_b2=0.95,
+        weight_decay=options["weight_decay"],
+        weight_decay_mask=options["mask"],
+        adam_weight_decay=options["weight_decay"],
+    )
+
+
+def make_optimizer(args, axis):
+    """The optimiser of one worker, for workers along a mesh axis."""
+    schedule, options = make_schedule(args), {**decay_options(args), "axis_name": axis}
+    if args.method in ("adamw", "muon-mean"):
+        behind = make_adamw(args) if args.method == "adamw" else make_muon(args)
+        return optax.chain(signax.average_updates(axis), behind)
+    if args.method == "ef":
+        return signax.ef_sign_sgd(schedule, momentum=args.momentum, **options)
+    if args.method == "one-bit-adam":
+        options |= {"b1": args.momentum, "b2": 0.95, "warmup_steps": max(1, args.steps // 5)}
+        return signax.one_bit_adam(schedule, **options)
+    if args.method in ("signum", "mixed"):
+        voted = signax.signum(schedule, beta=args.momentum, **options)
+        averaged = optax.chain(signax.average_updates(axis), make_adamw(args))
+        if args.method == "signum":
+            return voted
         return optax.partition({"embedding": averaged, "other": voted}, label)
     decays = {"b1": args.momentum, "b2": (1 + args.momentum) / 2}  # twice as many steps
     if args.method == "lion":
-        return signax.lion(schedule, **decays, axis_name=axis, **options)
-    if args.method == "one-bit-adam":
-        options |= {"b1": args.momentum, "b2": 0.95, "warmup_steps": max(1, args.steps // 5)}
-        return signax.one_bit_adam(schedule, axis_name=axis, **options)
-    muon = {"weight_dimension_numbers": matrices, "axis_name": axis, **options}
-    lion = optax.scale_by_lion(**decays)
-    if args.method == "muon":
-        return signax.muon(schedule, args.momentum, others=lion, **muon)
-    if args.method == "ef-muon":
-        signs = optax.chain(lion, optax.scale_by_sign())
-        return signax.ef_muon(schedule, args.momentum, others=signs, **muon)
-    if args.method == "muon-mean":
-        muon = optax.contrib.muon(
-            schedule,
-            beta=args.momentum,
-            muon_weight_dimension_numbers=matrices,
-            consistent_rms=0.2,
-            adam_b1=args.momentum,
-            adam_b2=0.95,
-            weight_decay=options["weight_decay"],
-            weight_decay_mask=options["mask"],
-            adam_weight_decay=options["weight_decay"],
-        )
-        return optax.chain(signax.average_updates(axis), muon)
-    return signax.ef_sign_sgd(schedule, momentum=args.momentum, axis_name=axis, **options)
+        return signax.lion(schedule, **decays, **options)
+    lion = optax.chain(optax.scale_by_lion(**decays), optax.scale_by_sign())
+    muon = signax.muon if args.method == "muon" else signax.ef_muon
+    numbers = {"weight_dimension_numbers": matrices, "others": lion}
+    return muon(schedule, args.momentum, **numbers, **options)
 
 
 class Checkpoints:

@@ -34,7 +34,7 @@ FURTHER_CASES = {
 
 THOROUGH = {
     "test_accelerator_benchmark": {
-        "simulated_steps_equal_steps_of_the_optimizer_under_vmap": "benchmarks/accelerator_model.py",
+        "simulated_steps_equal_steps_of_the_optimizer_under_vmap": "benchmarks/accelerator.py",
     },
     "test_agreement": {
         "share_covers_all_blocks_of_sharded_leaves": "agreement under param_specs",
@@ -174,6 +174,10 @@ SLOW = {
         "ray_trains_on_two_processes": "Ray's JaxTrainer, where ray is installed",
         "two_machines_of_the_skypilot_task_train_together": "the SkyPilot task's commands",
         "two_pods_of_the_jobset_train_together": "the JobSet's command",
+    },
+    "test_sweep": {
+        "methods_train_and_finished_runs_are_left_out": "benchmarks/sweep_methods.py",
+        "runs_by_vmap_equal_runs_on_a_mesh": "benchmarks/sweep.py",
     },
     "test_scopes": {
         "a_profile_of_voted_steps_shows_every_part": "benchmarks/trace.py, and names in a profile",

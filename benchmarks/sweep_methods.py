@@ -1,0 +1,105 @@
+"""What benchmarks/sweep.py trains: the example's methods, compressed Muon and Adam, and DiLoCo.
+
+A method is a name with options in order, such as `muon/direction/1` or `diloco/adamw/30/2`:
+
+- a method of examples/train_language_model.py, such as `ef-muon`;
+- `OPTIMIZER/PLACE/BITS`: `muon` or `adamw` with error feedback that compresses to 1, 2 or 4 bits,
+  or in full precision to `f32`. The place is the worker's `gradient`, its `momentum`, or the
+  `direction` that its own optimiser would step in. `direction-polar` orthogonalises the mean
+  direction of matrices again. `ef21` sends changes of the momentum up, and full precision down;
+- `diloco/OPTIMIZER/H/BITS`: H local steps, then an outer step by SGD with Nesterov's momentum on
+  the mean of compressed differences.
+
+The step size, momentum and decay of memories may be traced, so one program runs a whole grid.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from accelerator_model import load_example
+
+import signax
+
+example = load_example()
+
+AXIS = "data"
+OUTER_MOMENTUM = 0.9
+LOCAL = {"adamw": example.make_adamw, "muon": example.make_muon}
+
+
+def is_matrix(params: Any) -> Any:
+    """Labels of the leaves that Muon orthogonalises, and of the others."""
+
+    def of_leaf(leaf: Any, kind: str):
+        return "other" if kind == "embedding" or leaf.ndim < 2 else "matrix"
+
+    return jax.tree.map(of_leaf, params, example.label(params))
+
+
+def of_matrices(matrix: Any, other: Any) -> Any:
+    """One transformation for matrices, another for the other leaves."""
+    return optax.partition({"matrix": matrix, "other": other}, is_matrix)
+
+
+def descend(run: SimpleNamespace) -> Any:
+    """The example's weight decay and schedule, behind a direction."""
+    rate = optax.scale_by_learning_rate(example.make_schedule(run))
+    return optax.chain(optax.add_decayed_weights(*example.decay_options(run).values()), rate)
+
+
+def mean(run: SimpleNamespace, bits: str) -> Any:
+    """The mean over workers: in full precision, or compressed both ways with memories."""
+    if bits == "f32":
+        return signax.average_updates(AXIS)
+    if bits == "1":
+        return signax.mean_scaled_signs(AXIS, decay=run.decay)
+    return signax.mean_quantized(AXIS, bits=4 if bits == "4" else 2, decay=run.decay)
+
+
+def ef21() -> Any:
+    """EF21: a worker's estimate G of m follows by G += C(m - G), and only C(m - G) is sent."""
+    sign = signax.scale_by_scaled_sign()
+
+    def update(updates: Any, state: Any, params: Any = None):
+        difference = jax.tree.map(jnp.subtract, updates, state)
+        sent, _ = sign.update(difference, sign.init(params))
+        estimate = jax.tree.map(jnp.add, state, sent)
+        return estimate, estimate
+
+    init: Any = optax.tree.zeros_like
+    return optax.GradientTransformation(init, update)
+
+
+def compressed(run: SimpleNamespace, optimizer: str, place: str, bits: str) -> Any:
+    """Muon or Adam with a compressed mean at one place."""
+    if place == "gradient":
+        return optax.chain(mean(run, bits), LOCAL[optimizer](run))
+    adam = optax.scale_by_adam(run.momentum, 0.95)
+    polar = optax.chain(signax.orthogonalize(), optax.scale(0.2))  # an AdamW step's usual size
+    if place in ("momentum", "ef21"):
+        squares = optax.scale_by_adam(0.0, 0.95)
+        behind = of_matrices(polar, squares) if optimizer == "muon" else squares
+        own = signax.hold_if_nonfinite(optax.ema(run.momentum))
+        average = optax.chain(ef21(), mean(run, "f32")) if place == "ef21" else mean(run, bits)
+        return optax.chain(own, average, behind, descend(run))
+    momentum = optax.trace(run.momentum, nesterov=True)
+    own = of_matrices(optax.chain(momentum, polar), adam) if optimizer == "muon" else adam
+    chain = optax.chain(signax.hold_if_nonfinite(own), mean(run, bits))
+    if place == "direction-polar":
+        chain = optax.chain(chain, of_matrices(polar, optax.identity()))
+    return optax.chain(chain, descend(run))
+
+
+def make(run: SimpleNamespace) -> tuple[Any, Any, int]:
+    """The optimiser of every step, the outer one of DiLoCo if any, and H."""
+    name, *options = run.method.split("/")
+    if not options:
+        return example.make_optimizer(run, AXIS), None, 1
+    if name != "diloco":
+        return compressed(run, name, *options), None, 1
+    optimizer, local_steps, bits = options
+    outer = optax.sgd(run.outer_step_size, momentum=OUTER_MOMENTUM, nesterov=True)
+    return LOCAL[optimizer](run), optax.chain(mean(run, bits), outer), int(local_steps)
