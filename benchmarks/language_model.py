@@ -14,7 +14,8 @@ Results are saved after every run. The same command continues from saved results
 computation each. Each process has its own link of the given rate (namespaces.py). The workers train
 by AdamW on means in full precision, and by votes, with the step sizes and momenta found by `tune`.
 `seconds` is the time of all steps until a validation loss is at most AdamW's final validation loss.
-It excludes validation and compiling for every method. Votes may take `--voted-steps` steps.
+It excludes validation and compiling for every method. Votes may take `--voted-steps` steps, which a
+further command with other `--methods` can change.
 
 `draw` draws the validation losses over time from the saved results of `network`.
 
@@ -133,7 +134,7 @@ def parse_arguments() -> argparse.Namespace:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that a results file belongs to."""
     names = ["command", "steps", "evaluate_every", "workers", "options"]
-    names += ["momenta"] if args.command == "tune" else ["rate", "voted_steps"]
+    names += ["momenta"] if args.command == "tune" else ["rate"]
     return {name: getattr(args, name) for name in names}
 
 
@@ -356,11 +357,13 @@ def draw(report: dict[str, Any], path: str) -> None:
             axes.plot(curve["seconds"], curve["validation_loss"], color=f"C{number}", alpha=0.7)
         seconds = [row["seconds"] for row in rows if row["method"] == method]
         name = "AdamW on averaged gradients" if method == BASELINE else f"{method.title()}, voted"
-        axes.lines[-1].set_label(f"{name}: {own[0]['bytes_per_step'] / 1e6:.2g} MB per step")
+        label = f"{name}: {own[0]['bytes_per_step'] / 1e6:.2g} MB per step"
+        last = axes.lines[-1]
         if all(seconds):
             mean = statistics.mean(seconds)
+            label += f", {mean:.0f} s"
             axes.axvline(mean, color=f"C{number}", linestyle=":", linewidth=1)
-            axes.text(mean, 0.5, f" {mean:.0f} s", transform=axes.get_xaxis_transform())
+        last.set_label(label)
     axes.axhline(
         statistics.mean(row["target"] for row in rows), color="gray", linestyle=":", linewidth=1
     )

@@ -33,6 +33,7 @@ optimizers: dict[str, Callable[[], optax.GradientTransformation]] = {
     "signum": lambda: signax.signum(1e-4, axis_name=AXIS),
     "lion": lambda: signax.lion(1e-4, axis_name=AXIS),
     "muon": lambda: signax.muon(1e-4, axis_name=AXIS),
+    "ef_muon": lambda: signax.ef_muon(1e-4, axis_name=AXIS),
     "muon on the mean": lambda: optax.chain(signax.average_updates(AXIS), optax.contrib.muon(1e-4)),
     "one_bit_adam": lambda: signax.one_bit_adam(1e-4, warmup_steps=100, axis_name=AXIS),
     "ssdm": lambda: signax.ssdm(1e-4, key=jax.random.key(0), axis_name=AXIS),

@@ -111,8 +111,8 @@ def grid(method: str, args: argparse.Namespace) -> list[Run]:
     shared, finished = common(method, args), load(args)
     sizes = [1e-3 * 2.0**exponent for exponent in args.exponents]
     # A method without such memories or without outer steps has no use for their settings.
-    decays = args.decays if method.count("/") and not method.endswith("f32") else [1.0]
-    decays = [1.0] if "/ef21/" in method else decays
+    remembers = method.endswith(("/1", "/2", "/4")) and "/ef21/" not in method
+    decays = args.decays if remembers else [1.0]
     outer = args.outer_step_sizes if method.startswith("diloco") else [0.7]
     found = []
     for values in itertools.product(sizes, args.momenta, decays, outer, args.seeds):

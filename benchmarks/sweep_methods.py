@@ -8,7 +8,9 @@ A method is a name with options in order, such as `muon/direction/1` or `diloco/
   `direction` that its own optimiser would step in. `direction-polar` orthogonalises the mean
   direction of matrices again. `ef21` sends changes of the momentum up, and full precision down;
 - `diloco/OPTIMIZER/H/BITS`: H local steps, then an outer step by SGD with Nesterov's momentum on
-  the mean of compressed differences.
+  the mean of compressed differences;
+- `fault/KIND/METHOD`: a method of the example where three workers forge their gradients, by
+  `invert`, `random` or `nan`.
 
 The step size, momentum and decay of memories may be traced, so one program runs a whole grid.
 """
@@ -27,6 +29,7 @@ example = load_example()
 
 AXIS = "data"
 OUTER_MOMENTUM = 0.9
+FAULTY = (1, 4, 6)  # the workers that forge gradients
 LOCAL = {"adamw": example.make_adamw, "muon": example.make_muon}
 
 
@@ -98,6 +101,11 @@ def make(run: SimpleNamespace) -> tuple[Any, Any, int]:
     name, *options = run.method.split("/")
     if not options:
         return example.make_optimizer(run, AXIS), None, 1
+    if name == "fault":
+        kind, method = options
+        forge = signax.testing.adversary(AXIS, FAULTY, kind, jax.random.key(0))
+        run = SimpleNamespace(**{**vars(run), "method": method})
+        return optax.chain(forge, example.make_optimizer(run, AXIS)), None, 1
     if name != "diloco":
         return compressed(run, name, *options), None, 1
     optimizer, local_steps, bits = options

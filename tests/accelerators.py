@@ -26,9 +26,11 @@ import numpy as np
 import optax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from optax.contrib import MuonDimensionNumbers
 
 import signax
 from signax import diagnostics
+from signax._hlo.program import Computation, Instruction, called, operands, parse, trip_count
 
 # Compiling takes minutes and large packages, so it runs only on request.
 REQUESTED = "SIGNAX_ACCELERATORS" in os.environ
@@ -124,6 +126,7 @@ class Program(NamedTuple):
       temporary_bytes: the memory besides arguments and results.
       bytes_accessed: reads and writes of memory by the compiler's cost model, NaN without one.
       seconds: the time to lower and compile.
+      text: the compiled HLO.
     """
 
     collectives: list[diagnostics.Collective]
@@ -131,6 +134,7 @@ class Program(NamedTuple):
     temporary_bytes: int
     bytes_accessed: float
     seconds: float
+    text: str
 
 
 @functools.cache
@@ -158,6 +162,17 @@ def feedback_program(target: str, tree: str) -> Program:
     """A step of signSGD with momentum and error feedback in both directions."""
     optimizer = signax.ef_sign_sgd(1e-3, 0.9, axis_name="data")
     return _update_program(signax.DataParallel(optimizer, mesh_of(target)), tree)
+
+
+@functools.cache
+def muon_program(target: str, tree: str) -> Program:
+    """A step of voted Muon. Kernels are its matrices, embeddings are not."""
+    optimizer = signax.muon(1e-3, weight_dimension_numbers=_kernels, axis_name="data")
+    return _update_program(signax.DataParallel(optimizer, mesh_of(target)), tree)
+
+
+def _kernels(params: dict[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
+    return {name: MuonDimensionNumbers() if name.endswith("kernel") else None for name in params}
 
 
 def _update_program(tx: signax.DataParallel, tree: str) -> Program:
@@ -224,7 +239,56 @@ def _compile(function: jax.stages.Wrapped, *args: Any) -> Program:
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
         bytes_accessed=costs.get("bytes accessed", math.nan),
         seconds=seconds,
+        text=text,
     )
+
+
+def product_operations(program: Program) -> int:
+    """The additions and multiplications in a program's products of matrices.
+
+    The compilers' cost models count the body of a loop once, and a GPU's is missing.
+    """
+    parsed = parse(program.text)
+    computations = parsed.computations
+
+    @functools.cache
+    def count(name: str) -> int:
+        scope = computations[name]
+        return sum(_product(each, scope) + nested(each) for each in scope.values())
+
+    def nested(instruction: Instruction) -> int:
+        found = sum(map(count, called(instruction, "calls|body|to_apply|branch_computations")))
+        return found and found * repetitions(instruction)
+
+    def repetitions(instruction: Instruction) -> int:
+        if instruction.opcode != "while":
+            return 1
+        # TPU compilers do not write the trip count, but the condition compares with it.
+        [condition] = called(instruction, "condition")
+        scope = computations[condition].values()
+        limits = [int(each.rest.split(")")[0]) for each in scope if each.opcode == "constant"]
+        return trip_count(instruction, limits[0] if len(limits) == 1 else None)
+
+    return count(parsed.entry)
+
+
+def _product(instruction: Instruction, scope: Computation) -> int:
+    """The operations of an instruction: two for each summand of each element of a product."""
+    if instruction.opcode == "dot":
+        [summed] = re.findall(r"lhs_contracting_dims=\{([\d,]+)\}", instruction.rest)
+        axes = [int(axis) for axis in summed.split(",")]
+    elif instruction.opcode == "convolution":  # how TPUs multiply; b and f are rows and columns
+        [labels] = re.findall(r"dim_labels=([bf]{2})_", instruction.rest)
+        axes = [labels.index("f")]
+    else:
+        return 0
+    left = _sizes(scope[operands(instruction.rest)[0]])
+    return 2 * math.prod(_sizes(instruction)) * math.prod(left[axis] for axis in axes)
+
+
+def _sizes(instruction: Instruction) -> list[int]:
+    [sizes] = re.findall(r"^\w+\[([\d,]+)\]", instruction.shape)
+    return [int(size) for size in sizes.split(",")]
 
 
 def main() -> None:

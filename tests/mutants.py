@@ -39,6 +39,7 @@ class Mutant(NamedTuple):
 
 
 WORDS, PACKING, SIGNS = "_wire/words.py", "_wire/packing.py", "_wire/signs.py"
+SLABS = "_wire/slabs.py"
 EXCHANGE, SCALED, FEEDBACK = "_wire/exchange.py", "_wire/scaled_signs.py", "_wire/feedback.py"
 PARTS, LEAVES, PARTICIPATION = "_wire/parts.py", "_core/leaves.py", "_transforms/participation.py"
 MAPPED, PLACEMENT = "_data_parallel/mapped.py", "_data_parallel/placement.py"
@@ -55,9 +56,10 @@ MUTANTS = [
     Mutant(WORDS, "MARGIN = 3 ", "MARGIN = 2 ", "agreement"),
     Mutant(WORDS, "if num_workers <= jnp.iinfo", "if num_workers <= 2 * jnp.iinfo", "words"),
     # Packing.
-    Mutant(PACKING, "if stride % 2:", "if not stride % 2:", "packing collectives"),
+    Mutant(SLABS, "if stride % 2:", "if not stride % 2:", "packing collectives"),
     Mutant(PACKING, "return size + size % 2", "return size", "packing collectives"),
-    Mutant(PACKING, "lax.slice_in_dim(bits, 0,", "lax.slice_in_dim(bits[::-1], 0,", "packing"),
+    Mutant(SLABS, "lax.slice_in_dim(bits, 0,", "lax.slice_in_dim(bits[::-1], 0,", "packing"),
+    Mutant(SLABS, "take(plane) << np.uint32(n)", "take(plane) << np.uint32(0)", "packing"),
     Mutant(PACKING, "*planes, bad = (jnp.conc", "*planes, bad = (0 * jnp.conc", "packing"),
     # Zeros and ties.
     Mutant(SIGNS, "rank = (worker + pair) % num_workers", "rank = worker % num_workers", "signs"),

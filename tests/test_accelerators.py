@@ -9,7 +9,9 @@ from accelerators import (
     TARGETS,
     TREES,
     feedback_program,
+    muon_program,
     num_parameters,
+    product_operations,
     sgd_program,
     train_program,
     vote_program,
@@ -133,3 +135,41 @@ def test_error_feedback_sends_one_bit_each_way_with_little_temporary_memory(targ
 def test_error_feedback_has_less_than_four_times_the_memory_traffic_of_sgd():
     found = feedback_program("v5e-8", "leaf").bytes_accessed
     assert found < 4 * sgd_program("v5e-8", "leaf").bytes_accessed
+
+
+# Compiling Muon takes a minute, so these tests share a TPU's program and a GPU's.
+MUON_TARGETS = ["v5e-8", "h100-8"]
+
+
+@pytest.mark.parametrize("target", MUON_TARGETS)
+def test_muon_sends_the_packed_words_of_signum(target):
+    def messages(program):
+        return sorted((r.operation, r.dtype, r.bytes_sent, r.count) for r in program.collectives)
+
+    found = muon_program(target, "gpt2")
+    assert messages(found) == messages(vote_program(target, "gpt2"))
+    assert {record.dtype for record in found.collectives} <= WORDS
+    assert sent(found.collectives) == 27_259_904
+
+
+# Polar factors wait for the vote in stacks of two thirds of the gradient, and the momenta of one
+# shape form a stack of a quarter. The H100 takes 1.26 gradients, and the TPU 1.50.
+@pytest.mark.parametrize("target", MUON_TARGETS)
+def test_temporary_memory_of_muon_is_below_1_75_gradients(target):
+    temporary = muon_program(target, "gpt2").temporary_bytes
+    assert temporary < 1.75 * 4 * num_parameters("gpt2")
+
+
+# With X of m rows and n columns (m <= n), each of five iterations computes A = X X^T in 2 m^2 n
+# operations, A A in 2 m^3, and (b A + c A A) X in 2 m^2 n. Compilers may cut these products into
+# pieces, but the number of operations stays the same. A vote of signum or Lion has no products.
+@pytest.mark.parametrize("target", MUON_TARGETS)
+def test_muon_computes_the_products_of_five_iterations(target):
+    matrices = [shape for name, shape in TREES["gpt2"].items() if name.endswith("kernel")]
+    sides = [(min(shape), max(shape)) for shape in matrices]
+    expected = sum(5 * (4 * m**2 * n + 2 * m**3) for m, n in sides)
+    assert product_operations(muon_program(target, "gpt2")) == expected
+    assert product_operations(vote_program(target, "gpt2")) == 0
+    tokens = 16_384  # in a worker's batch, as in docs/performance.md, which says 13%
+    training_step = 6 * num_parameters("gpt2") * tokens
+    assert expected / training_step == pytest.approx(0.13, abs=0.005)

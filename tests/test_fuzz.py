@@ -13,7 +13,7 @@ import pytest
 import references
 from special_values import as_seen, special_values
 
-from signax._wire import packing
+from signax._wire import packing, slabs
 from signax._wire import words as wire
 from signax._wire.signs import Rules, toss
 
@@ -26,7 +26,8 @@ RULES = [
 ]
 LAYOUTS = {
     "consecutive": (packing.pack_consecutive, packing.unpack_consecutive),
-    "blocks": (packing.pack_slabs, packing.unpack_slabs),
+    "slabs": (slabs.pack_slabs, slabs.unpack_slabs),
+    "groups": (slabs.pack_groups, slabs.unpack_groups),
 }
 DTYPES = ["float32", "bfloat16", "float16"]
 
@@ -76,7 +77,7 @@ def test_packing_and_unpacking_of_ten_thousand_arrays():
         ]
         bits = np.stack(ballots, axis=1)  # bool[planes, sets, ...]
         finite = np.isfinite(seen_values).reshape(sets, -1).all(axis=1)
-        cut = packing.fold(shape)
+        cut = slabs.fold(shape)
 
         for layout, (packer, unpacker) in LAYOUTS.items():
 
@@ -219,7 +220,7 @@ def test_decisions_of_ten_thousand_votes():
         @jax.jit
         def decide(values, steps, votes, rules=rules, num_workers=num_workers):
             def one(values, step, votes):
-                odd = packing.odd(values.shape[1:])
+                odd = slabs.odd(values.shape[1:])
                 coins = [toss(step, jnp.uint32(i), num_workers) for i in range(num_workers)]
                 voters = jnp.sum(votes, dtype=jnp.uint32)
                 cast = [rules(v, odd, coin) for v, (coin, _) in zip(values, coins, strict=True)]

@@ -11,12 +11,12 @@ import references
 from hypothesis import given
 from hypothesis import strategies as st
 
-from signax._wire import packing
+from signax._wire import packing, slabs
 from signax._wire.signs import Rules
 
 RULES = [Rules("dither", "dither"), Rules("dither", "plus"), Rules("plus", "dither"),
          Rules("abstain", "dither")]  # fmt: skip
-PACKERS = [packing.pack_consecutive, packing.pack_slabs]
+PACKERS = [packing.pack_consecutive, slabs.pack_slabs, slabs.pack_groups]
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 COIN = 1
 
@@ -71,12 +71,12 @@ def packed_by(array, packer, rules):
 
 @every_cut
 def test_fold_cuts_arrays_without_a_new_layout_on_tpus(shape):
-    assert packing.fold(shape) == CUTS[shape]
+    assert slabs.fold(shape) == CUTS[shape]
 
 
 @given(st.lists(st.integers(1, 3000) | st.sampled_from([32, 128, 256, 8192]), max_size=4))
 def test_blocks_cover_an_array_and_waste_little(shape):
-    cut, size = packing.fold(tuple(shape)), math.prod(shape)
+    cut, size = slabs.fold(tuple(shape)), math.prod(shape)
     flat = -(-size // 32)
     assert flat <= cut.words <= flat * 33 / 32
     assert math.prod(cut.shape) == size
@@ -131,7 +131,8 @@ def test_packing_finds_a_nonfinite_value_anywhere(shape, packer):
     ("packer", "unpacker"),
     [
         (packing.pack_consecutive, packing.unpack_consecutive),
-        (packing.pack_slabs, packing.unpack_slabs),
+        (slabs.pack_slabs, slabs.unpack_slabs),
+        (slabs.pack_groups, slabs.unpack_groups),
     ],
 )
 @every_cut
@@ -147,7 +148,7 @@ def test_unpacking_inverts_packing(shape, packer, unpacker):
 @pytest.mark.parametrize("shape", [(256, 128), (512, 40), (64, 16, 17), (4, 128, 384)], ids=str)
 def test_an_array_in_slabs_packs_to_the_same_words(shape, packer):
     values = jnp.asarray(random_values(shape), jnp.float32)
-    blocks = packing.in_slabs(values)
+    blocks = slabs.in_slabs(values)
     assert blocks.shape[0] == 32
     np.testing.assert_array_equal(np.ravel(blocks), np.ravel(values))
     for rules in (RULES[0], RULES[3]):
@@ -161,7 +162,7 @@ def test_arrays_in_slabs_and_whole_arrays_make_the_same_message():
     shapes = [(512, 40), (3,), (64, 16, 17), (128, 255)]
     leaves = [jnp.asarray(random_values(shape), jnp.float32) for shape in shapes]
     pack = jax.jit(lambda leaves: packing.pack(leaves, RULES[0], jnp.uint32(COIN)))
-    (found,), finite = pack([packing.in_slabs(leaf) for leaf in leaves])
+    (found,), finite = pack([slabs.in_slabs(leaf) for leaf in leaves])
     (expected,), _ = pack(leaves)
     assert finite
     np.testing.assert_array_equal(found, expected)
@@ -169,10 +170,10 @@ def test_arrays_in_slabs_and_whole_arrays_make_the_same_message():
 
 @pytest.mark.parametrize("shape", [(), (1 << 14,), (128, 127), (5003, 4), (128, 255), (45, 367)])
 def test_small_or_padded_arrays_are_not_put_in_slabs(shape):
-    assert packing.in_slabs(jnp.zeros(shape)).shape == shape
+    assert slabs.in_slabs(jnp.zeros(shape)).shape == shape
 
 
-SMALL = packing.SMALL
+SMALL = slabs.SMALL
 TREES = {
     "scalar": [()],
     "odd": [(1,), (31,), (3, 11), (), (7,), (2, 3, 5)],
@@ -247,4 +248,4 @@ def test_a_message_pads_each_small_leaf_by_at_most_one_coordinate(sizes):
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5), (4, 6), (5, 4, 3), (3, 5, 7, 9)])
 def test_odd_coordinates_have_an_odd_row_major_index(shape):
     expected = np.arange(math.prod(shape)).reshape(shape) % 2 == 1
-    np.testing.assert_array_equal(packing.odd(shape), expected)
+    np.testing.assert_array_equal(slabs.odd(shape), expected)

@@ -35,7 +35,7 @@ def test_runs_by_vmap_equal_runs_on_a_mesh(tmp_path):
 
 
 def test_methods_train_and_finished_runs_are_left_out(tmp_path):
-    methods = ["muon/direction-polar/1", "adamw/ef21/1", "adamw/gradient/f32", "diloco/adamw/2/4"]
+    methods = ["muon/direction-polar/1", "adamw/ef21/1", "fault/random/muon", "diloco/adamw/2/4"]
     options = ("--methods", *methods, "--exponents", 3)
     found, _ = sweep(tmp_path, *options, "--decays", 0.5)
     assert [run["method"] for run in found] == methods
@@ -45,7 +45,7 @@ def test_methods_train_and_finished_runs_are_left_out(tmp_path):
     assert [run["decay"] for run in again[len(found) :]] == [
         1.0
     ] * 2  # the others have no memories that decay
-    assert "adamw/gradient/f32: finished before" in printed
+    assert "fault/random/muon: finished before" in printed
 
 
 @pytest.mark.parametrize(

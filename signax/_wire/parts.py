@@ -24,7 +24,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from signax._core.leaves import entry_axes, spec_axes, wide_dtype
-from signax._wire.packing import MOST_WASTE, SMALL, Fold
+from signax._wire.slabs import MOST_WASTE, SMALL, Fold
 from signax._wire.types import Array, Bool, Float, Int, Leaves, Num, UInt32
 from signax._wire.words import WORD_BITS, from_words, to_words
 

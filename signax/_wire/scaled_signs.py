@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from signax._core.leaves import add_memory, all_flags, narrow, wide_dtype
-from signax._wire import packing
+from signax._wire import slabs
 from signax._wire.exchange import assign
 from signax._wire.parts import (
     Blocks,
@@ -234,7 +234,7 @@ class ScaledSigns:
         planes = jnp.split(words, self.bits, axis=1)
         columns = [*planes, jnp.broadcast_to(scales, planes[0].shape)]
         columns = [join_columns(each, fold.words).reshape(fold.word_shape) for each in columns]
-        sign, *digits = (packing.split_slabs(plane, fold) for plane in columns[:-1])
+        sign, *digits = (slabs.split_slabs(plane, fold) for plane in columns[:-1])
         scale = jnp.broadcast_to(columns[-1][None], (WORD_BITS, *fold.word_shape))
         scale = scale.reshape(-1, *fold.shape[1:])[: fold.shape[0]]
         magnitude = self.magnitude(digits, scale)
@@ -254,7 +254,7 @@ class ScaledSigns:
         digits = self.digits(parts, scale)
         magnitude = self.magnitude(digits, scale)
         left = parts - jnp.where(sign, magnitude, -magnitude).astype(parts.dtype)
-        return _concatenate(packing.merge_bits([sign, *digits], axis=1, flags=0)), left
+        return _concatenate(slabs.merge_bits([sign, *digits], axis=1, flags=0)), left
 
     def _expand_parts(
         self, words: UInt32[Array, "n _"], scales: Float[Array, "n blocks"], blocks: Blocks
@@ -272,13 +272,13 @@ def _compress_leaf(
     codec: ScaledSigns, leaf: Float[Array, "..."], scale: Float[Array, ""], coin: Array
 ) -> tuple[UInt32[Array, "M _"], Float[Array, "M 1"], Float[Array, "..."]]:
     """Compress a leaf: return its parts' words and scales, and the residual."""
-    (sign,) = RULES(leaf, packing.odd(leaf.shape), coin)
+    (sign,) = RULES(leaf, slabs.odd(leaf.shape), coin)
     digits = codec.digits(leaf, scale)
     magnitude = codec.magnitude(digits, scale)
     left = leaf - jnp.where(sign, magnitude, -magnitude).astype(leaf.dtype)
     fold = matrix(leaf.shape)
     fields = [bit.reshape(fold.shape) for bit in (sign, *digits)]
-    planes = packing.join_slabs(fields, fold, flags=0)
+    planes = slabs.join_slabs(fields, fold, flags=0)
     words = [cut_columns(plane.reshape(-1), codec.num_workers) for plane in planes]
     scales = jnp.broadcast_to(scale, (codec.num_workers, 1))
     return _concatenate(words), scales, left

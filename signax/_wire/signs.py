@@ -26,7 +26,7 @@ from jax import lax
 
 from signax._core.checks import check_mode
 from signax._core.leaves import all_finite, wide_dtype, worker_index
-from signax._wire import packing, words
+from signax._wire import packing, slabs, words
 from signax._wire.types import Array, Context, Encoded, Leaves, Reply, Sums, UInt32, Worker
 
 Zeros = Literal["dither", "abstain", "plus"]
@@ -195,7 +195,7 @@ class _Signs:
     has_residual = False
 
     @property
-    def bits(self) -> packing.BitRule:
+    def bits(self) -> slabs.BitRule:
         """The bits of packed ballots."""
         return self.rules
 
@@ -220,7 +220,7 @@ class _Signs:
         dtype = words.sum_dtype(num_workers)
 
         def ballot(leaf: Array, rules: Rules):
-            plus, *minus = rules(leaf, packing.odd(leaf.shape), coin)
+            plus, *minus = rules(leaf, slabs.odd(leaf.shape), coin)
             against = minus[0] if minus else ~plus
             return plus.astype(dtype) - against.astype(dtype)
 
@@ -244,7 +244,7 @@ class Majority(_Signs):
         return self.agreement and self.rules.planes == 1
 
     @property
-    def bits(self) -> packing.BitRule:
+    def bits(self) -> slabs.BitRule:
         return WithOpinions(self.rules) if self._sends_opinions else self.rules
 
     @property
@@ -302,7 +302,7 @@ class Majority(_Signs):
 
     def _signs(self, bits: list[list[Array]], leaves: Leaves, voters: Array) -> list[Array]:
         return [
-            self.rules.signs(planes, packing.odd(leaf.shape), voters, leaf.dtype)
+            self.rules.signs(planes, slabs.odd(leaf.shape), voters, leaf.dtype)
             for planes, leaf in zip(bits, leaves.like, strict=True)
         ]
 

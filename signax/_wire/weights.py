@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from signax._core.leaves import is_traced
-from signax._wire import packing, words
+from signax._wire import slabs, words
 from signax._wire.signs import DitherMemory, Majority, Rules, find_worker
 from signax._wire.types import Array, Bool, Context, Float, Reply, Transport, UInt32, Worker
 
@@ -148,10 +148,10 @@ class WeightedMajority(Majority):
         weights, tie = lax.optimization_barrier((weights, jnp.max(ties) == 1))
         if self.rules.planes == 2:
             total = _total(planes[0], planes[1], weights)
-            decided = packing.merge_bits([total > 0, total < 0], axis=0, flags=0)
+            decided = slabs.merge_bits([total > 0, total < 0], axis=0, flags=0)
         else:
             total = _total(planes[0], None, weights)
-            decided = packing.merge_bits([_is_plus(total, tie)], axis=0, flags=0)
+            decided = slabs.merge_bits([_is_plus(total, tie)], axis=0, flags=0)
         # A dithered zero has one bit on all coordinates, relative to the coordinate.
         zeros = jnp.asarray(words.spread(1 - coins))[:, None]
         dead = _is_plus(_total(zeros, None, weights)[0, 0], tie) & (headers.voters > 0)

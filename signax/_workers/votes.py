@@ -19,7 +19,7 @@ from signax._transforms.participation import (
     no_participation,
 )
 from signax._wire.exchange import exchange, take_part
-from signax._wire.packing import in_slabs
+from signax._wire.slabs import in_slabs
 from signax._wire.signs import DitherMemory, Majority, Rules, Ties, Zeros
 from signax._wire.types import Outcome, Route, Transport, make_route
 from signax._wire.weights import Weighing, Weights, is_by_agreement, make_majority
