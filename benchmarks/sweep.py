@@ -111,8 +111,8 @@ def grid(method: str, args: argparse.Namespace) -> list[Run]:
     shared, finished = common(method, args), load(args)
     sizes = [1e-3 * 2.0**exponent for exponent in args.exponents]
     # A method without such memories or without outer steps has no use for their settings.
-    remembers = method.endswith(("/1", "/2", "/4")) and "/ef21/" not in method
-    decays = args.decays if remembers else [1.0]
+    forgets = "/" not in method or method.endswith("/f32") or "/ef21/" in method
+    decays = [1.0] if forgets or method.startswith("fault") else args.decays
     outer = args.outer_step_sizes if method.startswith("diloco") else [0.7]
     found = []
     for values in itertools.product(sizes, args.momenta, decays, outer, args.seeds):

@@ -9,6 +9,7 @@ A method is a name with options in order, such as `muon/direction/1` or `diloco/
   direction of matrices again. `ef21` sends changes of the momentum up, and full precision down;
 - `diloco/OPTIMIZER/H/BITS`: H local steps, then an outer step by SGD with Nesterov's momentum on
   the mean of compressed differences;
+- `one-bit-adam/SHARE`: 1-bit Adam, with a warm-up of a share of all steps;
 - `fault/KIND/METHOD`: a method of the example where three workers forge their gradients, by
   `invert`, `random` or `nan`.
 
@@ -106,6 +107,11 @@ def make(run: SimpleNamespace) -> tuple[Any, Any, int]:
         forge = signax.testing.adversary(AXIS, FAULTY, kind, jax.random.key(0))
         run = SimpleNamespace(**{**vars(run), "method": method})
         return optax.chain(forge, example.make_optimizer(run, AXIS)), None, 1
+    if name == "one-bit-adam":
+        steps = max(1, round(run.steps * float(options[0])))
+        rate, decays = example.make_schedule(run), example.decay_options(run)
+        decays |= {"b1": run.momentum, "b2": 0.95, "decay": run.decay}
+        return signax.one_bit_adam(rate, warmup_steps=steps, axis_name=AXIS, **decays), None, 1
     if name != "diloco":
         return compressed(run, name, *options), None, 1
     optimizer, local_steps, bits = options

@@ -234,8 +234,8 @@ def make_optimizer(args, axis):
     if args.method == "ef":
         return signax.ef_sign_sgd(schedule, momentum=args.momentum, **options)
     if args.method == "one-bit-adam":
-        options |= {"b1": args.momentum, "b2": 0.95, "warmup_steps": max(1, args.steps // 5)}
-        return signax.one_bit_adam(schedule, **options)
+        options |= {"b1": args.momentum, "b2": 0.95, "decay": 0.9}
+        return signax.one_bit_adam(schedule, warmup_steps=max(1, args.steps * 3 // 10), **options)
     if args.method in ("signum", "mixed"):
         voted = signax.signum(schedule, beta=args.momentum, **options)
         averaged = optax.chain(signax.average_updates(axis), make_adamw(args))

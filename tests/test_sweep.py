@@ -35,7 +35,8 @@ def test_runs_by_vmap_equal_runs_on_a_mesh(tmp_path):
 
 
 def test_methods_train_and_finished_runs_are_left_out(tmp_path):
-    methods = ["muon/direction-polar/1", "adamw/ef21/1", "fault/random/muon", "diloco/adamw/2/4"]
+    methods = ["muon/direction-polar/1", "adamw/ef21/1", "fault/random/muon"]
+    methods += ["one-bit-adam/0.5", "diloco/adamw/2/4"]
     options = ("--methods", *methods, "--exponents", 3)
     found, _ = sweep(tmp_path, *options, "--decays", 0.5)
     assert [run["method"] for run in found] == methods

@@ -109,7 +109,8 @@ def one_bit_adam(
         nothing is ever compressed; no schedule tells its length, so this is not checked.
       block: the coordinates that share a scale: `"leaf"` or the most in a block, see
         :func:`signax.mean_scaled_signs`.
-      decay: the share of the memories that is added, see :func:`signax.mean_scaled_signs`.
+      decay: the share of the memories that is added, see :func:`signax.mean_scaled_signs`. The
+        paper's is 1. For a transformer try 0.9.
       mu_dtype: the dtype of m and of the memories; by default the parameters' dtype.
       weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate. The decay
         does not enter the memories.
