@@ -188,7 +188,7 @@ def steps(args: argparse.Namespace) -> Iterator[Row]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     own: dict[str, list[bool]] = {}
-    for workers in dict.fromkeys((args.voters, 1)):
+    for workers in [args.voters] if args.tiny else dict.fromkeys((args.voters, 1)):
         for dtype in (jnp.float32, jnp.bfloat16):
             suffix = f"{workers} voter{'s' if workers > 1 else ''}, {np.dtype(dtype).name}"
             for name, tx in optimizers(example, workers).items():

@@ -30,7 +30,7 @@ example = load_example()
 
 AXIS = "data"
 OUTER_MOMENTUM = 0.9
-FAULTY = (1, 4, 6)  # the workers that forge gradients
+FAULTY = (0, 1, 2)  # the workers that forge gradients
 LOCAL = {"adamw": example.make_adamw, "muon": example.make_muon}
 
 

@@ -61,6 +61,7 @@ def matrices(params):
     return jax.tree.map(of_leaf, params)
 
 
+AMPLIFIED = 3.5**5 * 1e-6  # five Newton-Schulz iterations multiply small singular values so much
 RATE = {"learning_rate": 0.1}
 VOTE = {"axis_name": AXIS}
 REGISTRY = {
@@ -162,6 +163,7 @@ REGISTRY = {
         {**RATE, "beta": 0.5, "weight_decay": 0.1},
         {"weight_dimension_numbers": matrices},
         needs_params=True,
+        rounding=AMPLIFIED,
     ),
     "muon voted": Case(signax.muon, RATE, {**VOTE, "mu_dtype": jnp.float32}, voted=True),
     "ssdm": Case(
@@ -188,13 +190,14 @@ REGISTRY = {
         {**RATE, "beta": 0.5, "decay": 0.5, "weight_decay": 0.1},
         {"weight_dimension_numbers": matrices},
         needs_params=True,
-        rounding=5e-4,  # Newton-Schulz iterations multiply small singular values by 3.44**5
+        rounding=AMPLIFIED,
     ),
     "ef_muon over workers": Case(
         signax.ef_muon,
         RATE,
         {**VOTE, "weight_dimension_numbers": matrices, "mu_dtype": jnp.float32, "num_workers": 2},
         voted=True,
+        rounding=AMPLIFIED,
     ),
     "ef_sign_sgd": Case(signax.ef_sign_sgd, {**RATE, "weight_decay": 0.1}, needs_params=True),
     "ef_sign_sgd over workers": Case(

@@ -63,7 +63,7 @@ def test_steps_and_training_steps_are_compared_with_their_reference(tmp_path):
     results, _ = run(tmp_path, "--groups", "step", "model", "--trace", tmp_path / "trace")
     assert not [row["error"] for row in results if "error" in row]
     steps, models = ([r for r in results if r["group"] == group] for group in ("step", "model"))
-    assert len(steps) == 6 * 2 * 2
+    assert len(steps) == 6 * 2
     for row in [*steps, *models]:
         assert (row["reference"] is None) == ("ratio" not in row)
     for row in models:

@@ -338,7 +338,7 @@ def test_injected_numbers_act_like_constants(name):
     assert set(optax.tree.get(state, "hyperparams")) == set(case.numbers)
     updates, _ = jax.jit(tx.update)(tree, state, tree)  # here the numbers are traced
     expected, _ = compiled(name)[0](tree, case.make().init(tree), tree)
-    assert_trees_equal(updates, expected, rtol=1e-6)
+    assert_trees_equal(updates, expected, rtol=case.rounding)
 
 
 @case_names(lambda case: case.numbers)

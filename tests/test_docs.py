@@ -105,7 +105,7 @@ def test_memory_matches_the_results():
     printed = {re.sub(r"{func}`signax\.(\w+)`", r"\1", row[0]): float(row[-1]) for row in rows}
     printed["adamw"] = printed.pop("AdamW on the mean")
     printed["muon on the mean"] = printed.pop("Muon on the mean")
-    assert len(printed) == 10
+    assert len(printed) == 11
     for name, copies in printed.items():
         assert copies == pytest.approx(found["results"][name]["state"], abs=0.005), name
 
