@@ -43,9 +43,8 @@ def test_methods_train_and_finished_runs_are_left_out(tmp_path):
     assert all(math.isfinite(run["validation_losses"][-1]) for run in found)
     again, printed = sweep(tmp_path, *options, "--decays", 0.5, 1.0)
     assert again[: len(found)] == found
-    assert [run["decay"] for run in again[len(found) :]] == [
-        1.0
-    ] * 2  # the others have no memories that decay
+    added = again[len(found) :]
+    assert [run["decay"] for run in added] == [1.0] * 3  # the other two have no such memories
     assert "fault/random/muon: finished before" in printed
 
 
