@@ -111,6 +111,7 @@ THOROUGH = {
         "an_update_outside_jit_compiles_once": "hundreds of programs in eager updates",
         "workers_may_lie_along_several_axes": "tuples of axes under DataParallel",
     },
+    "test_weighted_votes": {"any_weights_give_the_sums_of_numpy": "weights, by Hypothesis"},
     "test_varying": {"the_walk_finds_the_outputs_that_differ": "primitives that the walk misreads"},
 }
 
