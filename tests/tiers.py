@@ -65,7 +65,12 @@ THOROUGH = {
     "test_docs": {
         "code_blocks_of_a_page_run_in_order": "examples of the documentation that do not run",
     },
+    "test_diloco_state": {
+        "a_run_restored_in_the_middle_of_a_round_continues_bit_for_bit": "state that is not saved",
+    },
     "test_fragments": {
+        "a_resize_between_exchanges_keeps_every_fragment": "rows of fragments",
+        "the_bytes_of_an_exchange_are_a_fragments_share": "exchanges of leaves that are not due",
         "fragments_may_be_sharded_within_workers": "specs of fragments",
     },
     "test_fuzz": {
@@ -83,6 +88,9 @@ THOROUGH = {
     },
     "test_orthogonal": {
         "sharded_matrices_are_orthogonalized_as_a_whole": "specs of matrices on kinds of axes",
+    },
+    "test_one_bit_adam": {
+        "leaves_that_are_sharded_within_a_worker_equal_the_reference": "specs of moments",
     },
     "test_muon": {
         "sharded_matrices_take_the_steps_of_whole_matrices": "the whole optimiser on shards",
@@ -111,7 +119,14 @@ THOROUGH = {
         "an_update_outside_jit_compiles_once": "hundreds of programs in eager updates",
         "workers_may_lie_along_several_axes": "tuples of axes under DataParallel",
     },
-    "test_weighted_votes": {"any_weights_give_the_sums_of_numpy": "weights, by Hypothesis"},
+    "test_weighted_votes": {
+        "few_workers_have_reputations_too": "reputations of one to three workers",
+        "reputations_cover_all_blocks_of_sharded_leaves": "reputations under param_specs",
+        "weighted_votes_equal_the_reference_with_any_number_of_workers": "M from 1 to 8, all rules",
+    },
+    "test_wrappers": {
+        "what_comes_after_it_sees_the_update_that_all_workers_share": "Optax's wrappers, one by one",
+    },
     "test_varying": {"the_walk_finds_the_outputs_that_differ": "primitives that the walk misreads"},
 }
 
