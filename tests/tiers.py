@@ -125,7 +125,7 @@ THOROUGH = {
         "weighted_votes_equal_the_reference_with_any_number_of_workers": "M from 1 to 8, all rules",
     },
     "test_wrappers": {
-        "what_comes_after_it_sees_the_update_that_all_workers_share": "Optax's wrappers, one by one",
+        "what_comes_after_it_sees_the_update_that_all_workers_share": "each of Optax's wrappers",
     },
     "test_varying": {"the_walk_finds_the_outputs_that_differ": "primitives that the walk misreads"},
 }
