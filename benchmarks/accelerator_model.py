@@ -96,7 +96,7 @@ def model_parts(example: Any, options: argparse.Namespace) -> tuple[Any, Any]:
 def find_own(step: Step, carry: Any, fixed: Any) -> list[bool]:
     """Whether each leaf of a carry differs between workers, once some steps are taken.
 
-    `carry` has the shapes of one worker, and `fixed` those of all workers.
+    `carry` has the shapes of one worker, and `fixed` has the shapes of all workers.
     """
     leaves, structure = jax.tree.flatten(carry)
     own = [False] * len(leaves)

@@ -4,11 +4,11 @@
     python benchmarks/sweep.py --methods muon/gradient/1 --exponents 4 5 --decays 0 0.5 0.9 1
     python benchmarks/sweep.py --methods diloco/adamw/30/2 --steps 480 --exponents 2 3 --decays 0
 
-The model, data, schedule and batches are those of examples/train_language_model.py. Workers and
-settings are axes of `jax.vmap`: one program trains one model for each step size, 0.001 times a
-power of two, momentum, decay of error memories and seed. Up to rounding, losses equal those of
-workers on a mesh. An H100 trains a grid of twelve runs for 300 steps in about ten seconds, and a
-CPU one run in a minute. sweep_methods.py says how methods are named.
+This program takes the model, data, schedule and batches from examples/train_language_model.py.
+Workers and settings are axes of `jax.vmap`: one program trains one model for each step size, 0.001
+times a power of two, momentum, decay of error memories and seed. Workers on a mesh reach the same
+losses, up to rounding. An H100 trains a grid of twelve runs for 300 steps in about ten seconds, and
+a CPU one run in a minute. sweep_methods.py says how methods are named.
 
 Methods are compiled side by side and trained one after the other. Results are added to --json after
 each method. Runs that it already holds are left out.
@@ -135,10 +135,10 @@ def train_method(method: str, args: argparse.Namespace) -> str:
         with lock:
             curves = programs.train(padded)
             results = load(args)
+            found = {"parameters": programs.parameters, "device": jax.devices()[0].device_kind}
             for run, curve in zip(part, curves, strict=False):
-                parameters = {"parameters": programs.parameters}
-                results.append(run | parameters | {"validation_losses": curve})
-            save(args.json, "sweep", {"device": jax.devices()[0].device_kind}, results)
+                results.append(run | found | {"validation_losses": curve})
+            save(args.json, "sweep", {}, results)
     return f"{method}: {len(runs)} runs"
 
 

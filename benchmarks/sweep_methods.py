@@ -30,6 +30,7 @@ example = load_example()
 
 AXIS = "data"
 OUTER_MOMENTUM = 0.9
+PLACES = ("gradient", "momentum", "ef21", "direction", "direction-polar")
 FAULTY = (0, 1, 2)  # the workers that forge gradients
 LOCAL = {"adamw": example.make_adamw, "muon": example.make_muon}
 
@@ -60,7 +61,8 @@ def mean(run: SimpleNamespace, bits: str) -> Any:
         return signax.average_updates(AXIS)
     if bits == "1":
         return signax.mean_scaled_signs(AXIS, decay=run.decay)
-    return signax.mean_quantized(AXIS, bits=4 if bits == "4" else 2, decay=run.decay)
+    count: Any = int(bits)
+    return signax.mean_quantized(AXIS, bits=count, decay=run.decay)
 
 
 def ef21() -> Any:
@@ -79,6 +81,8 @@ def ef21() -> Any:
 
 def compressed(run: SimpleNamespace, optimizer: str, place: str, bits: str) -> Any:
     """Muon or Adam with a compressed mean at one place."""
+    if optimizer not in LOCAL or place not in PLACES:
+        raise ValueError(f"{run.method!r} is unknown: use one of {[*LOCAL]} at one of {PLACES}")
     if place == "gradient":
         return optax.chain(mean(run, bits), LOCAL[optimizer](run))
     adam = optax.scale_by_adam(run.momentum, 0.95)

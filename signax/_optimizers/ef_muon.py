@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 import optax
 
-from signax._core.checks import check_accumulator_dtype, check_number, check_transformation
+from signax._core.checks import check_number
 from signax._optimizers.muon import muon_momentum
 from signax._optimizers.votes import Mask, descend
 from signax._transforms.compressors import scale_by_scaled_sign
-from signax._transforms.memory import checked, error_feedback
+from signax._transforms.memory import error_feedback
 from signax._transforms.orthogonal import DimensionNumbers, orthogonalize
 from signax._transforms.participation import hold_if_nonfinite
 from signax._wire.feedback import Feedback
@@ -107,15 +107,8 @@ def ef_muon(
       layers in neural networks <https://kellerjordan.github.io/posts/muon/>`_, 2024; Liu et al.,
       `Muon is Scalable for LLM Training <https://arxiv.org/abs/2502.16982>`_, 2025
     """
-    check_number("beta", beta, low=0, high=1)
     check_number("consistent_rms", consistent_rms, low=0)
-    check_accumulator_dtype(mu_dtype, "mu_dtype")
-    if others is None:
-        others = optax.chain(
-            checked(optax.scale_by_lion(mu_dtype=mu_dtype), memory="mu"), optax.scale_by_sign()
-        )
-    check_transformation("others", others)
-    momentum = muon_momentum(beta, others, weight_dimension_numbers, nesterov, mu_dtype)
+    momentum = muon_momentum(beta, nesterov, mu_dtype, weight_dimension_numbers, others)
     orthogonal = orthogonalize(weight_dimension_numbers=weight_dimension_numbers, ns_steps=ns_steps)
     direction = optax.chain(momentum, orthogonal)
 

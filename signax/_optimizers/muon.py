@@ -136,16 +136,12 @@ def muon(
       <https://kellerjordan.github.io/posts/muon/>`_, 2024; Liu et al., `Muon is Scalable for LLM
       Training <https://arxiv.org/abs/2502.16982>`_, 2025
     """
-    check_number("beta", beta, low=0, high=1)
     check_number("consistent_rms", consistent_rms, low=0)
-    check_accumulator_dtype(mu_dtype, "mu_dtype")
     check_mode("after_vote", after_vote, ("signs", "orthogonalize"))
-    if others is None:
-        others = checked(optax.scale_by_lion(mu_dtype=mu_dtype), memory="mu")
-    check_transformation("others", others)
-
-    others = optax.chain(others, optax.scale_by_sign())
-    momentum = muon_momentum(beta, others, weight_dimension_numbers, nesterov, mu_dtype)
+    if others is not None:
+        check_transformation("others", others)
+        others = optax.chain(others, optax.scale_by_sign())
+    momentum = muon_momentum(beta, nesterov, mu_dtype, weight_dimension_numbers, others)
     orthogonal = orthogonalize(weight_dimension_numbers=weight_dimension_numbers, ns_steps=ns_steps)
     direction = optax.chain(momentum, orthogonal)
     options: dict[str, Any] = {
@@ -173,12 +169,21 @@ def muon(
 
 def muon_momentum(
     beta: float,
-    others: optax.GradientTransformation,
-    weight_dimension_numbers: DimensionNumbers,
     nesterov: bool,
     dtype: Any,
+    weight_dimension_numbers: DimensionNumbers,
+    others: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon's momentum for matrices, not yet orthogonalised, and `others` for the other leaves."""
+    """Muon's momentum for matrices, not yet orthogonalised, and `others` for the other leaves.
+
+    By default the other leaves take the signs of Lion.
+    """
+    check_number("beta", beta, low=0, high=1)
+    check_accumulator_dtype(dtype, "mu_dtype")
+    if others is None:
+        lion = checked(optax.scale_by_lion(mu_dtype=dtype), memory="mu")
+        others = optax.chain(lion, optax.scale_by_sign())
+    check_transformation("others", others)
 
     def label(params: optax.Params) -> Any:
         numbers = dimension_numbers(params, weight_dimension_numbers)

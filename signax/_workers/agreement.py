@@ -52,7 +52,7 @@ def next_agreement(
 DECAY = 0.99
 PRIOR = 0.51  # almost no opinion: a few steps outweigh it
 RANGE = 0.01, 0.99
-STEPS = 2**8  # of the largest weight; sums of such weights are exact
+STEPS = 2**8  # weights are multiples of the largest / STEPS, so that their sums are exact
 
 
 class Reputation(NamedTuple):

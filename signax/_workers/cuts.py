@@ -31,7 +31,7 @@ def scatter_dimensions(tree: Any, scatter_dimension: Any, num_workers: int) -> l
 def cut_shape(
     leaf: jax.Array, dimension: int, num_workers: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape of a leaf with an axis of M parts put in, and that of one part."""
+    """The shape of a leaf that is cut into M parts along a new axis, and the shape of a part."""
     before, after = leaf.shape[:dimension], leaf.shape[dimension + 1 :]
     length = leaf.shape[dimension] // num_workers
     return (*before, num_workers, length, *after), (*before, length, *after)
