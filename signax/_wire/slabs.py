@@ -199,8 +199,8 @@ def _is_tiled(shape: tuple[int, ...]) -> bool:
     return len(shape) > 1 and shape[-2] % 8 == 0 and shape[-1] % 128 == 0
 
 
-def _by_tiles(words: UInt32[Array, "..."], shape: tuple[int, ...]) -> UInt32[Array, " words"]:
-    """Flatten words in the order of a TPU's memory, where that is a no-op."""
+def _by_tiles(words: Array, shape: tuple[int, ...]) -> Array:
+    """Flatten words, or their flags, in the order of a TPU's memory, where that is a no-op."""
     if not _is_tiled(shape):
         return words.reshape(-1)
     tiles = words.reshape(-1, shape[-2] // 8, 8, shape[-1] // 128, 128)
