@@ -195,11 +195,8 @@ def applying(name: str, shapes: list[tuple[int, ...]], dtype: Any) -> Row:
 
     def program(carry: list[jax.Array], fixed: Any) -> Any:
         words, voters = fixed
-        bits = wire.unpack([words], carry)
-        signs = [
-            rules.signs(planes, wire.odd(leaf.shape), voters, leaf.dtype)
-            for planes, leaf in zip(bits, carry, strict=True)
-        ]
+        bits = wire.unpack([words], carry, inverts_odd=rules.relative)
+        signs = rules.signs(bits, voters, [leaf.dtype for leaf in carry])
         rate = jnp.asarray(learning_rate, dtype)
         return [leaf - rate * sign for leaf, sign in zip(carry, signs, strict=True)], ()
 

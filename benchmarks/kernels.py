@@ -250,8 +250,8 @@ class Descent:
 
 def apply_words(parameters: jax.Array, words: jax.Array, voters: jax.Array) -> jax.Array:
     """A step along the decided signs."""
-    [bits] = wire.unpack([words], [parameters])
-    signs = rules.signs(bits, wire.odd(parameters.shape), voters, parameters.dtype)
+    bits = wire.unpack([words], [parameters], inverts_odd=rules.relative)
+    [signs] = rules.signs(bits, voters, [parameters.dtype])
     return parameters - learning_rate * signs
 
 

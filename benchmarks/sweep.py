@@ -37,7 +37,7 @@ from sweep_methods import AXIS, example, make
 
 here = Path(__file__).parent
 
-GRID = ("step_size", "momentum", "decay", "outer_step_size", "seed")
+GRID = ("step_size", "momentum", "decay", "outer_step_size", "outer_momentum", "seed")
 MODEL = ("layers", "heads", "width", "context", "vocabulary")
 PIECE = 64  # windows that are validated at once
 
@@ -65,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--momenta", type=float, nargs="+", default=[0.6, 0.8, 0.9], help="(default 0.6 0.8 0.9)")
     add("--decays", type=float, nargs="+", default=[1.0], help="of error memories (default 1)")
     add("--outer-step-sizes", type=float, nargs="+", default=[0.7], help="DiLoCo's (default 0.7)")
+    add("--outer-momenta", type=float, nargs="+", default=[0.9], help="DiLoCo's (default 0.9)")
     add("--seeds", type=int, nargs="+", default=[0], help="(default 0)")
     add("--steps", type=int, default=300, help="(default 300)")
     add("--evaluate-every", type=int, help="steps (default: at the end)")
@@ -113,9 +114,11 @@ def grid(method: str, args: argparse.Namespace) -> list[Run]:
     # A method without such memories or without outer steps has no use for their settings.
     forgets = "/" not in method or method.endswith("/f32") or "/ef21/" in method
     decays = [1.0] if forgets or method.startswith("fault") else args.decays
-    outer = args.outer_step_sizes if method.startswith("diloco") else [0.7]
+    outer = (args.outer_step_sizes, args.outer_momenta)
+    if "diloco" not in method:
+        outer = ([0.7], [0.9])
     found = []
-    for values in itertools.product(sizes, args.momenta, decays, outer, args.seeds):
+    for values in itertools.product(sizes, args.momenta, decays, *outer, args.seeds):
         run = shared | dict(zip(GRID, values, strict=True))
         if not any(run.items() <= other.items() for other in finished):
             found.append(run)
@@ -147,6 +150,7 @@ class Programs:
 
     def __init__(self, shared: Run, args: argparse.Namespace, together: int):
         self.shared, self.args = SimpleNamespace(**shared), args
+        self.delayed = self.shared.method.startswith("delayed")
         training, validation = example.load_text()
         context = args.context
         self.text, self.places = jnp.asarray(training), len(training) - context
@@ -206,6 +210,8 @@ class Programs:
 
         def worker(_: Any):
             kept = (params, outer.init(params)) if outer else ()
+            if self.delayed:  # where the round began, and the differences on their way
+                kept += params, optax.tree.zeros_like(params)
             return params, tx.init(params), *kept
 
         return jax.vmap(worker, axis_name=AXIS)(jnp.arange(self.args.workers))
@@ -233,10 +239,19 @@ class Programs:
             anchor = optax.apply_updates(anchor, updates)
             return anchor, state, anchor, kept
 
+        def meet_later(carry: Any):
+            params, state, anchor, kept, start, sent = carry
+            difference = jax.tree.map(jnp.subtract, start, params)
+            updates, kept = outer.update(sent, kept, anchor)
+            anchor = optax.apply_updates(anchor, updates)
+            params = jax.tree.map(jnp.subtract, anchor, difference)
+            return params, state, anchor, kept, params, difference
+
         def one_round(carry: Any, batches: Any):
             carry, _ = lax.scan(step, carry, batches)
-            return jax.vmap(meet, axis_name=AXIS)(carry), None
+            return jax.vmap(exchange, axis_name=AXIS)(carry), None
 
+        exchange = meet_later if self.delayed else meet
         if outer is None:
             return lax.scan(step, carry, batches)[0]
         rounds = batches.reshape(-1, local_steps, batches.shape[-1])
@@ -264,8 +279,8 @@ def print_best(runs: list[Run]) -> None:
         losses = [run["validation_losses"][-1] for run in own if chosen.items() <= run.items()]
         row = [method, f"{parameters:,}", str(steps), *(f"{value:g}" for value in chosen.values())]
         rows.append([*row, f"{statistics.mean(losses):.4f}", str(len(losses))])
-    head = ("", "parameters", "steps", "step size", "momentum", "decay", "outer", "loss", "seeds")
-    print_table(head, rows)
+    settings = [name.replace("_", " ") for name in GRID[:-1]]
+    print_table(("", "parameters", "steps", *settings, "loss", "seeds"), rows)
 
 
 if __name__ == "__main__":

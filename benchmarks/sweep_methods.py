@@ -8,7 +8,11 @@ A method is a name with options in order, such as `muon/direction/1` or `diloco/
   `direction` that its own optimiser would step in. `direction-polar` orthogonalises the mean
   direction of matrices again. `ef21` sends changes of the momentum up, and full precision down;
 - `diloco/OPTIMIZER/H/BITS`: H local steps, then an outer step by SGD with Nesterov's momentum on
-  the mean of compressed differences;
+  the mean of compressed differences. `1x128` is one bit with a scale for every 128 coordinates,
+  and `1+4` the same for matrices, and 4 bits for embeddings and vectors;
+- `delayed-diloco/OPTIMIZER/H/BITS`: the same, but the outer step comes H local steps after its
+  differences were sent, and workers go on meanwhile;
+- `delay/METHOD`: a method of the example whose updates are applied one step later;
 - `one-bit-adam/SHARE`: 1-bit Adam, with a warm-up of a share of all steps;
 - `fault/KIND/METHOD`: a method of the example where three workers forge their gradients, by
   `invert`, `random` or `nan`.
@@ -29,7 +33,6 @@ import signax
 example = load_example()
 
 AXIS = "data"
-OUTER_MOMENTUM = 0.9
 PLACES = ("gradient", "momentum", "ef21", "direction", "direction-polar")
 FAULTY = (0, 1, 2)  # the workers that forge gradients
 LOCAL = {"adamw": example.make_adamw, "muon": example.make_muon}
@@ -61,6 +64,10 @@ def mean(run: SimpleNamespace, bits: str) -> Any:
         return signax.average_updates(AXIS)
     if bits == "1":
         return signax.mean_scaled_signs(AXIS, decay=run.decay)
+    if bits == "1+4":
+        return of_matrices(mean(run, "1x128"), mean(run, "4"))
+    if bits.startswith("1x"):
+        return signax.mean_scaled_signs(AXIS, block=int(bits[2:]), decay=run.decay)
     count: Any = int(bits)
     return signax.mean_quantized(AXIS, bits=count, decay=run.decay)
 
@@ -101,6 +108,20 @@ def compressed(run: SimpleNamespace, optimizer: str, place: str, bits: str) -> A
     return optax.chain(chain, descend(run))
 
 
+def delayed(inner: Any) -> Any:
+    """Apply an update one step after it was made: an exchange may take a whole step."""
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any):
+        return inner.init(params), optax.tree.zeros_like(params)
+
+    def update(updates: Any, state: Any, params: Any = None):
+        new, state_of_inner = inner.update(updates, state[0], params)
+        return state[1], (state_of_inner, new)
+
+    return optax.GradientTransformation(init, update)
+
+
 def make(run: SimpleNamespace) -> tuple[Any, Any, int]:
     """The optimiser of every step, the outer one of DiLoCo if any, and H."""
     name, *options = run.method.split("/")
@@ -111,13 +132,16 @@ def make(run: SimpleNamespace) -> tuple[Any, Any, int]:
         forge = signax.testing.adversary(AXIS, FAULTY, kind, jax.random.key(0))
         run = SimpleNamespace(**{**vars(run), "method": method})
         return optax.chain(forge, example.make_optimizer(run, AXIS)), None, 1
+    if name == "delay":
+        run = SimpleNamespace(**{**vars(run), "method": options[0]})
+        return delayed(example.make_optimizer(run, AXIS)), None, 1
     if name == "one-bit-adam":
         steps = max(1, round(run.steps * float(options[0])))
         rate, decays = example.make_schedule(run), example.decay_options(run)
         decays |= {"b1": run.momentum, "b2": 0.95, "decay": run.decay}
         return signax.one_bit_adam(rate, warmup_steps=steps, axis_name=AXIS, **decays), None, 1
-    if name != "diloco":
+    if name not in ("diloco", "delayed-diloco"):
         return compressed(run, name, *options), None, 1
     optimizer, local_steps, bits = options
-    outer = optax.sgd(run.outer_step_size, momentum=OUTER_MOMENTUM, nesterov=True)
+    outer = optax.sgd(run.outer_step_size, momentum=run.outer_momentum, nesterov=True)
     return LOCAL[optimizer](run), optax.chain(mean(run, bits), outer), int(local_steps)

@@ -18,6 +18,9 @@ from signax._optimizers.means import ef_sign_sgd, ssdm
 from signax._optimizers.muon import MuonMomentumState, muon
 from signax._optimizers.one_bit_adam import OneBitAdamState, one_bit_adam
 from signax._optimizers.votes import lion, sign_sgd, signum
+from signax._overlap.find_buckets import find_buckets
+from signax._overlap.overlap import overlap
+from signax._transforms.buckets import BucketsState, in_buckets
 from signax._transforms.compressors import (
     ScaleByRandomKState,
     ScaleByStochasticSignState,
@@ -61,6 +64,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Agreement",
     "AverageUpdatesState",
+    "BucketsState",
     "DataParallel",
     "DiLoCo",
     "DiLoCoState",
@@ -86,8 +90,10 @@ __all__ = [
     "ef_muon",
     "ef_sign_sgd",
     "error_feedback",
+    "find_buckets",
     "freeze",
     "hold_if_nonfinite",
+    "in_buckets",
     "inner_rules",
     "leave_out_nonfinite",
     "lion",
@@ -98,6 +104,7 @@ __all__ = [
     "muon",
     "one_bit_adam",
     "orthogonalize",
+    "overlap",
     "participation",
     "pmean_quantized",
     "pmean_scaled_signs",

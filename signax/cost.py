@@ -1,11 +1,13 @@
 """Does one bit pay? Compare a step of each method with a step that averages gradients.
 
     python -m signax.cost --parameters 8e9 --workers 4 --link 10gbit --step-time 500ms
+    python -m signax.cost --parameters 1e9 --workers 4 --link 10gbit --step-time 300ms --buckets 8
     python -m signax.cost --parameters 124M --workers 8 --link 1gbit --step-time 1s --local-steps 8
 
 The time of an exchange is that of `signax.diagnostics.exchange_seconds`. All parameters count as
-one array. A mean overlaps with the backward pass, which takes two thirds of the step's time; all
-other exchanges begin when every gradient is known. With local steps nothing overlaps, and the time
+one array. A mean overlaps with the backward pass, which takes two thirds of the step's time. Other
+exchanges begin when every gradient is known, or with --buckets of `signax.in_buckets` each begins
+when an equal part of the backward pass has ended. With local steps nothing overlaps, and the time
 and the bytes of an exchange are divided by the number of steps between two of them.
 """
 
@@ -69,6 +71,7 @@ def estimate(
     *,
     dtype: str = "float32",
     local_steps: int = 1,
+    buckets: int = 1,
     latency: float = 50e-6,
     memory_bandwidth: float = 1e12,
 ) -> dict[str, Cost]:
@@ -81,6 +84,7 @@ def estimate(
       step_time: seconds that a worker computes in a step.
       dtype: the dtype of gradients.
       local_steps: the number of steps between two exchanges.
+      buckets: the number of buckets of every exchange but a mean, of equal sizes.
       latency: seconds of an empty collective among the workers.
       memory_bandwidth: bytes per second that a worker reads.
 
@@ -101,20 +105,26 @@ def estimate(
     """
     costs = {}
     for name, (scheme, message_dtype) in METHODS.items():
-        array = jax.ShapeDtypeStruct((parameters,), message_dtype or dtype)
+        number = 1 if scheme == "mean" else buckets
+        bucket = jax.ShapeDtypeStruct((-(-parameters // number),), message_dtype or dtype)
         exchange = exchange_seconds(
-            array,
+            bucket,
             workers,
             link_rate=link_rate,
             scheme=scheme,
             latency=latency,
             memory_bandwidth=memory_bandwidth,
         )
-        hidden = step_time * _BACKWARD if scheme == "mean" and local_steps == 1 else 0.0
+        backward = step_time * _BACKWARD if local_steps == 1 else 0.0
+        if scheme == "mean":
+            waiting = max(0.0, exchange - backward)
+        else:
+            # The first bucket is ready after one part of the backward pass, the last at its end.
+            waiting = max(exchange, number * exchange - backward * (number - 1) / number)
         costs[name] = Cost(
-            bytes_sent=wire_bytes(array, workers, scheme=scheme) / local_steps,
-            exchange=exchange,
-            step=step_time + max(0.0, exchange - hidden) / local_steps,
+            bytes_sent=number * wire_bytes(bucket, workers, scheme=scheme) / local_steps,
+            exchange=number * exchange,
+            step=step_time + waiting / local_steps,
         )
     return costs
 
@@ -143,8 +153,8 @@ def recommend(costs: dict[str, Cost], step_time: float) -> str:
     waiting = (vote.step - step_time) / vote.step
     if waiting > 0.5:
         found += (
-            f" The exchange is still {waiting:.0%} of a step: raise --local-steps, or send less "
-            "often with accumulate=."
+            f" The exchange is still {waiting:.0%} of a step: raise --buckets or --local-steps, or "
+            "send less often with accumulate=."
         )
     return found
 
@@ -184,6 +194,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--step-time", type=time, required=True, metavar="TIME", help="of computing: 500ms, 2s")
     add("--dtype", choices=_DTYPES, default="f32", help="of gradients (default f32)")
     add("--local-steps", type=_count, default=1, metavar="H", help="per exchange (default 1)")
+    add("--buckets", type=_count, default=1, metavar="B", help="of an exchange (default 1)")
     add(
         "--latency",
         type=time,
@@ -204,6 +215,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--workers {args.workers} must be at least 2: one worker sends nothing")
     if not (args.link_rate and args.memory_bandwidth and args.step_time):
         parser.error("--link, --memory and --step-time must be above 0")
+    if args.buckets > args.parameters:
+        parser.error(f"--buckets {args.buckets} must be at most --parameters {args.parameters}")
     args.dtype = _DTYPES[args.dtype]
     args.memory_bandwidth /= 8  # bits to bytes
     return args

@@ -12,6 +12,7 @@ import optax
 from signax._core.checks import check_count, check_mode, check_number
 from signax._core.leaves import check_floating, common_dtype, relative_to_peak, wide_dtype
 from signax._hlo.collectives import Collective, collective_bytes, collectives
+from signax._hlo.flight import Flight, in_flight
 from signax._metrics import metrics
 from signax._wire.packing import num_words
 from signax._wire.parts import part_columns
@@ -20,10 +21,12 @@ from signax._workers.votes import THRESHOLD
 
 __all__ = [
     "Collective",
+    "Flight",
     "collective_bytes",
     "collectives",
     "density",
     "exchange_seconds",
+    "in_flight",
     "metrics",
     "opposes",
     "wire_bytes",

@@ -60,7 +60,7 @@ MUTANTS = [
     Mutant(PACKING, "return size + size % 2", "return size", "packing collectives"),
     Mutant(SLABS, "lax.slice_in_dim(bits, 0,", "lax.slice_in_dim(bits[::-1], 0,", "packing"),
     Mutant(SLABS, "take(plane) << np.uint32(n)", "take(plane) << np.uint32(0)", "packing"),
-    Mutant(PACKING, "*planes, bad = (jnp.conc", "*planes, bad = (0 * jnp.conc", "packing"),
+    Mutant(PACKING, "*planes, bad = (_join(", "*planes, bad = (0 * _join(", "packing"),
     # Zeros and ties.
     Mutant(SIGNS, "rank = (worker + pair) % num_workers", "rank = worker % num_workers", "signs"),
     Mutant(SIGNS, "(rank + step + (hashed & 1)) & 1", "(rank + step) & 1", "signs"),
@@ -79,11 +79,10 @@ MUTANTS = [
     Mutant(FEEDBACK, "jnp.where(outcome.participates, new, old)", "new", "scaled_signs"),
     Mutant(FEEDBACK, "partial(add_memory, decay=codec.decay)", "partial(add_memory, decay=1.0)",
            "scaled_signs"),
-    Mutant(SCALED, "real & (voters > 0), left[0]", "real, left[0]", "scaled_signs"),
-    Mutant(SCALED, "jnp.maximum(voters, 1).astype(scales.dtype)", "self.num_workers",
+    Mutant(SCALED, "else real & (voters > 0)", "else real", "scaled_signs"),
+    Mutant("_wire/messages.py", "jnp.maximum(voters, 1).astype(dtype)", "message.shape[0]",
            "scaled_signs"),
-    Mutant(PARTS, "column[None] < jnp.minimum(left", "column[None] <= jnp.minimum(left",
-           "scaled_signs"),
+    Mutant(PARTS, "column[None] < stops", "column[None] <= stops", "scaled_signs"),
     Mutant("_transforms/memory.py", "left = jax.tree.map(lambda p, u: p - u.astype(p.dtype)",
            "left = jax.tree.map(lambda p, u: p + u.astype(p.dtype)", "memory"),
     # State and placement.

@@ -477,6 +477,53 @@ def mean_of_scaled_signs(
     return history
 
 
+# Buckets: leaves that are exchanged in turn, with a worker's first NaN as the end of its part.
+
+
+def bucket_participants(leaves, buckets, active=None):
+    """Whether each of M workers takes part in each of B buckets, bool[B, M].
+
+    The leaves are [M, ...], and `buckets` has the number of each leaf's bucket. A worker takes part
+    in bucket b if it is active, and if its leaves of buckets 0 to b are finite.
+    """
+    rows = [leaf.reshape(len(leaf), -1) for leaf in leaves]
+    return np.array(
+        [
+            participants(
+                np.concatenate([r for r, n in zip(rows, buckets, strict=True) if n <= b], 1), active
+            )
+            for b in range(max(buckets) + 1)
+        ]
+    )
+
+
+def signum_in_buckets(leaves, buckets, b1, active=None):
+    """Decisions and momenta after each of T steps, from a list of leaves [M, ...] for each step.
+
+    A worker that is not active still updates its momentum. Each bucket's vote has a dither memory.
+
+    Returns:
+      For each step and each leaf of d coordinates, in row-major order, a pair: the decision [d],
+      and the workers' momenta [M, d].
+    """
+    memory = [DitherMemory() for _ in range(max(buckets) + 1)]
+    momenta = [np.zeros_like(leaf.reshape(len(leaf), -1)) for leaf in leaves[0]]
+    history = []
+    for t, step in enumerate(leaves):
+        finite = bucket_participants(step, buckets)
+        votes = bucket_participants(step, buckets, None if active is None else active[t])
+        pairs = []
+        for n, (leaf, b) in enumerate(zip(step, buckets, strict=True)):
+            moved = b1 * momenta[n] + (1 - b1) * leaf.reshape(len(leaf), -1)
+            momenta[n] = np.where(finite[b][:, None], moved, momenta[n])
+            decision = vote(momenta[n], t, active=votes[b], **memory[b].at(t))
+            pairs.append((decision, momenta[n]))
+        for b, takes_part in enumerate(votes):
+            memory[b].advance(t, takes_part)
+        history.append(pairs)
+    return history
+
+
 # Stochastic signs: Safaryan and Richtarik 2021 (arXiv 1905.12938).
 
 

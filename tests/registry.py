@@ -61,6 +61,12 @@ def matrices(params):
     return jax.tree.map(of_leaf, params)
 
 
+def alternating(params):
+    """Two buckets, of every second leaf."""
+    leaves, structure = jax.tree.flatten(params)
+    return structure.unflatten([n % 2 for n in range(len(leaves))])
+
+
 AMPLIFIED = 3.5**5 * 1e-6  # five Newton-Schulz iterations multiply small singular values so much
 RATE = {"learning_rate": 0.1}
 VOTE = {"axis_name": AXIS}
@@ -110,6 +116,16 @@ REGISTRY = {
     "freeze": Case(freeze),
     "leave_out_nonfinite": Case(
         signax.leave_out_nonfinite, others={"inner": signax.majority_vote(AXIS)}, voted=True
+    ),
+    "in_buckets": Case(
+        signax.in_buckets,
+        others={"inner": signax.majority_vote(AXIS), "buckets": alternating},
+        voted=True,
+    ),
+    "in_buckets momentum": Case(
+        signax.in_buckets,
+        others={"inner": signax.signum(0.1, axis_name=AXIS), "buckets": alternating},
+        voted=True,
     ),
     "majority_vote": Case(signax.majority_vote, others=VOTE, voted=True),
     "majority_vote abstain": Case(
@@ -210,8 +226,8 @@ REGISTRY = {
 # Exports that do not transform one worker's updates. DataParallel transforms global arrays, and
 # has tests of its own.
 OTHERS = {
-    "DataParallel", "DiLoCo", "GradNorm", "diagnostics", "inner_rules", "participation",
-    "pmean_quantized",
+    "DataParallel", "DiLoCo", "GradNorm", "diagnostics", "find_buckets", "inner_rules", "overlap",
+    "participation", "pmean_quantized",
     "pmean_scaled_signs", "pmean_signs", "pvote", "pvote_scatter", "scaled_signs_memory",
     "state_specs", "testing",
 }  # fmt: skip

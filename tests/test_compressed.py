@@ -9,6 +9,7 @@ from scaled_rows import PARAMS, assert_updates, follow, random_rows, reference
 from workers import AXIS, auto_mesh
 
 import signax
+from signax._wire import messages, parts, pieces, scaled_signs
 
 
 @pytest.mark.parametrize("feedback", ["both", "worker", "none"])
@@ -80,8 +81,13 @@ def test_the_workers_memory_stays_within_the_papers_bound():
         assert 0 < largest <= 4 * (1 - delta) * sigma / delta**2
 
 
-def test_memories_do_not_depend_on_the_platform():
-    """A checkpoint from CPUs continues on other platforms: no primitive depends on the platform."""
+def test_memories_do_not_depend_on_the_platform(monkeypatch):
+    """A checkpoint from CPUs continues on other platforms: these differ in how arrays are cut only.
+
+    `test_packing.py` compares both ways to cut with NumPy.
+    """
+    for module in (messages, parts, scaled_signs):
+        monkeypatch.setattr(module, "cut", pieces.cut_apart)
     tx = signax.DataParallel(signax.mean_scaled_signs("data"), auto_mesh({"data": 4}))
     rows = jax.tree.map(lambda leaf: leaf[0], random_rows(1, 4))
     state = tx.init(PARAMS)

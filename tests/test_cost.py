@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from signax import cost
@@ -41,6 +42,22 @@ def test_local_steps_divide_bytes_and_exchange_and_hide_nothing():
         assert once[name].step == pytest.approx(1 + often[name].exchange / 8)
 
 
+def test_all_buckets_but_the_last_hide_behind_the_backward_pass():
+    one = cost.estimate(10**9, 4, 10e9, 0.3)[cost.VOTE]
+    eight = cost.estimate(10**9, 4, 10e9, 0.3, buckets=8)[cost.VOTE]
+    sent = 2 * 3 / 4 * 10**9 / 8  # bytes: three quarters of a bit for each parameter, each way
+    seconds = (8 * sent / 10e9 + 2 * 50e-6 + 4e9 / 1e12, 8 * sent / 10e9 + 16 * 50e-6 + 4e9 / 1e12)
+    np.testing.assert_allclose((one.exchange, eight.exchange), seconds, rtol=1e-3)
+    np.testing.assert_allclose(one.step, 0.3 + seconds[0], rtol=1e-3)
+    np.testing.assert_allclose(eight.step, 0.3 + seconds[1] / 8, rtol=1e-3)
+
+
+def test_buckets_that_take_longer_than_the_backward_pass_wait_for_the_link():
+    slow = cost.estimate(10**9, 4, 1e9, 0.3, buckets=4)[cost.VOTE]
+    # The link never rests after the first quarter of the backward pass, which takes 0.2 s.
+    np.testing.assert_allclose(slow.step, 0.3 - 0.2 + 0.05 + slow.exchange, rtol=1e-6)
+
+
 def test_half_precision_halves_what_a_vote_reads_and_changes_no_bytes():
     wide, narrow = (cost.estimate(10**9, 4, 1e18, 1.0, dtype=d) for d in ("float32", "float16"))
     assert narrow[cost.VOTE].bytes_sent == wide[cost.VOTE].bytes_sent
@@ -54,7 +71,10 @@ def test_half_precision_halves_what_a_vote_reads_and_changes_no_bytes():
         ("--parameters 1e9 --workers 4 --link 10gbit --step-time 300ms", "Vote: "),
         ("--parameters 1B --workers 8 --link 450gbyte/s --step-time 0.3s", "Average "),
         ("--parameters 1B --workers 4 --link 10Gbps --step-time 0.3s", "Vote: "),
-        ("--parameters 124M --workers 4 --link 100mbit --step-time 1s", "raise --local-steps"),
+        (
+            "--parameters 124M --workers 4 --link 100mbit --step-time 1s",
+            "raise --buckets or --local-steps",
+        ),
         ("--parameters 100k --workers 8 --link 100gbit --step-time 50us", "Average "),
     ],
 )

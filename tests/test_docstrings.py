@@ -58,7 +58,9 @@ CLASSES = [name for name in CALLABLES if inspect.isclass(EXPORTS[name])]
 WITHOUT_SOURCE = {
     "signax.DataParallel": "runs transformations, whichever paper they are from",
     "signax.average_updates": "is a plain mean",
+    "signax.find_buckets": "reads a program",
     "signax.freeze": "makes zeros",
+    "signax.overlap": "orders a program",
     "signax.hold_if_nonfinite": "guards a state",
     "signax.inner_rules": "edits rules of Flax",
     "signax.leave_out_nonfinite": "guards votes",
@@ -70,6 +72,7 @@ WITHOUT_SOURCE = {
     "signax.diagnostics.collective_bytes": "reads a program",
     "signax.diagnostics.collectives": "reads a program",
     "signax.diagnostics.exchange_seconds": "is this project's model",
+    "signax.diagnostics.in_flight": "reads a program",
     "signax.diagnostics.metrics": "reads a state",
     "signax.diagnostics.wire_bytes": "counts this project's bytes",
     **{

@@ -233,7 +233,7 @@ def test_decisions_of_ten_thousand_votes():
                     decided = [counts[0] > counts[1], counts[1] > counts[0]]
                 else:
                     decided = [counts[0] + tie >= voters // 2 + 1]
-                return rules.signs(decided, odd, voters, values.dtype)
+                return rules.signs([rules.upright(decided, odd)], voters, [values.dtype])[0]
 
             return jax.vmap(one)(values, steps, votes)
 

@@ -11,7 +11,7 @@ import references
 from hypothesis import given
 from hypothesis import strategies as st
 
-from signax._wire import packing, slabs
+from signax._wire import packing, pieces, slabs
 from signax._wire.signs import Rules
 
 RULES = [Rules("dither", "dither"), Rules("dither", "plus"), Rules("plus", "dither"),
@@ -216,6 +216,49 @@ def test_unpacking_a_message_inverts_packing_a_tree(name, rules):
         for plane, wanted in zip(found, expected, strict=True):
             assert (plane.dtype, plane.shape) == (jnp.bool_, leaf.shape)
             np.testing.assert_array_equal(plane, wanted)
+
+
+@pytest.mark.parametrize(
+    ("packer", "unpacker", "cut"),
+    [
+        (packing.pack_consecutive, packing.unpack_consecutive, pieces.cut_alike),
+        (slabs.pack_slabs, slabs.unpack_slabs, pieces.cut_apart),
+        (slabs.pack_groups, slabs.unpack_groups, pieces.cut_apart),
+    ],
+)
+@pytest.mark.parametrize("inverts_odd", [False, True])
+def test_every_platform_unpacks_its_own_words_and_inverts_odd_coordinates(
+    packer, unpacker, cut, inverts_odd
+):
+    values = [random_values(shape, seed=n) for n, shape in enumerate(TREES["mixed"])]
+
+    @jax.jit
+    def there_and_back(leaves):
+        large = [leaf for leaf in leaves if leaf.size >= SMALL]
+        small = [leaf.ravel() for leaf in leaves if 0 < leaf.size < SMALL]
+        bundle = [jnp.pad(leaf, (0, leaf.size % 2)) for leaf in small]
+        arrays = [*large, jnp.concatenate(bundle)]
+        words = [packer(array, jnp.uint32(COIN), rule=RULES[1])[0][0] for array in arrays]
+        return packing.unpack_leaves(jnp.concatenate(words), leaves, inverts_odd, unpacker, cut)
+
+    found = there_and_back([jnp.asarray(leaf, jnp.float32) for leaf in values])
+    for bits, leaf in zip(found, values, strict=True):
+        (expected,) = references.ballots(leaf, *RULES[1], COIN)
+        odd = np.arange(leaf.size).reshape(leaf.shape) % 2 == 1
+        np.testing.assert_array_equal(bits, expected ^ (odd & inverts_odd))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(0, 2))
+def test_both_ways_to_cut_agree_with_numpy(sizes, axis):
+    shape = [2, 3, 4]
+    shape[axis] = sum(sizes)
+    array = np.arange(math.prod(shape)).reshape(shape)
+    expected = np.split(array, np.cumsum(sizes)[:-1], axis=axis)
+    for cut in (pieces.cut, pieces.cut_alike, pieces.cut_apart):
+        found = cut(jnp.asarray(array), sizes, axis)
+        assert len(found) == len(sizes)
+        for piece, part in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(piece, part)
 
 
 def test_packing_finds_a_nonfinite_value_in_every_leaf():

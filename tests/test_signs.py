@@ -9,7 +9,7 @@ from workers import AXIS
 
 import signax
 from signax._wire import signs as wire
-from signax._workers.votes import NEVER
+from signax._workers.vote_state import NEVER
 
 STEPS = 2000
 PERIODS = range(2, 19)
@@ -81,7 +81,7 @@ def test_unanimous_bits_decode_to_their_signs(rules, dtype):
     bits = rules(values, odd, jnp.uint32(0))
     assert len(bits) == rules.planes
     for voters in (1, 3):
-        signs = rules.signs(bits, odd, jnp.uint32(voters), dtype)
+        (signs,) = rules.signs([rules.upright(bits, odd)], jnp.uint32(voters), [dtype])
         assert signs.dtype == dtype
         np.testing.assert_array_equal(signs, [1, 1, -1, -1])
 
@@ -89,7 +89,8 @@ def test_unanimous_bits_decode_to_their_signs(rules, dtype):
 @pytest.mark.parametrize("rules", RULES, ids=str)
 def test_without_voters_nothing_is_decided(rules):
     nothing = [jnp.zeros(4, jnp.bool_)] * rules.planes  # the bits of an excluded worker
-    signs = rules.signs(nothing, jnp.arange(4) % 2 == 1, jnp.uint32(0), jnp.float32)
+    upright = rules.upright(nothing, jnp.arange(4) % 2 == 1)
+    (signs,) = rules.signs([upright], jnp.uint32(0), [jnp.float32])
     np.testing.assert_array_equal(signs, np.zeros(4))
 
 
@@ -100,7 +101,8 @@ def test_ties_follow_the_coin_or_are_plus(coin):
         for ties, expected in [("dither", (odd + coin) % 2 == 0), ("plus", True)]:
             rules = wire.Rules(zeros, ties)
             bit = jnp.broadcast_to(rules.tie(jnp.uint32(coin)) == 1, odd.shape)
-            found = rules.signs([bit], odd, jnp.uint32(2), jnp.float32)
+            upright = rules.upright([bit], odd)
+            (found,) = rules.signs([upright], jnp.uint32(2), [jnp.float32])
             np.testing.assert_array_equal(found > 0, np.broadcast_to(expected, odd.shape))
 
 

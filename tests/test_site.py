@@ -162,5 +162,7 @@ def test_the_calculator_equals_the_command(tab, address, capsys, changes):
     for row, expected in zip(shown, costs.values(), strict=True):
         found = [float(row[name]) for name in ("bytes", "exchange", "step")]
         assert found == pytest.approx(expected, rel=0.01)
-    advice = cost.recommend(costs, args.step_time).replace("--local-steps", "the local steps")
+    advice = cost.recommend(costs, args.step_time).replace(
+        "--buckets or --local-steps", "the buckets or the local steps"
+    )
     assert tab.locator("#cost-advice").inner_text() == advice

@@ -11,6 +11,14 @@ catch most. conftest.py marks the others by these tables:
 """
 
 FURTHER_CASES = {
+    "test_bucket_wrappers": {"multi_steps_may_hold_buckets": "MultiSteps inside a bucket"},
+    "test_buckets": {
+        "error_memories_with_faults_in_any_bucket_equal_the_reference": "eight workers",
+        "scales_of_small_leaves_differ_by_rounding": "all codecs",
+        "updates_equal_those_of_one_message_bit_for_bit": "all optimisers, codecs and transports",
+        "votes_with_faults_in_any_bucket_equal_the_reference": "M from 2 to 8",
+        "workers_may_have_several_devices": "memories of sharded leaves",
+    },
     "test_collectives": {
         "votes_equal_the_reference_with_any_number_of_absent_workers": "M from 1 to 9",
         "votes_on_large_leaves_equal_the_reference": "M from 1 to 9, above 16,384 words",
@@ -21,6 +29,11 @@ FURTHER_CASES = {
     },
     "test_means": {
         "means_of_signs_equal_the_reference_with_any_number_of_absent_workers": "M from 1 to 9",
+    },
+    "test_overlap": {
+        "results_are_those_of_the_step_bit_for_bit": "kinds of losses",
+        "the_program_has_the_same_collectives_and_barriers_beside": "kinds of losses",
+        "train_step_equals_a_gradient_and_an_update_bit_for_bit": "signs and scaled signs",
     },
     "test_pvote_scatter": {"parts_equal_the_reference_along_every_dimension": "vmap and pmap"},
     "test_scaled_signs": {
@@ -44,6 +57,14 @@ THOROUGH = {
         "a_step_along_packed_words_follows_their_signs": "benchmarks/kernels.py",
         "compiled_programs_send_the_bytes_of_the_formula": "benchmarks/scaling.py",
         "a_timed_step_equals_a_step_of_the_optimizer": "benchmarks/step.py",
+    },
+    "test_bucket_wrappers": {
+        "a_resized_state_continues_like_the_state_of_one_message": "rows and parts of a bucket",
+        "a_restored_run_equals_the_uninterrupted_run_bit_for_bit": "buckets that were saved",
+        "metrics_of_a_state_in_buckets_are_those_of_all_votes": "names of metrics",
+    },
+    "test_buckets": {
+        "large_leaves_have_equal_scales": "leaves that are not bundled",
     },
     "test_checkpoints": {
         "a_restored_run_equals_the_uninterrupted_run_bit_for_bit": "state that Orbax does not keep",
@@ -83,6 +104,11 @@ THOROUGH = {
     },
     "test_means": {"many_workers_are_counted_exactly": "counting in a loop, above 128 workers"},
     "test_mean_optimizers": {"a_step_of_ssdm_is_unbiased": "a bias in random signs"},
+    "test_overlap": {
+        "a_loss_may_have_auxiliary_results": "values beside the loss",
+        "faults_exclude_the_same_workers": "flags that cross a barrier",
+        "parameters_may_be_in_half_precision": "dtypes that cross a barrier",
+    },
     "test_participation": {
         "one_nonfinite_block_of_a_sharded_leaf_excludes_its_worker": "finiteness per block",
     },

@@ -40,15 +40,20 @@ function exchanged(scheme, width, parameters, workers) {
 }
 
 function estimate(setting) {
-  const { parameters, workers, link, stepTime, dtype, localSteps, latency, memory } = setting;
+  const { parameters, workers, link, stepTime, dtype, localSteps, buckets, latency, memory } = setting;
   return METHODS.map(([name, scheme, width]) => {
     const mean = scheme === "mean";
-    const [bytes, collectives] = exchanged(scheme, width, parameters, workers);
-    const read = mean ? 0 : (parameters * (dtype === "f32" ? 4 : 2) * 8) / memory;
-    const exchange = (8 * bytes) / link + collectives * latency + read;
-    const hidden = mean && localSteps === 1 ? stepTime * BACKWARD : 0;
-    const step = stepTime + Math.max(0, exchange - hidden) / localSteps;
-    return { name, bytes: bytes / localSteps, exchange, step };
+    const number = mean ? 1 : buckets;
+    const size = Math.ceil(parameters / number);
+    const [bytes, collectives] = exchanged(scheme, width, size, workers);
+    const read = mean ? 0 : (size * (dtype === "f32" ? 4 : 2) * 8) / memory;
+    const exchange = (8 * bytes) / link + collectives * latency + read; // of one bucket
+    const backward = localSteps === 1 ? stepTime * BACKWARD : 0;
+    const waiting = mean
+      ? Math.max(0, exchange - backward)
+      : Math.max(exchange, number * exchange - (backward * (number - 1)) / number);
+    const step = stepTime + waiting / localSteps;
+    return { name, bytes: (number * bytes) / localSteps, exchange: number * exchange, step };
   });
 }
 
@@ -61,8 +66,8 @@ function recommend(costs, stepTime) {
   return `Vote: a step takes ${seconds(vote)}, with a bf16 mean ${seconds(mean)}, ` +
     `${(mean / vote).toFixed(1)} times as long.` +
     (waiting > 0.5
-      ? ` The exchange is still ${Math.round(100 * waiting)}% of a step: raise the local steps, ` +
-        "or send less often with accumulate=."
+      ? ` The exchange is still ${Math.round(100 * waiting)}% of a step: raise the buckets or the local ` +
+        "steps, or send less often with accumulate=."
       : "");
 }
 
@@ -91,6 +96,7 @@ const SETTINGS = {
   link: [decades(6, 12), 1e10, (rate) => `${format(rate, rates)}/s`],
   stepTime: [decades(-4, 2), 0.5, seconds],
   localSteps: [[1, 2, 4, 8, 16, 32, 64, 128, 256, 512], 1, String],
+  buckets: [[1, 2, 3, 4, 6, 8, 12, 16, 24, 32], 1, String],
   latency: [decades(-6, -2), 5e-5, seconds],
   memory: [decades(10, 14), 8e12, (rate) => `${format(rate / 8, sizes)}/s`],
 };
@@ -132,11 +138,11 @@ function show(setting) {
   });
   document.querySelector("#cost-rows").replaceChildren(...rows);
   document.querySelector("#cost-advice").textContent = recommend(costs, setting.stepTime);
-  const { parameters, workers, link, stepTime, dtype, localSteps, latency, memory } = setting;
+  const { parameters, workers, link, stepTime, dtype, localSteps, buckets, latency, memory } = setting;
   document.querySelector("#cost-command").textContent =
     `python -m signax.cost --parameters ${parameters} --workers ${workers} --link ${link / 1e9}gbit ` +
     `--step-time ${stepTime}s --dtype ${dtype} --local-steps ${localSteps} ` +
-    `--latency ${latency}s --memory ${memory / 8e9}gbyte`;
+    `--buckets ${buckets} --latency ${latency}s --memory ${memory / 8e9}gbyte`;
 }
 
 document.addEventListener("DOMContentLoaded", () => start(document.querySelector("#cost")));

@@ -11,6 +11,8 @@ from signax._core.leaves import is_traced
 from signax._data_parallel import mapped, wrappers
 from signax._data_parallel.eager import static_arguments
 from signax._data_parallel.gradients import GradientsOnMesh
+from signax._overlap.overlap import compiler_options, overlap
+from signax._transforms.buckets import has_buckets
 
 
 class DataParallel(GradientsOnMesh):
@@ -184,7 +186,13 @@ class DataParallel(GradientsOnMesh):
             params = optax.apply_updates(params, updates)
             return self._workers.constrain(params, self._workers.specs(params)), state, value
 
-        return jax.jit(step, donate_argnums=(0, 1))
+        def step_in_order(params: Any, state: Any, *more: Any, **keywords: Any):
+            layout = self._layout(params)
+            has = has_buckets(layout.structure.unflatten(layout.leaves))
+            return (overlap(step) if has else step)(params, state, *more, **keywords)
+
+        options = compiler_options(self.mesh.devices.flat[0].platform)
+        return jax.jit(step_in_order, donate_argnums=(0, 1), compiler_options=options or None)
 
 
 def _find_num_local_steps(accumulate: Any, num_local_steps: Any) -> Any:

@@ -168,6 +168,17 @@ def _collectives(
     text = compiled if isinstance(compiled, str) else compiled.as_text() or ""
     program = parse(text)
     placement = None if mesh is None else place(compiled, program, mesh)
+    found = collectives_by_instruction(program, placement, unknown_trip_count, crossing)
+    return [record for records in found.values() for record in records]
+
+
+def collectives_by_instruction(
+    program: Program,
+    placement: Placement | None = None,
+    unknown_trip_count: int | None = 1,
+    crossing: frozenset[Hashable] | None = None,
+) -> dict[str, list[Collective]]:
+    """The records of each instruction of the entry computation, in its order, if it has any."""
     tallies: dict[str, list[Collective]] = {}
 
     def tally(name: str) -> list[Collective]:
@@ -175,10 +186,13 @@ def _collectives(
             scope = program.computations.get(name, {})
             tallies[name] = found = []
             for instruction in scope.values():
-                own = _own(instruction, scope, program, placement)
-                found += [r for r in own if crossing is None or crossing.intersection(r.axes or ())]
-                found += nested(instruction)
+                found += of_instruction(instruction, scope)
         return tallies[name]
+
+    def of_instruction(instruction: Instruction, scope: Computation) -> list[Collective]:
+        own = _own(instruction, scope, program, placement)
+        counted = [r for r in own if crossing is None or crossing.intersection(r.axes or ())]
+        return counted + nested(instruction)
 
     def nested(instruction: Instruction) -> list[Collective]:
         if instruction.opcode == "while":
@@ -198,7 +212,9 @@ def _collectives(
         names = called(instruction, "calls|to_apply|called_computations")
         return [r for name in names if not is_later_stage(name, program) for r in tally(name)]
 
-    return list(tally(program.entry))
+    entry = program.computations[program.entry]
+    found = {name: of_instruction(instruction, entry) for name, instruction in entry.items()}
+    return {name: records for name, records in found.items() if records}
 
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](\{[^{}]*\})?")

@@ -56,7 +56,8 @@ def operands(rest: str) -> list[str]:
     """The names of an instruction's operands."""
     # Without comments, layouts and dimensions, an operand ends with its name: "f32 %x" or "%x".
     plain = re.sub(r"/\*.*?\*/|\{[^{}]*\}|\[[^\]]*\]", "", rest)
-    return [operand.split()[-1].lstrip("%") for operand in plain[: plain.index(")")].split(",")]
+    named = plain[: plain.index(")")].split(",")
+    return [operand.split()[-1].lstrip("%") for operand in named if operand.strip()]
 
 
 def called(instruction: Instruction, attributes: str) -> list[str]:

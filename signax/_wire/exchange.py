@@ -116,7 +116,8 @@ def exchange(
     header = make_header(worker.index, worker.coin, worker.tie, participates)
 
     updates = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like]
-    verdict, counts, kept = jnp.zeros(2, jnp.uint32), [], list(memory)
+    verdict = jnp.asarray([lax.axis_size(route.axis_name), 0], jnp.uint32)  # if nothing is sent
+    counts, kept = [], list(memory)
     for group, message in zip(groups, messages, strict=True):
         own = [memory[n] for n in group.positions] if memory else []
         own_specs = [memory_specs[n] for n in group.positions] if memory else []

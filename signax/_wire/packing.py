@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from signax._core.leaves import all_flags, common_dtype
+from signax._wire.pieces import Cut, cut_alike, cut_apart
 from signax._wire.slabs import (
     SMALL,
     BitRule,
@@ -31,6 +33,8 @@ from signax._wire.slabs import (
 )
 from signax._wire.types import Array, Bool, Float, UInt32
 from signax._wire.words import WORD_BITS
+
+ODD_BITS = np.uint32(0xAAAAAAAA)
 
 
 def num_words(leaves: Sequence[Any]) -> int:
@@ -58,40 +62,96 @@ def pack(
     arrays = [leaves[n] for n in large]
     if small:
         arrays.append(_bundle([leaves[n] for n in small]))
-    packed, flags = zip(*[_pack_array(array, coin, rule) for array in arrays], strict=True)
-    return [jnp.concatenate(plane) for plane in zip(*packed, strict=True)], all_flags([*flags])
+
+    # One branch for all arrays: every branch takes XLA time, even one that is not compiled.
+    packers = pack_consecutive, pack_slabs, pack_groups
+    cpu, tpu, gpu = (partial(_pack_arrays, packer=packer, rule=rule) for packer in packers)
+    planes, flags = lax.platform_dependent(arrays, coin, cpu=cpu, tpu=tpu, default=gpu)
+    return planes, all_flags(flags)
 
 
 def unpack(
-    planes: Sequence[UInt32[Array, " words"]], leaves: Sequence[Any]
+    planes: Sequence[UInt32[Array, " words"]], leaves: Sequence[Any], *, inverts_odd: bool = False
 ) -> list[list[Bool[Array, "..."]]]:
-    """Unpack planes of u32[num_words(leaves)]: for each leaf, a bool[shape] from each plane."""
-    large, small = _by_size(leaves)
-    planes = lax.optimization_barrier(planes)  # or every coordinate searches for its word
-    bits = [[jnp.zeros(leaf.shape, jnp.bool_) for _ in planes] for leaf in leaves]  # if empty
-    start = 0
-    for n in large:
-        stop = start + fold(leaves[n].shape).words
-        bits[n] = [_unpack_array(plane[start:stop], leaves[n].shape) for plane in planes]
-        start = stop
-    for shape in _bundle_shapes(leaves, small):
-        bundle = [_unpack_array(plane[start:], shape) for plane in planes]
-        start = 0
-        for n in small:
-            size = math.prod(leaves[n].shape)
-            bits[n] = [flat[start : start + size].reshape(leaves[n].shape) for flat in bundle]
-            start += _even(size)
-    return bits
+    """Unpack planes of u32[num_words(leaves)]: for each leaf, a bool[shape] from each plane.
+
+    Args:
+      planes: planes of words.
+      leaves: arrays, or their shapes.
+      inverts_odd: whether to invert the bits of odd coordinates.
+    """
+    # Without the barrier every coordinate searches for its word.
+    planes = lax.optimization_barrier([*planes])
+
+    unpack_all = partial(unpack_leaves, leaves=leaves, inverts_odd=inverts_odd)
+    cpu = partial(unpack_all, unpacker=unpack_consecutive, cut=cut_alike)
+    tpu = partial(unpack_all, unpacker=unpack_slabs, cut=cut_apart)
+    gpu = partial(unpack_all, unpacker=unpack_groups, cut=cut_apart)
+    bits = [lax.platform_dependent(plane, cpu=cpu, tpu=tpu, default=gpu) for plane in planes]
+    return [list(each) for each in zip(*bits, strict=True)]
 
 
-@partial(jax.jit, static_argnames="rule")  # one trace for all leaves of a shape
+def _pack_arrays(
+    arrays: Sequence[Float[Array, "..."]], coin: UInt32[Array, ""], packer: Any, rule: BitRule
+) -> tuple[list[UInt32[Array, " words"]], list[Bool[Array, ""]]]:
+    """Pack arrays into planes, and find which of them are finite."""
+    packed, flags = [], []
+    for array in arrays:
+        planes, finite = _pack_array(array, coin, packer, rule)
+        if packer is pack_groups:
+            # XLA for GPUs would merge the packing of many arrays into a kernel that compiles
+            # slowly. It cannot if each array waits for the one before.
+            planes, coin = lax.optimization_barrier((planes, coin))
+        packed.append(planes)
+        flags.append(finite)
+    return [_join(plane) for plane in zip(*packed, strict=True)], flags
+
+
+@partial(jax.jit, static_argnums=(2, 3))  # one trace for all arrays of a shape
 def _pack_array(
-    array: Float[Array, "..."], coin: UInt32[Array, ""], rule: BitRule
+    array: Float[Array, "..."], coin: UInt32[Array, ""], packer: Any, rule: BitRule
 ) -> tuple[list[UInt32[Array, " words"]], Bool[Array, ""]]:
-    """Pack one array into planes, and find whether it is finite."""
-    packers = pack_consecutive, pack_slabs, pack_groups
-    cpu, tpu, gpu = (partial(packer, rule=rule) for packer in packers)
-    return lax.platform_dependent(array, coin, cpu=cpu, tpu=tpu, default=gpu)
+    return packer(array, coin, rule=rule)
+
+
+def unpack_leaves(
+    plane: UInt32[Array, " words"],
+    leaves: Sequence[Any],
+    inverts_odd: bool,
+    unpacker: Any,
+    cut: Cut,
+) -> list[Bool[Array, "..."]]:
+    """Unpack one plane: for each leaf a bool[shape]."""
+    if inverts_odd and unpacker is unpack_consecutive:  # where words hold pairs of neighbours
+        plane, inverts_odd = lax.optimization_barrier(plane ^ ODD_BITS), False
+    large, small = _by_size(leaves)
+    shapes = [leaves[n].shape for n in large] + _bundle_shapes(leaves, small)
+    arrays = [
+        _unpack_array(words, shape, unpacker)
+        for words, shape in zip(cut(plane, [fold(s).words for s in shapes]), shapes, strict=True)
+    ]
+    bits = [jnp.zeros(leaf.shape, jnp.bool_) for leaf in leaves]  # if empty
+    for n, array in zip(large, arrays, strict=False):
+        bits[n] = array
+    if small:
+        sizes = [math.prod(leaves[n].shape) for n in small]
+        for n, size, flat in zip(small, sizes, cut(arrays[-1], map(_even, sizes)), strict=True):
+            bits[n] = flat[:size].reshape(leaves[n].shape)
+    if not inverts_odd:
+        return bits
+    return [_invert_odd(each) for each in bits]
+
+
+@jax.jit
+def _invert_odd(bits: Bool[Array, "..."]) -> Bool[Array, "..."]:
+    return bits ^ odd(bits.shape)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _unpack_array(
+    words: UInt32[Array, " words"], shape: tuple[int, ...], unpacker: Any
+) -> Bool[Array, "..."]:
+    return unpacker(words, shape)
 
 
 def pack_consecutive(
@@ -106,16 +166,14 @@ def pack_consecutive(
         fields = find_fields(flat[-rest:], odd((rest,)), coin, rule)
         pieces.append([jnp.pad(field, (0, WORD_BITS - rest))[None] for field in fields])
     packed = [merge_bits(fields, axis=1) for fields in pieces]
-    *planes, bad = (jnp.concatenate(piece) for piece in zip(*packed, strict=True))
-    spare = fold(array.shape).words - bad.size
-    return [jnp.pad(plane, (0, spare)) for plane in planes], ~jnp.any(bad)
+    *planes, bad = (_join(piece) for piece in zip(*packed, strict=True))
+    if spare := fold(array.shape).words - bad.size:
+        planes = [jnp.pad(plane, (0, spare)) for plane in planes]
+    return planes, ~jnp.any(bad)
 
 
-def _unpack_array(words: UInt32[Array, " words"], shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """Unpack words into bool[shape]."""
-    unpackers = unpack_consecutive, unpack_slabs, unpack_groups
-    cpu, tpu, gpu = (partial(unpacker, shape=shape) for unpacker in unpackers)
-    return lax.platform_dependent(words, cpu=cpu, tpu=tpu, default=gpu)
+def _join(pieces: Sequence[Array]) -> Array:
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
 
 
 def unpack_consecutive(
@@ -124,8 +182,8 @@ def unpack_consecutive(
     """Invert `pack_consecutive`."""
     size = math.prod(shape)
     words = words[: -(-size // WORD_BITS), None]
-    bits = (words >> lax.broadcasted_iota(jnp.uint32, (len(words), WORD_BITS), 1)) & 1 == 1
-    bits = bits.reshape(-1)
+    bits = (words >> lax.broadcasted_iota(jnp.uint32, (len(words), WORD_BITS), 1)) & 1
+    bits = bits.astype(jnp.bool_).reshape(-1)
     if size % WORD_BITS or (len(shape) > 1 and shape[-1] % 4):
         # Rows or threads would start inside a word, which defeats vectorisation. With the barrier
         # XLA writes the bytes of whole words first.
@@ -157,4 +215,4 @@ def _bundle(small: Sequence[Float[Array, "..."]]) -> Float[Array, " n"]:
     """
     dtype = reduce(common_dtype, [leaf.dtype for leaf in small])
     flat = [leaf.astype(dtype).reshape(-1) for leaf in small]
-    return jnp.concatenate([jnp.pad(leaf, (0, leaf.size % 2)) for leaf in flat])
+    return _join([jnp.pad(leaf, (0, 1)) if leaf.size % 2 else leaf for leaf in flat])

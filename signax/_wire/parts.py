@@ -23,10 +23,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from signax._core.leaves import entry_axes, spec_axes, wide_dtype
+from signax._core.leaves import entry_axes, spec_axes
+from signax._wire.pieces import cut
 from signax._wire.slabs import MOST_WASTE, SMALL, Fold
-from signax._wire.types import Array, Bool, Float, Int, Leaves, Num, UInt32
-from signax._wire.words import WORD_BITS, from_words, to_words
+from signax._wire.types import Array, Bool, Float, Leaves, Num, UInt32
+from signax._wire.words import WORD_BITS
 
 
 def matrix(shape: tuple[int, ...]) -> Fold:
@@ -86,15 +87,28 @@ def _block_shape(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, 
 
 def cut_leaf(leaf: Num[Array, "..."], num_workers: int) -> Num[Array, "M 32 S"]:
     """Cut a leaf into its parts."""
-    columns = matrix(leaf.shape).words
-    rows = jnp.pad(leaf.reshape(-1), (0, WORD_BITS * columns - leaf.size))
-    return jnp.swapaxes(cut_columns(rows.reshape(WORD_BITS, columns), num_workers), 0, 1)
+    return _cut_stack(leaf[None], num_workers)
 
 
 def join_leaf(parts: Num[Array, "M 32 S"], shape: tuple[int, ...]) -> Num[Array, "..."]:
     """Invert `cut_leaf`."""
-    rows = join_columns(jnp.swapaxes(parts, 0, 1), matrix(shape).words)
-    return rows.reshape(-1)[: math.prod(shape)].reshape(shape)
+    return _join_stack(parts, shape).reshape(shape)
+
+
+def _cut_stack(stack: Num[Array, "k ..."], num_workers: int) -> Num[Array, "M 32 _"]:
+    """Cut k leaves of one shape into their parts, side by side."""
+    size, columns = math.prod(stack.shape[1:]), matrix(stack.shape[1:]).words
+    rows = jnp.pad(stack.reshape(len(stack), -1), ((0, 0), (0, WORD_BITS * columns - size)))
+    parts = cut_columns(rows.reshape(-1, WORD_BITS, columns), num_workers)  # [k, 32, M, S]
+    return parts.transpose(2, 1, 0, 3).reshape(num_workers, WORD_BITS, -1)
+
+
+def _join_stack(parts: Num[Array, "M 32 _"], shape: tuple[int, ...]) -> Num[Array, "k size"]:
+    """Invert `_cut_stack`, to flat leaves."""
+    num_workers, columns = len(parts), part_columns(shape, len(parts))
+    parts = parts.reshape(num_workers, WORD_BITS, -1, columns).transpose(2, 1, 0, 3)
+    rows = join_columns(parts, matrix(shape).words)
+    return rows.reshape(len(rows), -1)[:, : math.prod(shape)]
 
 
 def cut_blocks(
@@ -140,12 +154,16 @@ def is_real(
     shape: tuple[int, ...], num_workers: int, server: UInt32[Array, ""]
 ) -> Bool[Array, "32 S"]:
     """Whether each coordinate of a server's part belongs to the leaf, not to the padding."""
-    columns, (rows, part) = matrix(shape).words, part_shape(shape, num_workers)
-    if num_workers * rows * part == math.prod(shape):
-        return jnp.ones((rows, part), jnp.bool_)
-    column = server.astype(jnp.int32) * part + jnp.arange(part)
-    left = math.prod(shape) - columns * jnp.arange(rows)  # of the leaf, from the start of a row
-    return column[None] < jnp.minimum(left, columns)[:, None]
+    columns, part = matrix(shape).words, part_columns(shape, num_workers)
+    left = math.prod(shape) - columns * np.arange(WORD_BITS)  # of the leaf, from a row's start
+    stops = np.clip(left, 0, columns).astype(np.int32)
+    column = server.astype(jnp.int32) * part + lax.iota(jnp.int32, part)
+    return column[None] < stops[:, None]
+
+
+def _shape_runs(shapes: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], int]]:
+    """Each run of equal shapes, and the number of shapes in the run."""
+    return [(shape, len(list(run))) for shape, run in itertools.groupby(shapes)]
 
 
 class Blocks(NamedTuple):
@@ -204,11 +222,24 @@ class Blocks(NamedTuple):
         real = np.pad(real, ((0, 0), (0, 1)))
         return np.diff(before[:, row] + np.minimum(column, real[:, row]), axis=1)
 
+    def shares(self, dtype: Any) -> np.ndarray:
+        """The share of a coordinate in the mean of its block: f[M, blocks]."""
+        return 1 / np.maximum(self.sizes(), 1).astype(dtype)
+
+    def real(self, server: UInt32[Array, ""]) -> Bool[Array, "32 S"] | None:
+        """Whether each coordinate of a server's part belongs to a leaf; `None` if all do."""
+        if self.num_workers * WORD_BITS * sum(self.columns) == sum(map(math.prod, self.shapes)):
+            return None
+        each = [
+            jnp.tile(is_real(shape, self.num_workers, server), number)
+            for shape, number in _shape_runs(self.shapes)
+        ]
+        return jnp.concatenate(each, axis=1)
+
     def means(
-        self, parts: Float[Array, "n 32 S"], sizes: Int[Array, "n blocks"]
+        self, parts: Float[Array, "n 32 S"], shares: Float[Array, "n blocks"]
     ) -> Float[Array, "n blocks"]:
-        """The mean over each block. Padding must be 0."""
-        shares = 1 / jnp.maximum(sizes, 1).astype(parts.dtype)  # a sum might overflow
+        """The mean over each block, from `shares`; a sum might overflow. Padding must be 0."""
         if self.length is None:
             sums = jnp.sum(parts * self.spread(shares), axis=1)
             runs = [
@@ -218,7 +249,7 @@ class Blocks(NamedTuple):
             return jnp.concatenate(runs, axis=1)
         rows = parts.reshape(len(parts), -1)
         rows = jnp.pad(rows, ((0, 0), (0, self.number * self.length - rows.shape[1])))
-        return jnp.sum(rows.reshape(*sizes.shape, self.length) * shares[..., None], axis=2)
+        return jnp.sum(rows.reshape(*shares.shape, self.length) * shares[..., None], axis=2)
 
     def spread(self, scales: Float[Array, "n blocks"]) -> Float[Array, "n _ _"]:
         """The scale of each coordinate, in a shape that broadcasts to [n, 32, S]."""
@@ -286,39 +317,16 @@ def find_bundles(leaves: Leaves, num_workers: int, length: int | None) -> list[B
 
 def side_by_side(leaves: Sequence[Array], num_workers: int) -> Float[Array, "M 32 S"]:
     """The parts of some leaves as columns of one array."""
-    return jnp.concatenate([cut_leaf(leaf, num_workers) for leaf in leaves], axis=2)
+    runs = [jnp.stack([*run]) for _, run in itertools.groupby(leaves, key=jnp.shape)]
+    return jnp.concatenate([_cut_stack(run, num_workers) for run in runs], axis=2)
 
 
 def take_apart(parts: Float[Array, "M 32 S"], blocks: Blocks) -> list[Array]:
     """Invert `side_by_side`."""
-    each = jnp.split(parts, np.cumsum(blocks.columns)[:-1], axis=2)
-    return [join_leaf(part, shape) for part, shape in zip(each, blocks.shapes, strict=True)]
-
-
-def write_message(
-    words: Sequence[UInt32[Array, "n _"]], scales: Sequence[Float[Array, "n _"]]
-) -> UInt32[Array, "n words"]:
-    """A message of the words and scales of all bundles."""
-    dtype = _widest([scale.dtype for scale in scales])
-    numbers = jnp.concatenate([scale.astype(dtype) for scale in scales], axis=1)
-    return jnp.concatenate([*words, to_words(numbers)], axis=1)
-
-
-def read_message(
-    message: UInt32[Array, "n words"], bundles: Sequence[Bundle], planes: int
-) -> list[tuple[UInt32[Array, "n _"], Float[Array, "n _"]]]:
-    """Invert `write_message` for words of `planes` bits per coordinate."""
-    dtypes = [wide_dtype(bundle.dtype) for bundle in bundles]
-    edges = np.cumsum([planes * sum(bundle.blocks.columns) for bundle in bundles])
-    *words, last = jnp.split(message, edges, axis=1)
-    # Without the barrier TPUs lay out the whole message as suits a column of scales.
-    last = lax.optimization_barrier(last)
-    numbers = [bundle.blocks.number for bundle in bundles]
-    scales = from_words(last, sum(numbers), _widest(dtypes))
-    scales = jnp.split(scales, np.cumsum(numbers)[:-1], axis=1)
-    scales = [scale.astype(dtype) for scale, dtype in zip(scales, dtypes, strict=True)]
-    return list(zip(words, scales, strict=True))
-
-
-def _widest(dtypes: Sequence[Any]) -> Any:
-    return max(dtypes, key=lambda dtype: np.dtype(dtype).itemsize)
+    runs = _shape_runs(blocks.shapes)
+    widths = [number * part_columns(shape, len(parts)) for shape, number in runs]
+    leaves = []
+    for (shape, number), run in zip(runs, cut(parts, widths, axis=2), strict=True):
+        flat = _join_stack(run, shape).reshape(-1)
+        leaves += [leaf.reshape(shape) for leaf in cut(flat, [math.prod(shape)] * number)]
+    return leaves

@@ -21,22 +21,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from signax._core.leaves import add_memory, all_flags, narrow, wide_dtype
+from signax._core.leaves import add_memory, narrow, wide_dtype
 from signax._wire import slabs
 from signax._wire.exchange import assign
+from signax._wire.messages import read_message, write_message
 from signax._wire.parts import (
     Blocks,
     Bundle,
     cut_columns,
     find_bundles,
-    is_real,
     join_columns,
     matrix,
-    read_message,
     side_by_side,
     take_apart,
-    write_message,
 )
+from signax._wire.pieces import cut
 from signax._wire.signs import Rules, find_worker
 from signax._wire.types import (
     Array,
@@ -44,7 +43,6 @@ from signax._wire.types import (
     Context,
     Encoded,
     Float,
-    Int,
     Leaves,
     Reply,
     UInt32,
@@ -126,8 +124,8 @@ class ScaledSigns:
             scales.append(scale)
             assign(residual, bundle.positions, errors)
         # A mean of magnitudes is finite exactly if all of them are.
-        finite = all_flags([jnp.all(jnp.isfinite(scale)) for scale in scales])
-        return Encoded([write_message(words, scales)], finite, residual)
+        message, finite = write_message(words, scales)
+        return Encoded([message], finite, residual)
 
     def combine(
         self, sealed: UInt32[Array, "M n 128"], widths: Sequence[int], context: Context
@@ -136,11 +134,10 @@ class ScaledSigns:
         (received,), headers = unseal(sealed, widths)
         voters = count_voters(headers)
         means = []
-        for bundle, (words, scales) in zip(
-            bundles, read_message(received, bundles, self.bits), strict=True
+        for bundle, (words, shares) in zip(
+            bundles, read_message(received, bundles, self.bits, voters), strict=True
         ):
-            share = lax.optimization_barrier(scales / jnp.maximum(voters, 1).astype(scales.dtype))
-            means.append(jnp.sum(self._expand_parts(words, share, bundle.blocks), axis=0))
+            means.append(jnp.sum(self._expand_parts(words, shares, bundle.blocks), axis=0))
         if self.compresses_reply:
             message, memory = self._compress_means(bundles, means, voters, context)
         else:
@@ -171,9 +168,9 @@ class ScaledSigns:
         """
         if not bundle.in_parts:
             return _mean_magnitude(values)
-        sizes = jnp.asarray(bundle.blocks.sizes())
-        magnitudes = _mean_magnitudes(values, sizes, bundle.blocks)
-        return magnitudes if bundle.blocks.length else _mean_over_parts(magnitudes, sizes)
+        blocks = bundle.blocks
+        magnitudes = _mean_magnitudes(values, blocks)
+        return magnitudes if blocks.length else _mean_over_parts(magnitudes, blocks.sizes())
 
     def _compress_means(
         self, bundles: Sequence[Bundle], means: Sequence[Array], voters: Array, context: Context
@@ -185,20 +182,20 @@ class ScaledSigns:
             kept = bundle.of(context.memory)
             # Of a sharded leaf, the memory has a leading 1 for each dimension of the leaf.
             error = jnp.concatenate([own.reshape(own.shape[-2:]) for own in kept], axis=1)
-            real = [is_real(shape, self.num_workers, worker.index) for shape in blocks.shapes]
-            real = jnp.concatenate(real, axis=1)
-            part = jnp.where(real, add_memory(mean, error, self.decay), 0)[None]
-            sizes = jnp.asarray(blocks.sizes())[worker.index][None]
-            scale = self.scale(_mean_magnitudes(part, sizes, blocks), bundle.rounds_to)
+            real = blocks.real(worker.index)
+            part = add_memory(mean, error, self.decay)
+            part = (part if real is None else jnp.where(real, part, 0))[None]
+            scale = self.scale(_mean_magnitudes(part, blocks, worker.index), bundle.rounds_to)
             scale = _rounded(scale, bundle.rounds_to)
             word, left = self._compress_parts(part, scale, worker.coin, blocks)
             words.append(word)
             scales.append(scale)
-            error = jnp.where(real & (voters > 0), left[0], error)
-            errors = jnp.split(error, np.cumsum(blocks.columns)[:-1], axis=1)
+            kept_new = voters > 0 if real is None else real & (voters > 0)
+            error = jnp.where(kept_new, left[0], error)
+            errors = cut(error, blocks.columns, axis=1)
             errors = [new.reshape(own.shape) for new, own in zip(errors, kept, strict=True)]
             assign(memory, bundle.positions, errors)
-        return write_message(words, scales), memory
+        return write_message(words, scales)[0], memory
 
     def _read_reply(
         self, replies: UInt32[Array, "M words"], bundles: Sequence[Bundle]
@@ -217,7 +214,7 @@ class ScaledSigns:
         widths = [
             size * np.dtype(b.dtype).itemsize // 4 for size, b in zip(sizes, bundles, strict=True)
         ]
-        each = jnp.split(replies, np.cumsum(widths)[:-1], axis=1)
+        each = cut(replies, widths, axis=1)
         return [
             take_apart(
                 from_words(part, size, bundle.dtype).reshape(len(part), WORD_BITS, -1),
@@ -248,7 +245,7 @@ class ScaledSigns:
         blocks: Blocks,
     ) -> tuple[UInt32[Array, "n _"], Float[Array, "n 32 S"]]:
         """Compress parts side by side: return their words and the residual."""
-        odd = lax.broadcasted_iota(jnp.int32, parts.shape, 2) % 2 == 1
+        odd = (lax.broadcasted_iota(jnp.uint32, parts.shape, 2) & 1).astype(jnp.bool_)
         (sign,) = RULES(parts, odd, coin)
         scale = blocks.spread(scales)
         digits = self.digits(parts, scale)
@@ -262,7 +259,8 @@ class ScaledSigns:
         """The parts side by side that words and scales stand for."""
         positions = jnp.arange(WORD_BITS, dtype=jnp.uint32)[None, :, None]
         planes = jnp.split(words, self.bits, axis=1)
-        sign, *digits = ((plane[:, None] >> positions) & 1 == 1 for plane in planes)
+        bits = [(plane[:, None] >> positions) & 1 for plane in planes]
+        sign, *digits = (bit.astype(jnp.bool_) for bit in bits)
         magnitude = self.magnitude(digits, blocks.spread(scales))
         return jnp.where(sign, magnitude, -magnitude)
 
@@ -294,18 +292,26 @@ def _mean_magnitude(leaf: Float[Array, "..."]) -> Float[Array, ""]:
 
 
 def _mean_magnitudes(
-    parts: Float[Array, "n 32 S"], sizes: Int[Array, "n blocks"], blocks: Blocks
+    parts: Float[Array, "n 32 S"], blocks: Blocks, server: UInt32[Array, ""] | None = None
 ) -> Float[Array, "n blocks"]:
-    """The mean magnitude of each block of parts side by side, whose padding is 0."""
-    return blocks.means(jnp.abs(parts).astype(wide_dtype(parts.dtype)), sizes)
+    """The mean magnitude of each block of parts side by side, whose padding is 0.
+
+    The parts are those of all servers, or the part of one server.
+    """
+    wide = wide_dtype(parts.dtype)
+    shares = blocks.shares(wide)  # f[M, blocks]
+    if server is not None:
+        is_one = (shares == shares[:1]).all()
+        shares = shares[:1] if is_one else jnp.asarray(shares)[server][None]
+    return blocks.means(jnp.abs(parts).astype(wide), jnp.asarray(shares))
 
 
 def _mean_over_parts(
-    magnitudes: Float[Array, "n blocks"], sizes: Int[Array, "n blocks"]
+    magnitudes: Float[Array, "n blocks"], sizes: np.ndarray
 ) -> Float[Array, " blocks"]:
-    """The mean magnitudes of blocks that all n parts share."""
+    """The mean magnitudes of blocks that all n parts share, by their sizes, i[n, blocks]."""
     dtype = magnitudes.dtype
-    shares = sizes.astype(dtype) / jnp.sum(sizes, axis=0, keepdims=True).astype(dtype)
+    shares = sizes.astype(dtype) / np.sum(sizes, axis=0, keepdims=True).astype(dtype)
     return jnp.sum(magnitudes * shares, axis=0)
 
 

@@ -72,22 +72,28 @@ class Rules(NamedTuple):
         plus, minus = values > 0, values < 0
         if self.zeros == "abstain":
             return plus, minus
-        one = ~odd if self.relative else jnp.ones_like(odd)
-        zero = one if self.zeros == "plus" else (one ^ odd) == (coin == 0)
-        return (jnp.where(plus, one, jnp.where(minus, ~one, zero)),)
+        if self.zeros == "plus":
+            zero = ~odd if self.relative else True
+        else:
+            zero = coin == 0 if self.relative else (coin == 0) ^ odd
+        return (jnp.where(plus | minus, plus ^ odd if self.relative else plus, zero),)
 
     def tie(self, coin: Array) -> Array:
         """The bit that breaks ties, as it travels: u32[] in {0, 1}."""
         return coin ^ 1 if self.relative else jnp.ones_like(coin)
 
-    def signs(self, bits: Sequence[Array], odd: Array, voters: Array, dtype: Any) -> Array:
-        """The decided signs: `planes` of bool[...] to +-1, or 0, in `dtype`; 0 without voters."""
+    def upright(self, bits: Sequence[Array], odd: Array) -> list[Array]:
+        """Invert the bits of odd coordinates back, if they travelled inverted."""
+        return [plane ^ odd for plane in bits] if self.relative else [*bits]
+
+    def signs(self, bits: list[list[Array]], voters: Array, dtypes: list[Any]) -> list[Array]:
+        """The decided signs, +-1, or 0 without voters, from the `planes` of each leaf, upright."""
         if self.zeros == "abstain":
-            plus, minus = bits
-            return plus.astype(dtype) - minus.astype(dtype)
-        (plus,) = bits
-        one = lax.optimization_barrier((voters > 0).astype(dtype))
-        return jnp.where(plus ^ odd if self.relative else plus, one, -one)
+            return [p.astype(d) - m.astype(d) for (p, m), d in zip(bits, dtypes, strict=True)]
+        ones = {dtype: (voters > 0).astype(dtype) for dtype in dtypes}
+        # Without the barrier XLA looks at the number of voters for every coordinate.
+        signs = lax.optimization_barrier({dtype: (one, -one) for dtype, one in ones.items()})
+        return [jnp.where(plus, *signs[dtype]) for (plus,), dtype in zip(bits, dtypes, strict=True)]
 
     def total(self, digits: Sequence[Array], voters: Array) -> Array:
         """The sum of the voters' ballots, from the digits of their counts: bool[...] to i32[...].
@@ -271,8 +277,7 @@ class Majority(_Signs):
             tiebreaker = jnp.broadcast_to(headers.coin, sealed.shape[1:])
             counted = words.at_least(words.count(sealed, tiebreaker), headers.voters // 2 + 1)
             (majority, *_), _ = words.unseal(lax.optimization_barrier(counted)[None], widths)
-            decided = [majority[0]]
-            plus = minus = []
+            decided, plus, minus = [majority[0]], [], []
         counts = []
         if self._sends_opinions:
             signs, opinions = ballots
@@ -283,8 +288,8 @@ class Majority(_Signs):
         return Reply(decided, 2 * headers.voters + headers.dead, counts, [])
 
     def decode(self, reply: Reply, leaves: Leaves) -> list[Array]:
-        bits = packing.unpack(reply.planes, leaves.like)
-        return self._signs(bits, leaves, reply.header >> 1)
+        bits = packing.unpack(reply.planes, leaves.like, inverts_odd=self.rules.relative)
+        return self.rules.signs(bits, reply.header >> 1, [leaf.dtype for leaf in leaves.like])
 
     def decode_sums(
         self, sums: Sums, integers: Sequence[Array], leaves: Leaves
@@ -294,17 +299,12 @@ class Majority(_Signs):
             bits = [[total > 0, total < 0] for total in totals]
         else:
             bits = [[(total > 0) | ((total == 0) & (sums.tie == 1))] for total in totals]
+        bits = [self.rules.upright(planes, slabs.odd(planes[0].shape)) for planes in bits]
         counts = []
         if self.agreement:
             opinions, all_opinions = integers[-len(totals) :], sums.totals[-len(totals) :]
             counts = [words.compare_sums(opinions, all_opinions)]
-        return self._signs(bits, leaves, sums.voters), counts
-
-    def _signs(self, bits: list[list[Array]], leaves: Leaves, voters: Array) -> list[Array]:
-        return [
-            self.rules.signs(planes, slabs.odd(leaf.shape), voters, leaf.dtype)
-            for planes, leaf in zip(bits, leaves.like, strict=True)
-        ]
+        return self.rules.signs(bits, sums.voters, [leaf.dtype for leaf in leaves.like]), counts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,12 +81,13 @@ def fold(shape: tuple[int, ...]) -> Fold:
 
 def odd(shape: tuple[int, ...]) -> Bool[Array, "..."]:
     """Whether the row-major index of each coordinate is odd: bool[shape]."""
-    index, stride = jnp.zeros(shape, jnp.uint32), 1
+    indices, stride = [], 1  # even multiples of an index leave the parity alone
     for dimension in reversed(range(len(shape))):
         if stride % 2:
-            index += lax.broadcasted_iota(jnp.uint32, shape, dimension)
+            indices.append(lax.broadcasted_iota(jnp.uint32, shape, dimension))
         stride *= shape[dimension]
-    return index % 2 == 1
+    index = reduce(operator.xor, indices) if indices else jnp.zeros(shape, jnp.uint32)
+    return (index & 1).astype(jnp.bool_)
 
 
 def pack_slabs(
@@ -166,13 +167,17 @@ def find_fields(values: Array, odd: Array, coin: Array, rule: BitRule) -> list[A
 
 
 def _to_bytes(fields: Sequence[Array]) -> Array:
-    """Store fields as bits of a byte: bool[...] each to u8[...]."""
+    """Store fields as bits of a byte: bool[...] each to u8[...]; one field is stored as it is."""
+    if len(fields) == 1:
+        return fields[0]
     return reduce(operator.or_, [bit.astype(jnp.uint8) << n for n, bit in enumerate(fields)])
 
 
 def _from_bytes(codes: Array, fields: int) -> list[Array]:
     """Invert `_to_bytes`."""
-    return [(codes >> n) & 1 == 1 for n in range(fields)]
+    if fields == 1:
+        return [codes]
+    return [((codes >> n) & 1).astype(jnp.bool_) for n in range(fields)]
 
 
 def merge_bits(fields: Sequence[Array], axis: int, flags: int = 1) -> Sequence[Array]:
@@ -250,7 +255,8 @@ def _split(words: UInt32[Array, "..."], cut: Fold, hold: bool) -> Bool[Array, ".
     before, after = cut.shape[: cut.axis], cut.shape[cut.axis + 1 :]
     slabs = jnp.expand_dims(words, cut.axis)
     in_slabs = (*before, WORD_BITS, cut.length, *after)
-    bits = (slabs >> lax.broadcasted_iota(jnp.uint32, in_slabs, cut.axis)) & 1 == 1
+    bits = (slabs >> lax.broadcasted_iota(jnp.uint32, in_slabs, cut.axis)) & 1
+    bits = bits.astype(jnp.bool_)
     bits = lax.optimization_barrier(bits) if hold else bits
     bits = bits.reshape(*before, WORD_BITS * cut.length, *after)
     return lax.slice_in_dim(bits, 0, cut.shape[cut.axis], axis=cut.axis)

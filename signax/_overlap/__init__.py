@@ -1,0 +1,1 @@
+"""Exchanges beside the backward pass: the order of a step's operations."""

@@ -1,0 +1,150 @@
+"""One map over the workers for a step that has two: of gradients, and of the update.
+
+`DataParallel` maps a function of one worker for the gradient, and another for the update. Between
+two maps a program holds all gradients. In one map an exchange may begin before the last of them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from signax._overlap.program import Evaluation, Operation, Program, call_jaxpr
+
+
+class Joined(NamedTuple):
+    """A map of gradients and the map of the update that reads them, as one.
+
+    Attributes:
+      gradient: the first map.
+      update: the second map.
+      passed: the input of the second map that each output of the first map becomes, if any.
+    """
+
+    gradient: int
+    update: int
+    passed: dict[int, int]
+
+
+def find_joined(program: Program, is_update: Callable[[Any], bool]) -> Joined | None:
+    """The maps that can be one, if there are any."""
+    operations = program.operations
+    maker = {value: n for n, operation in enumerate(operations) for value in operation.outputs}
+    for n, update in enumerate(operations):
+        if not (_is_map(update) and is_update(update.equation)):
+            continue
+        makers = {maker[value] for value in update.reads if value in maker}
+        for m in sorted(makers):
+            gradient = operations[m]
+            if _is_map(gradient) and _are_alike(gradient, update):
+                passed = _passed(gradient, update)
+                if passed and not _waits(operations, maker, m, n, passed):
+                    return Joined(m, n, passed)
+    return None
+
+
+def run_joined(
+    program: Program,
+    joined: Joined,
+    values: Evaluation,
+    overlap: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> None:
+    """Run a program with the two maps as one, whose function `overlap` wraps."""
+    operations = program.operations
+    gradient, update = operations[joined.gradient], operations[joined.update]
+    first, second = (operation.equation.params for operation in (gradient, update))
+    own = [n for n in range(len(update.inputs)) if n not in joined.passed.values()]
+
+    def of_worker(inputs: Sequence[Any], others: Sequence[Any]):
+        made = _call(gradient, inputs)
+        filled = dict(zip(own, others, strict=True))
+        filled |= {n: made[output] for output, n in joined.passed.items()}
+        return made, _call(update, [filled[n] for n in range(len(update.inputs))])
+
+    mapped = jax.shard_map(
+        overlap(of_worker),
+        mesh=first["mesh"],
+        in_specs=([*first["in_specs"]], [second["in_specs"][n] for n in own]),
+        out_specs=([*first["out_specs"]], [*second["out_specs"]]),
+        axis_names={*_axes(gradient)},
+        check_vma=False,  # the types of both maps were checked when each of them was traced
+    )
+    waiting = _descendants(operations, {joined.gradient, joined.update})
+    for n, operation in enumerate(operations):
+        if n not in waiting:
+            values.run(operation)
+    inputs = [*map(values.read, gradient.inputs)]
+    made, updated = mapped(inputs, [values.read(update.inputs[n]) for n in own])
+    values.values.update(zip(gradient.outputs, made, strict=True))
+    values.values.update(zip(update.outputs, updated, strict=True))
+    for n in sorted(waiting - {joined.gradient, joined.update}):
+        values.run(operations[n])
+
+
+def _is_map(operation: Operation) -> bool:
+    return operation.equation.primitive.name == "shard_map"
+
+
+def _axes(operation: Operation) -> Any:
+    params = operation.equation.params
+    # JAX 0.12 renamed them.
+    return params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
+
+
+def _are_alike(one: Operation, other: Operation) -> bool:
+    """Whether two maps are over the same axes of the same mesh."""
+    same_mesh = one.equation.params["mesh"] == other.equation.params["mesh"]
+    return same_mesh and _axes(one) == _axes(other)
+
+
+def _passed(gradient: Operation, update: Operation) -> dict[int, int]:
+    """Which output of one map is which input of the other, in the same layout."""
+    specs, wanted = gradient.equation.params["out_specs"], update.equation.params["in_specs"]
+    outputs = {value: n for n, value in enumerate(gradient.outputs)}
+    return {
+        outputs[value]: n
+        for n, value in enumerate(update.inputs)
+        if isinstance(value, int) and value in outputs and specs[outputs[value]] == wanted[n]
+    }
+
+
+def _waits(
+    operations: list[Operation],
+    maker: dict[int, int],
+    gradient: int,
+    update: int,
+    passed: dict[int, int],
+) -> bool:
+    """Whether the update waits for the gradient's map in another way too."""
+    inputs = operations[update].inputs
+    others = [value for n, value in enumerate(inputs) if n not in passed.values()]
+    after = _descendants(operations[:update], {gradient})
+    return any(isinstance(value, int) and maker.get(value) in after for value in others)
+
+
+def _descendants(operations: list[Operation], roots: set[int]) -> set[int]:
+    """Some operations, and those that wait for them."""
+    found = {*roots}
+    made = {value for n in roots for value in operations[n].outputs}
+    for n, operation in enumerate(operations):
+        if n in found or made.intersection(operation.reads):
+            found.add(n)
+            made.update(operation.outputs)
+    return found
+
+
+def _call(operation: Operation, inputs: Sequence[Any]) -> list[Any]:
+    """The outputs of a map's function for one worker's inputs."""
+    jaxpr = _untyped(operation.equation.params["jaxpr"])
+    return call_jaxpr(jaxpr, inputs)
+
+
+def _untyped(jaxpr: Any) -> Any:
+    """A jaxpr in which maps over further axes check no types either."""
+    equations = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "shard_map":
+            inner = {"jaxpr": _untyped(equation.params["jaxpr"]), "check_vma": False}
+            equation = equation.replace(params={**equation.params, **inner})
+        equations.append(equation)
+    return jaxpr.replace(eqns=equations)

@@ -1,0 +1,291 @@
+"""Exchanges in flight while the backward pass goes on.
+
+A compiler is free to put off an exchange until the end of the backward pass, and XLA does: packing
+waits, and so do the exchanges. Barriers leave no choice. With three buckets, where `a` is the
+`all_to_all` and `g` the `all_gather` of a bucket, a step runs in this order:
+
+    backward of bucket 0                        pack 0     send a0
+    half of the backward pass of bucket 1       a0 arrives, count 0, send g0
+    the other half           g0 arrives         pack 1     send a1
+    half of the backward pass of bucket 2       a1 arrives, count 1, send g1
+    the other half           g1 arrives         pack 2     send a2, then g2
+"""
+
+import functools
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from signax._overlap.joined import find_joined, run_joined
+from signax._overlap.program import Evaluation, Operation, Program, trace
+
+SCOPE = "signax.exchange"  # the name scope of the collectives of votes and means
+COLLECTIVES = ("all_to_all", "all_gather", "all_gather_invariant", "psum", "psum_invariant")
+BACKWARD = "transpose("  # in the name scope of every operation of a backward pass
+OPTIONS: dict[str, dict[str, Any]] = {"tpu": {"xla_tpu_enable_async_all_to_all": "true"}}
+
+
+def compiler_options(platform: str) -> dict[str, Any]:
+    """XLA's options for asynchronous exchanges on a platform, where they are not the default."""
+    return OPTIONS.get(platform, {})
+
+
+def overlap(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the exchanges of a step run beside its backward pass.
+
+    The step computes what it computed before. Barriers in its program make every message ready
+    before the backward pass goes on, and every exchange end before the next message is sent, so a
+    compiler with asynchronous collectives has each of them in flight meanwhile.
+
+    It needs exchanges that do not wait for all gradients: see :func:`signax.in_buckets`. Without
+    two such exchanges the step stays as it is. `train_step` of :class:`signax.DataParallel` does
+    this by itself.
+
+    Args:
+      step: a training step, with gradients and an update in it, of trees of arrays. It is a
+        function of one worker, for `jax.shard_map`, or calls `value_and_grad` and `update` of
+        :class:`signax.DataParallel`.
+
+    Returns:
+      The same function, with barriers.
+
+    Raises:
+      TypeError: `step` is not a function.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, signax
+      >>> from jax.sharding import PartitionSpec as P
+      >>> params = {"first": jnp.ones((2, 2)), "last": jnp.ones((2, 2))}
+      >>> loss_fn = lambda p, x: jnp.sum(jnp.tanh(x @ p["first"]) @ p["last"])
+      >>> lion = signax.lion(0.5, axis_name="data", weight_decay=0.0)
+      >>> tx = signax.in_buckets(lion, {"first": 1, "last": 0})
+      >>> def step(params, x):
+      ...     own = jax.lax.pcast(params, "data", to="varying")
+      ...     updates, _ = tx.update(jax.grad(loss_fn)(own, x), tx.init(params), params)
+      ...     return optax.apply_updates(params, updates)
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> specs = {"in_specs": (P(), P("data")), "out_specs": P()}
+      >>> mapped = jax.jit(jax.shard_map(signax.overlap(step), mesh=mesh, **specs))
+      >>> print(mapped(params, jnp.ones((jax.device_count(), 2)))["last"])
+      [[0.5 0.5]
+       [0.5 0.5]]
+    """
+    if not callable(step):
+        raise TypeError(f"step={step!r} is not a function: pass the training step")
+
+    @functools.wraps(step)
+    def overlapped(*args: Any, **kwargs: Any):
+        leaves, structure = jax.tree.flatten((args, kwargs))
+
+        def flat(*leaves: Any):
+            args, kwargs = structure.unflatten(leaves)
+            return step(*args, **kwargs)
+
+        program = trace(flat, *leaves)
+        values = program.evaluate(leaves)
+        joined = find_joined(program, _is_exchange)
+        if joined is None:
+            _run(program, values)
+        else:
+            run_joined(program, joined, values, overlap)
+        return program.structure.unflatten([*map(values.read, program.outputs)])
+
+    return overlapped
+
+
+def _run(program: Program, values: Evaluation) -> None:
+    """Run a program, with barriers where the backward pass stops for exchanges."""
+    graph = _Graph.of(program)
+    messages, replies = _exchanges(graph)
+    everything = {*range(len(graph.operations))}
+    finished: set[int] = set()
+
+    def run(wanted: Collection[int]) -> None:
+        for n in sorted({*wanted} - finished):
+            values.run(graph.operations[n])
+        finished.update(wanted)
+
+    in_flight: list[int] = []
+    stops = _find_stops(graph, messages) if len(messages) > 1 else []
+    for stop, message in stops:
+        backward = graph.backward_between(-1, stop) - finished
+        run(graph.before(backward) | backward)
+        # The backward pass stops here, until what is in flight has arrived.
+        _tie(values, [*graph.made(in_flight), *graph.made_by(backward, everything - finished)])
+        in_flight = [n for n in replies if n not in finished and replies[n] <= finished]
+        in_flight += [] if message is None else [message]
+        run(graph.before(in_flight))
+        if stop != stops[-1].place:
+            # What is sent here is ready before the backward pass goes on.
+            following = graph.before(messages) - finished - {*messages}
+            after = graph.on_critical_path(finished, following)
+            _tie(values, [*graph.read(in_flight), *after])
+        run(in_flight)
+    run(everything)
+
+
+class _Stop(NamedTuple):
+    """Where the backward pass stops.
+
+    Attributes:
+      place: the last operation of the backward pass before the stop.
+      message: the exchange that begins a bucket here, if any.
+    """
+
+    place: int
+    message: int | None
+
+
+def _find_stops(graph: "_Graph", messages: list[int]) -> list[_Stop]:
+    """A stop where each bucket's gradients are ready, and one half-way to the next, for replies."""
+    stops: list[_Stop] = []
+    done = -1
+    for message in messages:
+        place = max([done, *(graph.place[n] for n in graph.before([message]) & graph.backward)])
+        between = graph.backward_between(done, place)
+        if stops and len(between) > 1:
+            stops.append(_Stop(graph.narrowest(between), None))
+        stops.append(_Stop(place, message))
+        done = place
+    return stops
+
+
+def _tie(values: Evaluation, tied: list[int]) -> None:
+    """Make each value wait for all of them."""
+    tied = [value for value in dict.fromkeys(tied) if _is_floating_or_word(values.values[value])]
+    after = lax.optimization_barrier([values.values[value] for value in tied])
+    values.values.update(zip(tied, after, strict=True))
+
+
+def _is_floating_or_word(value: Any) -> bool:
+    dtype = jax.typeof(value).dtype  # not that of a random key, or of the gradient of an integer
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def _exchanges(graph: "_Graph") -> tuple[list[int], dict[int, set[int]]]:
+    """The exchanges that begin a bucket, and the others with those that they wait for."""
+    messages: list[int] = []
+    replies: dict[int, set[int]] = {}
+    for n, operation in enumerate(graph.operations):
+        if _is_exchange(operation.equation):
+            awaited = graph.before([n]) & {*messages, *replies}
+            if awaited:
+                replies[n] = awaited
+            else:
+                messages.append(n)
+    return messages, replies
+
+
+def _is_exchange(equation: Any) -> bool:
+    if equation.primitive.name in COLLECTIVES:
+        return SCOPE in str(equation.source_info.name_stack)
+    if equation.primitive.name != "shard_map":
+        return False
+    return any(map(_is_exchange, equation.params["jaxpr"].eqns))  # of leaves sharded in a worker
+
+
+class _Graph(NamedTuple):
+    """Which operations wait for which.
+
+    Attributes:
+      operations: the operations.
+      backward: those of the backward pass.
+      maker: the operation that makes each value.
+      place: the place at which the outputs of each operation are ready, see `Program.places`.
+      depth: the number of operations on the longest path to each operation.
+      ancestors: a set of operations as the bits of an integer, for each operation.
+    """
+
+    operations: list[Operation]
+    backward: set[int]
+    maker: dict[int, int]
+    place: list[int]
+    depth: list[int]
+    ancestors: list[int]
+
+    @classmethod
+    def of(cls, program: Program) -> "_Graph":
+        places = program.places()
+        graph = cls(program.operations, set(), {}, [], [], [])
+        for n, operation in enumerate(program.operations):
+            makers = {graph.maker[value] for value in operation.reads if value in graph.maker}
+            graph.depth.append(1 + max([graph.depth[m] for m in makers], default=0))
+            bits = 0
+            for m in makers:
+                bits |= graph.ancestors[m] | 1 << m
+            graph.ancestors.append(bits)
+            graph.maker.update(dict.fromkeys(operation.outputs, n))
+            graph.place.append(max([places[value] for value in operation.outputs], default=n))
+            if BACKWARD in operation.scope:
+                graph.backward.add(n)
+        return graph
+
+    def read(self, wanted: Collection[int]) -> list[int]:
+        """The values that some operations read."""
+        return [value for n in wanted for value in self.operations[n].reads]
+
+    def made(self, wanted: Collection[int]) -> list[int]:
+        """The values that some operations make."""
+        return [value for n in wanted for value in self.operations[n].outputs]
+
+    def made_by(self, makers: Collection[int], readers: Collection[int]) -> list[int]:
+        """The values that some operations make and others read."""
+        return [value for value in self.read(sorted(readers)) if self.maker.get(value) in makers]
+
+    def before(self, wanted: Collection[int]) -> set[int]:
+        """The operations for which some others wait."""
+        bits = 0
+        for n in wanted:
+            bits |= self.ancestors[n]
+        return {*_positions(bits)}
+
+    def backward_between(self, first: int, last: int) -> set[int]:
+        """The operations of the backward pass that are ready after one place, up to another."""
+        return {n for n in self.backward if first < self.place[n] <= last}
+
+    def narrowest(self, backward: set[int]) -> int:
+        """The place in the middle half of some operations where the fewest values are in use."""
+        last_use: dict[int, int] = {}
+        for n, operation in enumerate(self.operations):
+            last_use.update(dict.fromkeys(operation.reads, n))
+        places = sorted({self.place[n] for n in backward})
+        quarter = len(places) // 4
+
+        def in_use(place: int) -> int:
+            return sum(
+                variable.aval.size
+                for n in backward
+                if self.place[n] <= place
+                for value, variable in self.operations[n].results
+                if last_use.get(value, -1) > place
+            )
+
+        return min(places[quarter : max(quarter + 1, len(places) - 1 - quarter)], key=in_use)
+
+    def on_critical_path(self, finished: set[int], following: set[int]) -> list[int]:
+        """The value that the following operations read on the longest path through all.
+
+        Between two parts of a backward pass this is the gradient of an activation. An activation
+        itself has a shorter path before it, and a flag a shorter path behind it.
+        """
+        height: dict[int, int] = {}
+        best, longest = [], 0
+        for n in sorted(following, reverse=True):
+            height[n] = 1 + height.get(n, 0)
+            for value in self.operations[n].reads:
+                maker = self.maker.get(value)
+                if maker in following:
+                    height[maker] = max(height.get(maker, 0), height[n])
+                elif maker in finished and self.depth[maker] + height[n] > longest:
+                    best, longest = [value], self.depth[maker] + height[n]
+        return best
+
+
+def _positions(bits: int) -> Iterator[int]:
+    """The positions of the bits that are set."""
+    for position, bit in enumerate(reversed(bin(bits)[2:])):
+        if bit == "1":
+            yield position
