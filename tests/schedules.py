@@ -4,8 +4,9 @@ r"""Whether exchanges hide behind the backward pass, read from compiled training
         --json benchmarks/results/overlap.json
 
 compiles a step for absent TPUs and GPUs with each exchange and number of buckets, and prints the
-share of the bytes that is in flight beside matrix products of the backward pass. `--targets`,
-`--models`, `--exchanges` and `--buckets` choose; results are added to the JSON one by one.
+share of the bytes that is in flight while matrix products of the backward pass are left, beside
+kernels of it. `--targets`, `--models`, `--exchanges` and `--buckets` choose; results are added to
+the JSON one by one.
 """
 
 import argparse
@@ -19,13 +20,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from accelerators import TARGETS, mesh_of
+from accelerators import mesh_of
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import signax
 from signax import diagnostics
-from signax._overlap.overlap import compiler_options
 
 CONTEXT, VOCABULARY, HEAD = 1024, 50304, 64
 
@@ -42,7 +42,6 @@ class Model(NamedTuple):
 MODELS = {
     "gpt2": Model(12, 768, 4),
     "gpt2-medium": Model(24, 1024, 2),
-    "tiny": Model(4, 128, 1),
 }
 
 
@@ -88,43 +87,73 @@ def _layer(params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     return hidden + jax.nn.gelu(normed @ weights["up"]) @ weights["down"]
 
 
-def _in_bf16() -> optax.GradientTransformation:
-    return optax.stateless(lambda u, _: jax.tree.map(lambda g: g.astype(jnp.bfloat16), u))
-
-
-EXCHANGES = {
+VOTES = {
     "vote": lambda axis, **options: signax.signum(1e-3, axis_name=axis, **options),
     "scaled signs": lambda axis: signax.ef_sign_sgd(1e-3, 0.9, axis_name=axis),
-    "f32 mean": lambda axis: optax.chain(signax.average_updates(axis), optax.sgd(1e-3, 0.9)),
-    "bf16 mean": lambda axis: optax.chain(
-        _in_bf16(), signax.average_updates(axis), optax.sgd(1e-3, 0.9)
-    ),
 }
+MEANS = {"f32 mean": jnp.float32, "bf16 mean": jnp.bfloat16}
+
+
+def lower_vote(mesh: Mesh, model: Model, exchange: str, number: int) -> jax.stages.Lowered:
+    """A step of `DataParallel` with a number of buckets."""
+    workers, *inside = mesh.axis_names
+    options = {"split_over": inside[0]} if inside and exchange == "vote" else {}
+    tx: Any = VOTES[exchange](workers, **options)
+    params, batch = arguments(mesh, model)
+    if number > 1:
+        own = jax.ShapeDtypeStruct((model.batch, CONTEXT + 1), jnp.int32)
+        tx = signax.in_buckets(tx, signax.find_buckets(loss_fn, params, own, number=number))
+    tx = signax.DataParallel(tx, mesh, workers)
+    return tx.train_step(loss_fn).lower(params, tx.abstract_state(params), batch)
+
+
+def lower_mean(mesh: Mesh, model: Model, dtype: Any) -> jax.stages.Lowered:
+    """A step in plain JAX: the mean of each gradient, and SGD with momentum."""
+    axes, tx = mesh.axis_names, optax.sgd(1e-3, momentum=0.9)
+
+    def step(params: Any, state: Any, tokens: jax.Array) -> Any:
+        own = lax.pcast(params, axes, to="varying")
+        loss, grads = jax.value_and_grad(loss_fn)(own, tokens)
+        means = lax.pmean(jax.tree.map(lambda g: g.astype(dtype), grads), axes)
+        means = jax.tree.map(lambda mean: mean.astype(jnp.float32), means)
+        updates, state = tx.update(means, state, params)
+        return optax.apply_updates(params, updates), state, lax.pmean(loss, axes)
+
+    whole, rows = PartitionSpec(), PartitionSpec(axes)
+    specs = {"in_specs": (whole, whole, rows), "out_specs": whole}
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh, **specs), donate_argnums=(0, 1))
+    params, batch = arguments(mesh, model)
+    state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, whole)
+        ),
+        jax.eval_shape(tx.init, params),
+    )
+    return mapped.lower(params, state, batch)
+
+
+def arguments(mesh: Mesh, model: Model) -> tuple[Any, Any]:
+    """The shapes and shardings of the parameters, and of the batch of all devices."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole),
+        shapes_of(model),
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+    shape = model.batch * mesh.size, CONTEXT + 1
+    return params, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
 
 
 @functools.cache
 def schedule(target: str, model: str, exchange: str, number: int) -> dict[str, Any]:
     """Compile a training step with a number of buckets, and read its schedule."""
     mesh, size = mesh_of(target), MODELS[model]
-    workers, *inside = mesh.axis_names
-    options = {"split_over": inside[0]} if inside and exchange == "vote" else {}
-    tx: Any = EXCHANGES[exchange](workers, **options)
-    whole = NamedSharding(mesh, PartitionSpec())
-    params = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole),
-        shapes_of(size),
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
-    tokens = jax.ShapeDtypeStruct((size.batch, CONTEXT + 1), jnp.int32)
-    if number > 1:
-        buckets = signax.find_buckets(loss_fn, params, tokens, number=number)
-        tx = signax.in_buckets(tx, buckets)
-    tx = signax.DataParallel(tx, mesh, workers)
-    rows = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
-    batch = jax.ShapeDtypeStruct((size.batch * mesh.size, CONTEXT + 1), jnp.int32, sharding=rows)
     start = time.perf_counter()
-    lowered = tx.train_step(loss_fn).lower(params, tx.abstract_state(params), batch)
-    compiled = lowered.compile()
+    if exchange in MEANS:
+        compiled = lower_mean(mesh, size, MEANS[exchange]).compile()
+    else:
+        compiled = lower_vote(mesh, size, exchange, number).compile()
     seconds = time.perf_counter() - start
     found = [one for one in diagnostics.in_flight(compiled) if one.bytes_sent > 1000]
     sent = sum(one.bytes_sent for one in found)
@@ -134,9 +163,8 @@ def schedule(target: str, model: str, exchange: str, number: int) -> dict[str, A
         "exchange": exchange,
         "buckets": number,
         "bytes_sent": sent,
-        "share_in_flight": sum(one.bytes_sent for one in found if one.beside) / sent,
+        "share_in_flight": sum(one.bytes_sent for one in found if one.beside and one.after) / sent,
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "options": compiler_options(TARGETS[target].topology["platform"]),
         "seconds": round(seconds, 1),
         "collectives": [one._asdict() for one in found],
         "text": compiled.as_text(),
@@ -151,8 +179,8 @@ def main() -> None:
     add = parser.add_argument
     add("--targets", nargs="+", default=["v5e-8", "v5e-256", "v5e-4x16", "h100-8"])
     add("--models", nargs="+", default=["gpt2", "gpt2-medium"])
-    add("--exchanges", nargs="+", default=[*EXCHANGES])
-    add("--buckets", type=int, nargs="+", default=[1, 4, 8])
+    add("--exchanges", nargs="+", default=[*VOTES, *MEANS])
+    add("--buckets", type=int, nargs="+", default=[1, 4, 12])
     add("--json", metavar="FILE", help="add results to FILE")
     add("--text", metavar="FOLDER", help="write the compiled programs to FOLDER")
     args = parser.parse_args()
@@ -160,6 +188,8 @@ def main() -> None:
     results = json.loads(path.read_text())["results"] if path and path.exists() else []
     print("target    model        exchange      buckets  in flight      sent    temporary  seconds")
     for chosen in itertools.product(args.targets, args.models, args.exchanges, args.buckets):
+        if chosen[2] in MEANS and chosen[3] > 1:
+            continue  # XLA decides how to combine them
         target, model, exchange, number = chosen
         found = schedule(*chosen)
         text = found.pop("text")

@@ -16,6 +16,7 @@ from accelerators import (
     train_program,
     vote_program,
 )
+from schedules import schedule
 
 pytestmark = pytest.mark.accelerator
 
@@ -173,3 +174,13 @@ def test_muon_computes_the_products_of_five_iterations(target):
     tokens = 16_384  # in a worker's batch, as in docs/performance.md, which says 13%
     training_step = 6 * num_parameters("gpt2") * tokens
     assert expected / training_step == pytest.approx(0.13, abs=0.005)
+
+
+@pytest.mark.parametrize("target", ["v5e-8", "h100-8"])
+def test_buckets_are_in_flight_while_the_backward_pass_goes_on(target):
+    """Embeddings are 15% of GPT-2 medium, and their gradients end the backward pass."""
+    one, buckets = (schedule(target, "gpt2-medium", "vote", number) for number in (1, 12))
+    assert one["share_in_flight"] == 0
+    assert buckets["share_in_flight"] >= 0.75
+    assert buckets["bytes_sent"] <= 1.05 * one["bytes_sent"]
+    assert buckets["temporary_bytes"] <= 1.05 * one["temporary_bytes"]

@@ -8,6 +8,7 @@ from signax._hlo.program import Instruction, Program, called, is_later_stage, op
 
 _BACKWARD = re.compile(r'op_name="[^"]*transpose\(')
 _PRODUCTS = ("dot", "convolution")
+_KERNELS = (*_PRODUCTS, "fusion", "custom-call", "call", "while", "conditional", "reduce")
 _LIBRARIES = re.compile(r'custom_call_target="[^"]*(gemm|matmul|conv|fmha|attention|dot)', re.I)
 
 
@@ -18,8 +19,8 @@ class Flight(NamedTuple):
       name: the name of the HLO instruction.
       operation: its opcode, as in :class:`signax.diagnostics.Collective`.
       bytes_sent: the bytes that one device sends.
-      beside: the number of matrix products of the backward pass between its start and its end; 0 if
-        it is synchronous.
+      beside: the number of kernels of the backward pass between its start and its end; 0 if it is
+        synchronous.
       after: the number of matrix products of the backward pass after its start.
     """
 
@@ -35,8 +36,9 @@ def in_flight(compiled: Any) -> list[Flight]:
 
     A collective is hidden if the device computes while it is in flight. A compiled program is a
     schedule: an asynchronous collective has a start and an end, with other instructions between.
-    JAX names the operations of a backward pass, so the schedule shows how many of its matrix
-    products lie between.
+    JAX names the operations of a backward pass, so the schedule shows how many of its kernels lie
+    between. The compiler puts as much between as the collective takes by its estimate, which knows
+    the device and not every link.
 
     Args:
       compiled: `jax.jit(step).lower(...).compile()`, or its HLO text. Programs for TPUs and GPUs
@@ -70,16 +72,16 @@ def in_flight(compiled: Any) -> list[Flight]:
         )
     scope = program.computations[program.entry]
     order = {name: place for place, name in enumerate(scope)}
-    products = [
-        place
+    backward = [
+        (place, _multiplies(instruction, program))
         for place, instruction in enumerate(scope.values())
-        if _BACKWARD.search(instruction.rest) and _multiplies(instruction, program)
+        if instruction.opcode in _KERNELS and _BACKWARD.search(instruction.rest)
     ]
     found = []
     for name, records in collectives_by_instruction(program).items():
         start, end = order[name], order[_end(name, program)]
-        beside = sum(start < place < end for place in products)
-        after = sum(place > start for place in products)
+        beside = sum(start < place < end for place, _ in backward)
+        after = sum(multiplies for place, multiplies in backward if place > start)
         size = sum(record.bytes_sent for record in records)
         found.append(Flight(name, records[0].operation, size, beside, after))
     return found

@@ -29,7 +29,7 @@ def find_buckets(
     pass. The last bucket has the leaves whose gradients end it, such as embeddings: no product of
     matrices is left for their exchange to hide behind. The others are cut into buckets of sizes as
     even as whole leaves allow. Gradients that end together share a bucket, so there may be fewer
-    buckets than asked for: layers in one `jax.lax.scan`, or under one `jax.checkpoint`, share one.
+    buckets than asked for: layers in one `jax.lax.scan` share one.
 
     Keep the result with the checkpoints: another version of JAX may find another order, and the
     state of :func:`signax.in_buckets` belongs to one assignment.
@@ -109,7 +109,7 @@ def _cut_evenly(sizes: list[int], number: int) -> list[tuple[int, int]]:
     for _ in range(number - 1):
         squares = np.maximum(edges[:, None] - edges[None], 0) ** 2 + least[None]
         squares[np.triu_indices(len(edges))] = np.inf
-        cuts.append(np.argmin(squares, axis=1))
+        cuts.append(len(edges) - 1 - np.argmin(squares[:, ::-1], axis=1))  # small runs come last
         least = np.min(squares, axis=1)
     runs, stop = [], len(sizes)
     for cut in reversed(cuts):

@@ -26,12 +26,12 @@ class Joined(NamedTuple):
     passed: dict[int, int]
 
 
-def find_joined(program: Program, is_update: Callable[[Any], bool]) -> Joined | None:
+def find_joined(program: Program, is_update: Callable[[Operation], bool]) -> Joined | None:
     """The maps that can be one, if there are any."""
     operations = program.operations
     maker = {value: n for n, operation in enumerate(operations) for value in operation.outputs}
     for n, update in enumerate(operations):
-        if not (_is_map(update) and is_update(update.equation)):
+        if not (_is_map(update) and is_update(update)):
             continue
         makers = {maker[value] for value in update.reads if value in maker}
         for m in sorted(makers):
@@ -52,7 +52,7 @@ def run_joined(
     """Run a program with the two maps as one, whose function `overlap` wraps."""
     operations = program.operations
     gradient, update = operations[joined.gradient], operations[joined.update]
-    first, second = (operation.equation.params for operation in (gradient, update))
+    first, second = (operation.params for operation in (gradient, update))
     own = [n for n in range(len(update.inputs)) if n not in joined.passed.values()]
 
     def of_worker(inputs: Sequence[Any], others: Sequence[Any]):
@@ -82,24 +82,24 @@ def run_joined(
 
 
 def _is_map(operation: Operation) -> bool:
-    return operation.equation.primitive.name == "shard_map"
+    return operation.name == "shard_map"
 
 
 def _axes(operation: Operation) -> Any:
-    params = operation.equation.params
+    params = operation.params
     # JAX 0.12 renamed them.
     return params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
 
 
 def _are_alike(one: Operation, other: Operation) -> bool:
     """Whether two maps are over the same axes of the same mesh."""
-    same_mesh = one.equation.params["mesh"] == other.equation.params["mesh"]
+    same_mesh = one.params["mesh"] == other.params["mesh"]
     return same_mesh and _axes(one) == _axes(other)
 
 
 def _passed(gradient: Operation, update: Operation) -> dict[int, int]:
     """Which output of one map is which input of the other, in the same layout."""
-    specs, wanted = gradient.equation.params["out_specs"], update.equation.params["in_specs"]
+    specs, wanted = gradient.params["out_specs"], update.params["in_specs"]
     outputs = {value: n for n, value in enumerate(gradient.outputs)}
     return {
         outputs[value]: n
@@ -135,7 +135,7 @@ def _descendants(operations: list[Operation], roots: set[int]) -> set[int]:
 
 def _call(operation: Operation, inputs: Sequence[Any]) -> list[Any]:
     """The outputs of a map's function for one worker's inputs."""
-    jaxpr = _untyped(operation.equation.params["jaxpr"])
+    jaxpr = _untyped(operation.params["jaxpr"])
     return call_jaxpr(jaxpr, inputs)
 
 

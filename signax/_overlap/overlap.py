@@ -86,7 +86,7 @@ def overlap(step: Callable[..., Any]) -> Callable[..., Any]:
 
         program = trace(flat, *leaves)
         values = program.evaluate(leaves)
-        joined = find_joined(program, _is_exchange)
+        joined = find_joined(program, has_exchange)
         if joined is None:
             _run(program, values)
         else:
@@ -170,7 +170,7 @@ def _exchanges(graph: "_Graph") -> tuple[list[int], dict[int, set[int]]]:
     messages: list[int] = []
     replies: dict[int, set[int]] = {}
     for n, operation in enumerate(graph.operations):
-        if _is_exchange(operation.equation):
+        if has_exchange(operation):
             awaited = graph.before([n]) & {*messages, *replies}
             if awaited:
                 replies[n] = awaited
@@ -179,12 +179,18 @@ def _exchanges(graph: "_Graph") -> tuple[list[int], dict[int, set[int]]]:
     return messages, replies
 
 
-def _is_exchange(equation: Any) -> bool:
-    if equation.primitive.name in COLLECTIVES:
-        return SCOPE in str(equation.source_info.name_stack)
-    if equation.primitive.name != "shard_map":
-        return False
-    return any(map(_is_exchange, equation.params["jaxpr"].eqns))  # of leaves sharded in a worker
+def _is_exchange(name: str, params: dict[str, Any], scope: str) -> bool:
+    if name in COLLECTIVES:
+        return SCOPE in scope
+    return name == "shard_map" and any(  # of leaves that are sharded within a worker
+        _is_exchange(e.primitive.name, e.params, str(e.source_info.name_stack))
+        for e in params["jaxpr"].eqns
+    )
+
+
+def has_exchange(operation: Operation) -> bool:
+    """Whether an operation sends votes or means."""
+    return _is_exchange(operation.name, operation.params, operation.scope)
 
 
 class _Graph(NamedTuple):
@@ -256,10 +262,12 @@ class _Graph(NamedTuple):
 
         def in_use(place: int) -> int:
             return sum(
-                variable.aval.size
+                size
                 for n in backward
                 if self.place[n] <= place
-                for value, variable in self.operations[n].results
+                for value, size in zip(
+                    self.operations[n].outputs, self.operations[n].sizes, strict=True
+                )
                 if last_use.get(value, -1) > place
             )
 

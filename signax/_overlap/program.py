@@ -1,14 +1,17 @@
 """A traced function as a list of operations, which may run in another order.
 
-A jaxpr is such a list already, but functions under `jax.jit` in it are jaxprs of their own. Here
-they are spelled out, so an operation of the backward pass stands beside those of the optimiser.
+A jaxpr is such a list already, but functions under `jax.jit` and `jax.checkpoint` in it are jaxprs
+of their own. Here they are spelled out, so all operations of the backward pass stand side by side.
 """
 
 import contextlib
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax.extend import core
 
 Value = Any  # the number of a value, or a literal
@@ -18,28 +21,22 @@ class Operation(NamedTuple):
     """One operation of a program.
 
     Attributes:
-      equation: the equation of a jaxpr.
-      jaxpr: the jaxpr that holds the equation.
-      scopes: the name scopes of the calls around it, outermost first.
+      name: the name of its primitive.
+      params: the parameters of its primitive.
+      scope: where it comes from: the name scopes around it.
       inputs: the values that it reads.
       outputs: the numbers of the values that it makes.
+      sizes: the number of elements of each of these.
+      run: a function from values read to a list of the values made.
     """
 
-    equation: Any
-    jaxpr: Any
-    scopes: tuple[str, ...]
+    name: str
+    params: dict[str, Any]
+    scope: str
     inputs: list[Value]
     outputs: list[int]
-
-    @property
-    def scope(self) -> str:
-        """Where the operation comes from: the name scopes around it."""
-        return "/".join([*self.scopes, str(self.equation.source_info.name_stack)])
-
-    @property
-    def results(self) -> list[tuple[int, Any]]:
-        """The numbers of its outputs, with the variables of the equation."""
-        return list(zip(self.outputs, self.equation.outvars, strict=True))
+    sizes: list[int]
+    run: Callable[..., list[Any]]
 
     @property
     def reads(self) -> list[int]:
@@ -49,22 +46,7 @@ class Operation(NamedTuple):
     @property
     def multiplies(self) -> bool:
         """Whether it multiplies matrices, or convolves."""
-        return _multiplies(self.equation)
-
-    def run(self, *inputs: Any) -> list[Any]:
-        """The outputs for some inputs."""
-        equation = self.equation
-        variables = [v for v in equation.invars if not isinstance(v, core.Literal)]
-        alone = self.jaxpr.replace(
-            constvars=[], invars=variables, outvars=[*equation.outvars], eqns=[equation],
-            effects=equation.effects,
-        )  # fmt: skip
-        values = zip(equation.invars, inputs, strict=True)
-        values = [value for v, value in values if not isinstance(v, core.Literal)]
-        with contextlib.ExitStack() as stack:
-            for scope in self.scopes:
-                stack.enter_context(jax.named_scope(scope))
-            return call_jaxpr(alone, values)
+        return _multiplies(self.name, self.params)
 
 
 class Program(NamedTuple):
@@ -120,47 +102,86 @@ class Evaluation:
 def trace(function: Callable[..., Any], *args: Any) -> Program:
     """Trace a function of arrays, or of their shapes."""
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-    numbers = iter(range(1 << 62))
-    constants: dict[int, Any] = {}
-    inputs = [next(numbers) for _ in closed.jaxpr.invars]
-    operations: list[Operation] = []
-    outputs = _spell_out(closed, inputs, (), operations, constants, numbers)
-    return Program(operations, constants, inputs, outputs, jax.tree.structure(shape))
+    writer = _Writer([], {}, itertools.count())
+    inputs = [next(writer.numbers) for _ in closed.jaxpr.invars]
+    outputs = writer.write(closed.jaxpr, closed.consts, inputs, ())
+    return Program(writer.operations, writer.constants, inputs, outputs, jax.tree.structure(shape))
 
 
-def _spell_out(
-    closed: Any,
-    inputs: Sequence[Value],
-    scopes: tuple[str, ...],
-    operations: list[Operation],
-    constants: dict[int, Any],
-    numbers: Iterator[int],
-) -> list[Value]:
-    """Append the operations of a jaxpr, and return its outputs."""
-    jaxpr = closed.jaxpr
-    values: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
-    for variable, constant in zip(jaxpr.constvars, closed.consts, strict=True):
-        values[variable] = number = next(numbers)
-        constants[number] = constant
+class _Writer(NamedTuple):
+    """Writes the operations of jaxprs one after the other."""
 
-    def read(atom: Any) -> Value:
-        return atom if isinstance(atom, core.Literal) else values[atom]
+    operations: list[Operation]
+    constants: dict[int, Any]
+    numbers: Iterator[int]
 
-    for equation in jaxpr.eqns:
-        read_values = [*map(read, equation.invars)]
-        if _is_plain_call(equation):
-            name = str(equation.source_info.name_stack)
-            made = _spell_out(
-                equation.params["jaxpr"], read_values, (*scopes, name) if name else scopes,
-                operations, constants, numbers,
-            )  # fmt: skip
-        elif equation.primitive.name == "reshard" and _changes_nothing(equation):
-            made = read_values
-        else:
-            made = [next(numbers) for _ in equation.outvars]
-            operations.append(Operation(equation, jaxpr, scopes, read_values, made))
-        values.update(zip(equation.outvars, made, strict=True))
-    return [*map(read, jaxpr.outvars)]
+    def write(
+        self, jaxpr: Any, constants: Sequence[Any], inputs: Sequence[Value], scopes: tuple[str, ...]
+    ) -> list[Value]:
+        """Write a jaxpr that is called in some name scopes, and return its outputs."""
+        values: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+        for variable, constant in zip(jaxpr.constvars, constants, strict=True):
+            values[variable] = number = next(self.numbers)
+            self.constants[number] = constant
+
+        def read(atom: Any) -> Value:
+            return atom if isinstance(atom, core.Literal) else values[atom]
+
+        for equation in jaxpr.eqns:
+            found = [*map(read, equation.invars)]
+            values.update(
+                zip(
+                    equation.outvars,
+                    self._write_equation(equation, jaxpr, found, scopes),
+                    strict=True,
+                )
+            )
+        return [*map(read, jaxpr.outvars)]
+
+    def _write_equation(
+        self, equation: Any, jaxpr: Any, inputs: list[Value], scopes: tuple[str, ...]
+    ) -> list[Value]:
+        """Write an equation of a jaxpr, and return its outputs."""
+        name, params = equation.primitive.name, equation.params
+        scope = str(equation.source_info.name_stack)
+        inside = (*scopes, scope) if scope else scopes
+        if name in ("jit", "pjit") and not _has_shardings(params):
+            return self.write(params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs, inside)
+        if name == "checkpoint" and params["differentiated"]:
+            # Its barrier keeps XLA from computing in the forward pass what belongs to this one.
+            inputs = self._write_barrier(equation, inputs, inside)
+            return self.write(params["jaxpr"], [], inputs, (*inside, name))
+        if name == "reshard" and equation.invars[0].aval == equation.outvars[0].aval:
+            return inputs  # it changes nothing
+        outputs = [next(self.numbers) for _ in equation.outvars]
+        sizes = [getattr(variable.aval, "size", 1) for variable in equation.outvars]
+        run = functools.partial(_run, equation, jaxpr, scopes)
+        self.operations.append(
+            Operation(name, params, "/".join(inside), inputs, outputs, sizes, run)
+        )
+        return [*outputs]
+
+    def _write_barrier(
+        self, equation: Any, inputs: list[Value], scopes: tuple[str, ...]
+    ) -> list[Value]:
+        """Write the barrier of a `jax.checkpoint` around its inputs."""
+        wanted = equation.params["prevent_cse"]
+        wanted = (wanted,) * len(inputs) if isinstance(wanted, bool) else wanted
+        behind = [n for n, one in enumerate(wanted) if one and isinstance(inputs[n], int)]
+        if not behind:
+            return inputs
+        outputs = [next(self.numbers) for _ in behind]
+        sizes = [getattr(equation.invars[n].aval, "size", 1) for n in behind]
+
+        def run(*values: Any) -> list[Any]:
+            return [*lax.optimization_barrier(values)]
+
+        read = [inputs[n] for n in behind]
+        self.operations.append(
+            Operation("optimization_barrier", {}, "/".join(scopes), read, outputs, sizes, run)
+        )
+        after = dict(zip(behind, outputs, strict=True))
+        return [after.get(n, value) for n, value in enumerate(inputs)]
 
 
 def call_jaxpr(jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
@@ -169,21 +190,28 @@ def call_jaxpr(jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
     return core.jaxpr_as_fun(closed)(*inputs)
 
 
-def _is_plain_call(equation: Any) -> bool:
-    """Whether an equation only calls a jaxpr, by `jax.jit` without shardings."""
-    if equation.primitive.name not in ("jit", "pjit"):
-        return False
-    shardings = (*equation.params["in_shardings"], *equation.params["out_shardings"])
-    return not any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)
+def _run(equation: Any, jaxpr: Any, scopes: tuple[str, ...], *inputs: Any) -> list[Any]:
+    """The outputs of one equation of a jaxpr."""
+    variables = [v for v in equation.invars if not isinstance(v, core.Literal)]
+    alone = jaxpr.replace(
+        constvars=[], invars=variables, outvars=[*equation.outvars], eqns=[equation],
+        effects=equation.effects,
+    )  # fmt: skip
+    values = zip(equation.invars, inputs, strict=True)
+    with contextlib.ExitStack() as stack:
+        for scope in scopes:
+            stack.enter_context(jax.named_scope(scope))
+        return call_jaxpr(alone, [x for v, x in values if not isinstance(v, core.Literal)])
 
 
-def _changes_nothing(equation: Any) -> bool:
-    """Whether a value already has the type that a reshard gives it."""
-    return equation.invars[0].aval == equation.outvars[0].aval
+def _has_shardings(params: dict[str, Any]) -> bool:
+    """Whether a call of `jax.jit` demands shardings."""
+    shardings = (*params["in_shardings"], *params["out_shardings"])
+    return any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)
 
 
-def _multiplies(equation: Any) -> bool:
-    if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+def _multiplies(name: str, params: dict[str, Any]) -> bool:
+    if name in ("dot_general", "conv_general_dilated"):
         return True
-    inner = core.jaxprs_in_params(equation.params)
-    return any(_multiplies(each) for jaxpr in inner for each in jaxpr.eqns)
+    inner = core.jaxprs_in_params(params)
+    return any(_multiplies(e.primitive.name, e.params) for jaxpr in inner for e in jaxpr.eqns)
