@@ -293,10 +293,9 @@ def seal(
         flat = jnp.pad(flat, ((0, 0), (0, LANES - lane)))
     sealed = flat.reshape(len(flat), -1, LANES)
     sealed = jnp.pad(sealed, ((0, 0), (0, row + 1 - sealed.shape[1]), (0, 0)))
-
-    sealed = jnp.where(header > 0, sealed, 0)
-    headers = jnp.broadcast_to(header, (len(sealed), 1, 1))
-    sealed = lax.dynamic_update_slice(sealed, headers, (0, row, lane))
+    rows, lanes = (lax.broadcasted_iota(jnp.int32, sealed.shape, axis) for axis in (1, 2))
+    is_header = (rows == row) & (lanes == lane)
+    sealed = jnp.where(is_header, header, jnp.where(header > 0, sealed, 0))
     # For an all_to_all, XLA for CPUs and GPUs takes a slice for each worker. Without the barrier
     # it would seal the message again in each slice.
     return lax.optimization_barrier(sealed)
