@@ -66,7 +66,8 @@ def overlap(step: Callable[..., Any]) -> Callable[..., Any]:
       ...     own = jax.lax.pcast(params, "data", to="varying")
       ...     updates, _ = tx.update(jax.grad(loss_fn)(own, x), tx.init(params), params)
       ...     return optax.apply_updates(params, updates)
-      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> auto = {"axis_types": (jax.sharding.AxisType.Auto,)}
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), **auto)
       >>> specs = {"in_specs": (P(), P("data")), "out_specs": P()}
       >>> mapped = jax.jit(jax.shard_map(signax.overlap(step), mesh=mesh, **specs))
       >>> print(mapped(params, jnp.ones((jax.device_count(), 2)))["last"])
