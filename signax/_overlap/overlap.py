@@ -157,6 +157,9 @@ def _find_stops(graph: Graph, messages: list[int]) -> list[_Stop]:
 def _tie(values: Evaluation, tied: list[int]) -> None:
     """Make each value wait for all of them."""
     tied = [value for value in dict.fromkeys(tied) if _is_floating_or_word(values.values[value])]
+    # Older JAX types the results of a barrier alike: a reply would no longer be replicated.
+    varying = {value: _varying(values.values[value]) for value in tied}
+    tied = [value for value in tied if varying[value] == max(varying.values(), key=len)]
     after = lax.optimization_barrier([values.values[value] for value in tied])
     values.values.update(zip(tied, after, strict=True))
 
@@ -164,6 +167,10 @@ def _tie(values: Evaluation, tied: list[int]) -> None:
 def _is_floating_or_word(value: Any) -> bool:
     dtype = jax.typeof(value).dtype  # not that of a random key, or of the gradient of an integer
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def _varying(value: Any) -> frozenset[Any]:
+    return jax.typeof(value).manual_axis_type.varying
 
 
 def _exchanges(graph: Graph) -> tuple[list[int], dict[int, set[int]]]:
