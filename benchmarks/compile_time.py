@@ -10,9 +10,9 @@ others. Programs get shapes, not arrays, and are compiled but not run.
 
 The candidates take turns, and JAX's caches are cleared before each. Seconds are CPU time of this
 process, since XLA compiles in several threads and other work on the machine would prolong a wall
-clock; the results file has both. `ratio` is a candidate's CPU time, tracing and lowering included,
-divided by that of its reference in the same round: `signax.average_updates`, followed by
-`optax.lion` for Lion, and by `optax.sgd` with momentum for the others. Goals are not asserted.
+clock; the results file has both. `ratio` divides a candidate's CPU time, tracing and lowering
+included, by its reference's in the same round. The reference is `signax.average_updates`, followed
+by `optax.lion` for Lion, and by `optax.sgd` with momentum for the others. Goals are not asserted.
 """
 
 import argparse

@@ -144,7 +144,7 @@ def program(step, training):
 
 
 def operations(jaxpr):
-    """The names of all operations in a jaxpr and the jaxprs in it, of each call anew."""
+    """Name all operations in a jaxpr and in the jaxprs that it calls."""
     names = []
     for equation in jaxpr.eqns:
         names.append(equation.primitive.name)
@@ -284,7 +284,7 @@ def test_the_step_keeps_its_name():
 
 @pytest.mark.parametrize("loss", ["unrolled", "checkpointed", "half"])
 def test_every_message_but_the_last_precedes_a_part_of_the_backward_pass(loss):
-    """Where an operation waits for a barrier, the order of operations is that of the program."""
+    """Where an operation waits for a barrier, operations keep the order of the program."""
     tx = signax.in_buckets(optimizer("signum"), BUCKETS)
     step = signax.overlap(make_step(tx, LOSSES[loss]))
     names = operations(program(step, start(tx)).jaxpr)

@@ -13,7 +13,7 @@ class Graph(NamedTuple):
 
     Attributes:
       operations: the operations.
-      backward: those of the backward pass.
+      backward: the operations of the backward pass.
       maker: the operation that makes each value.
       place: the place at which the outputs of each operation are ready, see `Program.places`.
       depth: the number of operations on the longest path to each operation.

@@ -165,7 +165,7 @@ def _tie(values: Evaluation, tied: list[int]) -> None:
 
 
 def _is_floating_or_word(value: Any) -> bool:
-    dtype = jax.typeof(value).dtype  # not that of a random key, or of the gradient of an integer
+    dtype = jax.typeof(value).dtype  # random keys and gradients of integers have others
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 

@@ -32,10 +32,10 @@ def in_buckets(
 
     A vote on all leaves in one message has to wait for the last gradient, since a worker whose
     gradient is not finite takes no part. With buckets the message of bucket b waits for the
-    gradients of buckets 0 to b alone, and travels while the backward pass computes those of later
+    gradients of buckets 0 to b alone, and travels while the backward pass computes gradients of later
     buckets: see :func:`signax.overlap` and :func:`signax.find_buckets`.
 
-    Updates are those of `inner` by itself, as long as all workers take part and `inner` treats
+    Updates equal those of `inner` by itself, as long as all workers take part and `inner` treats
     leaves one by one: bit for bit after a vote, a mean of signs or a mean, and up to the rounding
     of scales after the others. Put transformations of the whole tree before, such as a clip by the
     global norm. Random transformations draw other numbers, and the same in each bucket. With
