@@ -32,8 +32,8 @@ def in_buckets(
 
     A vote on all leaves in one message has to wait for the last gradient, since a worker whose
     gradient is not finite takes no part. With buckets the message of bucket b waits for the
-    gradients of buckets 0 to b alone, and travels while the backward pass computes gradients of later
-    buckets: see :func:`signax.overlap` and :func:`signax.find_buckets`.
+    gradients of buckets 0 to b alone, and travels while the backward pass goes on: see
+    :func:`signax.overlap` and :func:`signax.find_buckets`.
 
     Updates equal those of `inner` by itself, as long as all workers take part and `inner` treats
     leaves one by one: bit for bit after a vote, a mean of signs or a mean, and up to the rounding
