@@ -87,7 +87,7 @@ def short_of_infinity(values: jax.Array, *causes: jax.Array) -> jax.Array:
     most = float(jnp.finfo(values.dtype).max) * (1 - 2.0**-7)
     values = jnp.clip(values, -most, most)
     for cause in causes:
-        values += (0 * cause).astype(values.dtype)  # NaN, unless the cause is finite
+        values += (cause - cause).astype(values.dtype)  # NaN, unless the cause is finite
     return values
 
 

@@ -241,20 +241,20 @@ def mark_nonfinite(new_updates: Any, updates: Any, new_state: Any) -> Any:
     for node in jax.tree.leaves(new_state, is_leaf=is_like_updates):
         if is_like_updates(node):
             beside.append(jax.tree.leaves(node))
-        else:
+        elif jnp.issubdtype(node.dtype, jnp.floating):
             rest.append(node)
-    rest_finite = jnp.where(all_finite(rest), 0.0, jnp.nan)
-
-    def mark(new: jax.Array, *others: jax.Array):
-        floating = [other for other in others if jnp.issubdtype(other.dtype, jnp.floating)]
-        for other in (rest_finite, *floating):
-            new += (0 * other).astype(new.dtype)  # NaN, unless the other is finite
-        return new
-
     new_leaves, new_structure = jax.tree.flatten(new_updates)
-    return new_structure.unflatten(
-        [mark(new, *others) for new, *others in zip(new_leaves, *beside, strict=True)]
-    )
+    marked = []
+    for new, *others in zip(new_leaves, *beside, strict=True):
+        for other in others:
+            if jnp.issubdtype(other.dtype, jnp.floating):
+                new += (other - other).astype(new.dtype)  # NaN, unless the other is finite
+        marked.append(new)
+    position = next((n for n, leaf in enumerate(marked) if leaf.size), None)
+    if rest and position is not None:
+        mark = jnp.where(all_finite(rest), 0, jnp.nan)
+        marked[position] += mark.astype(marked[position].dtype)
+    return new_structure.unflatten(marked)
 
 
 def hold(finite: jax.Array, state: Any, new_state: Any) -> Any:

@@ -115,7 +115,7 @@ def exchange(
     participates = take_part(finite, active)
     header = make_header(worker.index, worker.coin, worker.tie, participates)
 
-    updates = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like]
+    updates = [None if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for leaf in like]
     verdict = jnp.asarray([lax.axis_size(route.axis_name), 0], jnp.uint32)  # if nothing is sent
     counts, kept = [], list(memory)
     for group, message in zip(groups, messages, strict=True):

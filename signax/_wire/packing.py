@@ -130,16 +130,16 @@ def unpack_leaves(
         _unpack_array(words, shape, unpacker)
         for words, shape in zip(cut(plane, [fold(s).words for s in shapes]), shapes, strict=True)
     ]
-    bits = [jnp.zeros(leaf.shape, jnp.bool_) for leaf in leaves]  # if empty
-    for n, array in zip(large, arrays, strict=False):
-        bits[n] = array
+    bits = dict(zip(large, arrays, strict=False))
     if small:
         sizes = [math.prod(leaves[n].shape) for n in small]
         for n, size, flat in zip(small, sizes, cut(arrays[-1], map(_even, sizes)), strict=True):
             bits[n] = flat[:size].reshape(leaves[n].shape)
-    if not inverts_odd:
-        return bits
-    return [_invert_odd(each) for each in bits]
+    if inverts_odd:
+        bits = {n: _invert_odd(each) for n, each in bits.items()}
+    return [
+        bits[n] if n in bits else jnp.zeros(leaf.shape, jnp.bool_) for n, leaf in enumerate(leaves)
+    ]
 
 
 @jax.jit
