@@ -14,9 +14,10 @@ The benchmark times a whole update from each worker's own gradient, `p - learnin
 compiled, with donated parameters. A vote's time includes the check for NaN, packing, counting and
 unpacking. The candidates take turns, with one step of each candidate per round and a barrier before
 each step. The time of a step is its slowest worker's time. `none` applies the worker's own sign and
-sends nothing: its time is the floor of all times. All workers share this machine's cores, with one
-thread of computation each. Computation therefore weighs more here than on separate machines.
-PyTorch's all_reduce, if PyTorch is installed, runs by itself after the other candidates.
+sends nothing. Its time is the floor of all times; what a step takes beyond it is *exposed*, the
+price of the exchange. `unsent vote` packs and unpacks, and sends nothing. All workers share this
+machine's cores, with one thread of computation each. Computation therefore weighs more here than on
+separate machines. PyTorch's all_reduce, if PyTorch is installed, runs by itself after the others.
 
 The table shows the bytes that one worker sends per step: the bytes of the compiled program, and the
 bytes that its network interface counts, with headers and acknowledgements. `wire ms` is the
@@ -42,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from namespaces import Links, bits_per_second, loopback, milliseconds, namespaces, unavailable
-from network_worker import EXCHANGES, TORCH
+from network_worker import EXCHANGES, TORCH, UNSENT
 from report import print_table, save, save_bars, summary
 
 here = Path(__file__).parent
@@ -146,6 +147,8 @@ def run_setting(setting: dict[str, Any]) -> dict[str, Any]:
     for candidate in candidates.values():
         sent = candidate["hlo_bytes"]
         candidate["wire_seconds"] = sent * 8 / rate if sent and rate < math.inf else None
+        if "none" in candidates:
+            candidate["exposed_seconds"] = candidate["median"] - candidates["none"]["median"]
         if "vote" in candidates:
             candidate["times_the_vote"] = candidate["median"] / candidates["vote"]["median"]
         if not limited:
@@ -230,7 +233,7 @@ def wait(processes: Sequence[subprocess.Popen], logs: Sequence[Path]) -> None:
 
 def combine(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One candidate's results over all workers. The time of a step is its slowest worker's time."""
-    if name != "none" and len({report.get("parameters") for report in reports}) > 1:
+    if name not in UNSENT and len({report.get("parameters") for report in reports}) > 1:
         sys.exit(f"error: {name} has left the workers with different parameters")
     seconds = [max(times) for times in zip(*(r["seconds"] for r in reports), strict=True)]
     return {
@@ -259,12 +262,16 @@ def print_result(result: dict[str, Any]) -> None:
         wire = candidate["wire_seconds"]
         fastest, median, slowest = (candidate[key] * 1e3 for key in ("min", "median", "max"))
         row = [name, f"{median:,.1f}", f"{fastest:,.1f}..{slowest:,.1f}"]
+        exposed = candidate.get("exposed_seconds")
+        row.append(text(exposed and exposed * 1e3, ",.1f"))
         row += [text(candidate[key], ",") for key in ("hlo_bytes", "counted_bytes")]
         row += [text(wire and wire * 1e3, ",.1f"), text(wire and median / wire / 1e3, ".2f")]
         rows.append([*row, text(candidate.get("times_the_vote"), ".2f")])
     print(f"\n{title(result)} in {result['leaves']} leaf(s), {result['rounds']} rounds")
     bytes_sent = ("bytes (HLO)", "bytes (counted)")
-    print_table(("", "median ms", "range", *bytes_sent, "wire ms", "/ wire", "/ vote"), rows)
+    print_table(
+        ("", "median ms", "range", "exposed ms", *bytes_sent, "wire ms", "/ wire", "/ vote"), rows
+    )
     vote = result["candidates"].get("vote")
     if vote and result["burst_bytes"]:
         burst, sent = result["burst_bytes"], vote["hlo_bytes"]

@@ -53,13 +53,22 @@ def none(gradients: Any, step: jax.Array) -> Any:
     return jax.tree.map(jnp.sign, gradients)
 
 
+def unsent_vote(gradients: Any, step: jax.Array) -> Any:
+    """A vote of this worker alone: what packing and unpacking take beside the exchange."""
+    alone = jax.tree.map(lambda gradient: gradient[None], gradients)
+    voted = jax.vmap(lambda own: signax.pvote(own, "alone", step=step), axis_name="alone")(alone)
+    return jax.tree.map(lambda sign: sign[0], voted)
+
+
 EXCHANGES = {
     "vote": vote,
     "f32 mean": f32_mean,
     "bf16 mean": bf16_mean,
     "int8 psum": int8_psum,
+    "unsent vote": unsent_vote,
     "none": none,
 }
+UNSENT = ("unsent vote", "none")  # with these parameters differ between workers
 
 
 class Stepper:
@@ -83,9 +92,9 @@ def run_jax(task: dict[str, Any]) -> dict[str, Any]:
     mesh = jax.make_mesh((task["workers"],), ("workers",), axis_types=(AxisType.Auto,))
     split, whole = PartitionSpec("workers"), PartitionSpec()
 
-    def compile_step(exchange, parameters, gradients):
+    def compile_step(name, parameters, gradients):
         def update(parameters, gradients, step):
-            direction = exchange(jax.tree.map(lambda g: g[0], gradients), step)
+            direction = EXCHANGES[name](jax.tree.map(lambda g: g[0], gradients), step)
             return jax.tree.map(lambda p, d: p - learning_rate * d, parameters, direction)
 
         mapped = jax.shard_map(
@@ -93,7 +102,7 @@ def run_jax(task: dict[str, Any]) -> dict[str, Any]:
             mesh=mesh,
             in_specs=(whole, split, whole),
             out_specs=whole,
-            check_vma=exchange is not none,  # with `none` parameters differ between workers
+            check_vma=name not in UNSENT,
         )
         return jax.jit(mapped, donate_argnums=0).lower(parameters, gradients, np.int32(0)).compile()
 
@@ -106,7 +115,7 @@ def run_jax(task: dict[str, Any]) -> dict[str, Any]:
     steps = {}
     for name in task["candidates"]:
         zeros = [place(np.zeros(size, np.float32), whole) for size in sizes]
-        steps[name] = Stepper(compile_step(EXCHANGES[name], zeros, gradients), zeros, gradients)
+        steps[name] = Stepper(compile_step(name, zeros, gradients), zeros, gradients)
 
     one = place(np.ones(1, np.float32), split)
     add = jax.shard_map(

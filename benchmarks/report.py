@@ -38,9 +38,26 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "tcp_congestion_control": algorithm.read_text().strip() if algorithm.exists() else None,
         "python": platform.python_version(),
+        "idle": idle_share(),
         **versions("jax", "jaxlib", "signax", "torch"),
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     }
+
+
+def idle_share(seconds: float = 1.0) -> float | None:
+    """The share of all cores' time in which they are idle, or `None` where Linux cannot tell."""
+    counters = Path("/proc/stat")
+    if not counters.exists():
+        return None
+
+    def read() -> tuple[int, int]:
+        ticks = [int(number) for number in counters.read_text().splitlines()[0].split()[1:]]
+        return ticks[3] + ticks[4], sum(ticks[:8])  # idle and waiting for disks; all
+
+    idle, total = read()
+    time.sleep(seconds)
+    idle, total = (after - before for before, after in zip((idle, total), read(), strict=True))
+    return round(idle / total, 3)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -109,7 +109,7 @@ def test_network_reports_plausible_bytes_and_times(start, tmp_path):
         *("network.py", "--workers", workers, "--parameters", parameters, "--rounds", 2),
         *("--rate", "100mbit", "--leaves", 3),
         *("--json", tmp_path / "out" / "network.json", "--figure", tmp_path / "network.png"),
-        *("--candidates", "vote", "f32 mean", "int8 psum", "none"),
+        *("--candidates", "vote", "f32 mean", "int8 psum", "unsent vote", "none"),
     )
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -122,7 +122,7 @@ def test_network_reports_plausible_bytes_and_times(start, tmp_path):
     [result] = report["results"]
     assert (result["workers"], result["parameters"]) == (workers, parameters)
     candidates = result["candidates"]
-    assert [*candidates] == ["vote", "f32 mean", "int8 psum", "none"]
+    assert [*candidates] == ["vote", "f32 mean", "int8 psum", "unsent vote", "none"]
 
     tree = jax.ShapeDtypeStruct((parameters,), jnp.float32)
     mean = diagnostics.wire_bytes(tree, workers, scheme="mean")
@@ -130,6 +130,7 @@ def test_network_reports_plausible_bytes_and_times(start, tmp_path):
         "vote": diagnostics.wire_bytes(tree, workers),
         "f32 mean": mean,
         "int8 psum": mean / 4,
+        "unsent vote": 0,
         "none": 0,
     }
     for name, candidate in candidates.items():
@@ -137,7 +138,10 @@ def test_network_reports_plausible_bytes_and_times(start, tmp_path):
         assert len(candidate["seconds"]) == 2
         assert 0 < candidate["min"] <= candidate["median"] <= candidate["max"]
         assert f"{candidate['hlo_bytes']:,}" in printed
+        beyond = candidate["median"] - candidates["none"]["median"]
+        assert candidate["exposed_seconds"] == pytest.approx(beyond)
     assert candidates["vote"]["times_the_vote"] == 1
+    assert 0 <= report["machine"]["idle"] <= 1
 
     if result["link"] == "loopback":
         assert "NO RATE LIMIT" in printed
