@@ -7,6 +7,7 @@ import pytest
 import references
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType, PartitionSpec
 
 from signax._wire import words
 from signax._wire.words import LANES, LARGE_PART, part_words, sealed_words
@@ -133,6 +134,17 @@ def test_unseal_inverts_seal(share, planes):
     found, headers = words.unseal(sealed, [share] * planes)
     np.testing.assert_array_equal(found, rows)
     np.testing.assert_array_equal(headers, [7, 7, 7])
+
+
+def test_messages_on_explicit_axes_are_sealed_like_others():
+    planes = np.random.default_rng(0).integers(1, 2**32, (4, 256), dtype=np.uint32)
+    expected = words.seal([jnp.asarray(planes)], jnp.uint32(7))
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        sealed = jax.jit(words.seal)(
+            [jax.device_put(planes, PartitionSpec("model"))], jnp.uint32(7)
+        )
+    np.testing.assert_array_equal(sealed, expected)
 
 
 @pytest.mark.parametrize("share", [64, 127, 128])
