@@ -56,6 +56,34 @@ def test_the_measured_table_matches_the_sweep():
     assert set(printed) <= set(rows)
 
 
+def test_the_tables_of_schedules_match_the_compiled_programs():
+    results = json.loads((RESULTS / "overlap.json").read_text())["results"]
+    found = {(r["model"], r["exchange"], r["buckets"], r["target"]): r for r in results}
+    names = {"vote": "vote", "scaled signs": "`ef_sign_sgd`"}
+
+    def cells(result):
+        size = f"{result['bytes_sent'] / 1e6:,.{0 if result['bytes_sent'] > 1e9 else 1}f} MB"
+        share = f"{result['share_in_flight']:.0%}"
+        return [size, share, f"{result['temporary_bytes'] / 1e9:.2f} GB"]
+
+    rows = []
+    for model, exchange, buckets in dict.fromkeys(key[:3] for key in found):
+        name = f"{exchange}, plain JAX"
+        if exchange in names:
+            name = f"{names[exchange]}, {'one message' if buckets == 1 else f'{buckets} buckets'}"
+        node, tpus, slices = (
+            found.get((model, exchange, buckets, target))
+            for target in ("h100-8", "v5e-8", "v5e-4x16")
+        )
+        if node and tpus:
+            assert node["bytes_sent"] == tpus["bytes_sent"]
+            rows.append(row_of(name, *cells(node), *cells(tpus)[1:]))
+        if slices:
+            rows.append(row_of(name, *cells(slices)))
+    printed = re.findall(r"^\| .* [MG]B .*\|$", PAGES["overlap"].replace("**", ""), re.MULTILINE)
+    assert sorted(printed) == sorted(rows)
+
+
 def test_the_modelled_table_matches_the_model():
     table = PAGES["performance"]
     table = table[table.index("each worker's link") :]

@@ -198,6 +198,75 @@ def test_large_leaves_have_buckets_of_their_own():
     assert found == {"layer0": 2, "layer1": 1, "layer2": 0, "layer3": 0}
 
 
+# The number of buckets by default. A message has a bit for each parameter.
+
+
+def find_number(monkeypatch, widths, *, backend="gpu", **options):
+    """The number of buckets for a chain of matrices between layers of some widths."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    shapes = {f"layer{n}": shape for n, shape in enumerate(itertools.pairwise(widths))}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+    def loss(params, inputs):
+        return mlp(params, inputs, layers=len(shapes))
+
+    inputs = jax.ShapeDtypeStruct((4, widths[0]), jnp.float32)
+    found = signax.find_buckets(loss, params, inputs, **options)
+    numbers = {*jax.tree.leaves(found)}
+    assert numbers == {*range(len(numbers))}
+    return len(numbers)
+
+
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+@pytest.mark.parametrize(
+    ("min_bytes", "number"),
+    [
+        (8, 6),  # a matrix of 8 x 8 takes 8 bytes
+        (9, 3),  # two or three matrices, and the last
+        (16, 3),
+        (17, 2),
+        (40, 2),
+        (41, 1),
+    ],
+)
+def test_every_message_but_the_last_has_the_least_bytes(monkeypatch, backend, min_bytes, number):
+    widths = [WIDTH] * 7
+    assert find_number(monkeypatch, widths, backend=backend, min_bytes=min_bytes) == number
+
+
+def test_a_leaf_that_is_too_small_joins_another(monkeypatch):
+    # 16, 8, 4, 8 and 16 bytes in the order of the backward pass, and the last layer with 8 bytes
+    widths = [8, 8, 16, 4, 8, 8, 16]
+    sizes = [a * b // 8 for a, b in itertools.pairwise(widths)]
+    assert sizes == [8, 16, 8, 4, 8, 16]
+    assert find_number(monkeypatch, widths, min_bytes=4) == 6
+    assert find_number(monkeypatch, widths, min_bytes=5) == 5
+    assert find_number(monkeypatch, widths, min_bytes=16) == 4
+    assert find_number(monkeypatch, widths, min_bytes=17) == 3
+
+
+def test_a_small_last_layer_does_not_stop_the_others(monkeypatch):
+    assert find_number(monkeypatch, [1, *[WIDTH] * 4], min_bytes=8) == 4
+
+
+def test_there_are_at_most_twelve_buckets(monkeypatch):
+    assert find_number(monkeypatch, [WIDTH] * 31, min_bytes=1) == 12
+    assert find_number(monkeypatch, [WIDTH] * 31, min_bytes=1, number=30) == 30
+
+
+def test_a_message_has_a_mebibyte_by_default(monkeypatch):
+    width = 2**20  # eight such rows are 8 x 2**20 bits
+    assert find_number(monkeypatch, [8, width, 8]) == 2
+    assert find_number(monkeypatch, [8, width - 1, 8]) == 1
+
+
+def test_a_cpu_has_one_bucket_unless_told_otherwise(monkeypatch):
+    widths = [WIDTH] * 7
+    assert find_number(monkeypatch, widths, backend="cpu", min_bytes=8) == 1
+    assert find_number(monkeypatch, widths, backend="cpu", min_bytes=8, number="auto") == 1
+    assert find_number(monkeypatch, widths, backend="cpu", min_bytes=8, number=3) == 3
+
+
 # Wrong arguments.
 
 
@@ -208,6 +277,10 @@ def test_large_leaves_have_buckets_of_their_own():
         (-2, ValueError, "number=-2 must be at least 1"),
         (2.5, TypeError, r"number=2\.5 must be a whole number"),
         ("3", TypeError, "number='3' must be a whole number"),
+        ("many", TypeError, "number='many' must be a whole number, or \"auto\""),
+        (True, TypeError, "number=True must be a whole number"),
+        (1.5, TypeError, r"number=1\.5 must be a whole number"),
+        (-1, ValueError, "number=-1 must be at least 1"),
         (None, TypeError, "number=None must be a whole number"),
         (6, ValueError, "number=6 exceeds the 5 leaves of params"),
     ],
@@ -215,3 +288,11 @@ def test_large_leaves_have_buckets_of_their_own():
 def test_rejects_wrong_numbers(number, kind, message):
     with pytest.raises(kind, match=message):
         signax.find_buckets(mlp, PARAMS, INPUTS, number=number)
+
+
+@pytest.mark.parametrize(
+    ("min_bytes", "kind"), [(0, ValueError), (-5, ValueError), (1e6, TypeError)]
+)
+def test_rejects_wrong_sizes_of_messages(min_bytes, kind):
+    with pytest.raises(kind, match=f"min_bytes={min_bytes} must be"):
+        signax.find_buckets(mlp, PARAMS, INPUTS, min_bytes=min_bytes)

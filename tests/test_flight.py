@@ -75,6 +75,24 @@ ENTRY %main (w: u32[1,128], x: f32[8,8]) -> u32[8,128] {{
 }}
 """
 
+# Two slices of 4 chips. Transfers between slices are a send, and transfers inside a collective.
+GATHER = '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"'
+HOST = f"is_host_transfer=true, frontend_attributes={{{GATHER}}}"
+SLICES = f"""HloModule step, is_scheduled=true, num_partitions=4
+ENTRY %main (x: f32[8,8], w: u32[1,128]) -> f32[8,8] {{
+  %x = f32[8,8] parameter(0)
+  %w = u32[1,128] parameter(1)
+  %token = token[] after-all()
+  %send = (u32[1,128], u32[], token[]) send(%w, %token), {HOST}
+  %recv = (u32[2,128], u32[], token[]) recv(%token), {HOST}
+  %first = f32[8,8] convolution(%x, %x), dim_labels=bf_io->bf, {BACKWARD}
+  %sum = f32[8,8] all-reduce(%first), replica_groups=[1,4]<=[4], to_apply=%add
+  %send-done = token[] send-done(%send), is_host_transfer=true
+  %recv-done = (u32[2,128], token[]) recv-done(%recv), is_host_transfer=true
+  ROOT %second = f32[8,8] convolution(%sum, %x), dim_labels=bf_io->bf, {BACKWARD}
+}}
+"""
+
 
 def test_counts_kernels_of_the_backward_pass_beside_a_collective():
     early, late, total = diagnostics.in_flight(GPU)
@@ -89,6 +107,38 @@ def test_follows_an_overlapped_collective_of_a_tpu_through_its_fusions():
     assert (first.name, first.operation) == ("async-collective-start", "all-gather")
     assert (first.bytes_sent, first.beside, first.after) == (7 * 128 * 4, 1, 2)
     assert (last.name, last.beside, last.after) == ("gathered", 0, 0)
+
+
+def test_a_transfer_between_slices_is_in_flight_from_send_to_done():
+    send, total = diagnostics.in_flight(SLICES)
+    assert (send.name, send.operation, send.bytes_sent) == ("send", "megascale-all-gather", 512)
+    assert (send.beside, send.after) == (1, 2)
+    assert (total.operation, total.beside, total.after) == ("all-reduce", 0, 1)
+
+
+def test_collectives_may_be_chosen_by_the_axes_that_they_cross():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("slice", "chip"))
+    send, total = diagnostics.in_flight(SLICES)
+    for crossing, expected in [
+        ("slice", [send]),
+        ("chip", [total]),
+        (("slice", "chip"), [send, total]),
+    ]:
+        found = diagnostics.in_flight(SLICES, mesh=mesh, crossing=crossing)
+        assert found == expected
+        sizes = diagnostics.collective_bytes(SLICES, mesh=mesh, crossing=crossing)
+        assert sum(one.bytes_sent for one in found) == sizes
+    assert diagnostics.in_flight(SLICES, mesh=mesh) == [send, total]
+
+
+def test_rejects_an_axis_that_the_mesh_does_not_have():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("slice", "chip"))
+    with pytest.raises(ValueError, match="crossing='host' names 'host', which is no axis of mesh"):
+        diagnostics.in_flight(SLICES, mesh=mesh, crossing="host")
+    with pytest.raises(ValueError, match="crossing='slice' needs a mesh"):
+        diagnostics.in_flight(SLICES, crossing="slice")
+    with pytest.raises(ValueError, match="mesh has 8 devices"):
+        diagnostics.in_flight(GPU.replace("num_partitions=8", "num_partitions=4"), mesh=mesh)
 
 
 def test_a_program_without_collectives_has_none_in_flight():

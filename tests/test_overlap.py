@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from jax.sharding import PartitionSpec
 from workers import auto_mesh
 
 import signax
+from signax._overlap.overlap import compiler_options
+from signax._wire import words
+from signax._wire.words import CHUNK
 
 thorough = pytest.mark.thorough
 NUM_WORKERS, WIDTH = 8, 6
@@ -251,8 +255,12 @@ def test_faults_exclude_the_same_workers():
         assert [*map(int, voters)] == [8, 8, 7]
 
 
-@pytest.mark.parametrize("name", [pytest.param("signum", marks=thorough), "ef_sign_sgd"])
-def test_train_step_equals_a_gradient_and_an_update_bit_for_bit(name):
+@pytest.mark.parametrize(
+    ("name", "chunk"),
+    [pytest.param("signum", CHUNK, marks=thorough), ("signum", 2), ("ef_sign_sgd", CHUNK)],
+)
+def test_train_step_equals_a_gradient_and_an_update_bit_for_bit(name, chunk, monkeypatch):
+    monkeypatch.setattr(words, "CHUNK", chunk)  # with more workers than 2 * CHUNK a loop counts
     mesh = auto_mesh({"data": NUM_WORKERS})
     tx = signax.DataParallel(signax.in_buckets(optimizer(name), BUCKETS), mesh)
     gradient, step = tx.value_and_grad(dropped), tx.train_step(dropped)
@@ -271,6 +279,21 @@ def test_train_step_equals_a_gradient_and_an_update_bit_for_bit(name):
         expected = plain(*expected[:2], own, key)
         found = step(*found[:2], own, key=key)
     assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "slices", "is_async"),
+    [
+        ("TPU v5 lite", [0] * 16, True),
+        ("TPU v5 lite", [0] * 32, False),  # XLA rejects the option
+        ("TPU v5 lite", [0] * 16 + [1] * 16, True),
+        ("TPU v4", [0] * 32, True),
+    ],
+)
+def test_compiler_options_depend_on_the_slice(kind, slices, is_async):
+    devices = [SimpleNamespace(device_kind=kind, platform="tpu", slice_index=n) for n in slices]
+    options = compiler_options(SimpleNamespace(devices=np.array(devices)))
+    assert options == ({"xla_tpu_enable_async_all_to_all": "true"} if is_async else {})
 
 
 def test_the_step_keeps_its_name():

@@ -191,7 +191,7 @@ class DataParallel(GradientsOnMesh):
             has = has_buckets(layout.structure.unflatten(layout.leaves))
             return (overlap(step) if has else step)(params, state, *more, **keywords)
 
-        options = compiler_options(self.mesh.devices.flat[0].platform)
+        options = compiler_options(self.mesh)
         return jax.jit(step_in_order, donate_argnums=(0, 1), compiler_options=options or None)
 
 

@@ -101,7 +101,7 @@ def collective_bytes(
       >>> diagnostics.collective_bytes(hlo, mesh=mesh, crossing="host")
       0
     """
-    axes = None if crossing is None else _check_crossing(crossing, mesh)
+    axes = None if crossing is None else check_crossing(crossing, mesh)
     found = _collectives(compiled, mesh, unknown_trip_count, axes)
     return sum(record.bytes_sent * record.count for record in found)
 
@@ -281,7 +281,7 @@ def _times(records: list[Collective], times: int) -> list[Collective]:
     return [record._replace(count=record.count * times) for record in records]
 
 
-def _check_crossing(
+def check_crossing(
     crossing: Hashable | tuple[Hashable, ...], mesh: Mesh | AbstractMesh | None
 ) -> frozenset[Hashable]:
     if mesh is None:

@@ -1,9 +1,13 @@
 """Collectives in flight beside the backward pass, read from the schedule of a compiled program."""
 
 import re
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-from signax._hlo.collectives import collectives_by_instruction
+from jax.sharding import AbstractMesh, Mesh
+
+from signax._hlo.axes import place
+from signax._hlo.collectives import check_crossing, collectives_by_instruction
 from signax._hlo.program import Instruction, Program, called, is_later_stage, operands, parse
 
 _BACKWARD = re.compile(r'op_name="[^"]*transpose\(')
@@ -31,7 +35,12 @@ class Flight(NamedTuple):
     after: int
 
 
-def in_flight(compiled: Any) -> list[Flight]:
+def in_flight(
+    compiled: Any,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    crossing: Hashable | tuple[Hashable, ...] | None = None,
+) -> list[Flight]:
     """The collectives of a compiled training step, in order, and what runs beside them.
 
     A collective is hidden if the device computes while it is in flight. A compiled program is a
@@ -43,12 +52,17 @@ def in_flight(compiled: Any) -> list[Flight]:
     Args:
       compiled: `jax.jit(step).lower(...).compile()`, or its HLO text. Programs for TPUs and GPUs
         are schedules. Programs for CPUs are not, and their collectives are synchronous.
+      mesh: the mesh that the program was compiled for. Needed for `crossing` only.
+      crossing: the name of a mesh axis, or a tuple of names. Only collectives that cross one of
+        these axes are listed, as in :func:`collective_bytes`.
 
     Returns:
       A record for each collective outside loops and conditions.
 
     Raises:
-      ValueError: the text is not compiled HLO, or not a schedule.
+      TypeError: `mesh` is not a mesh.
+      ValueError: the text is not compiled HLO, or not a schedule; `crossing` names no axis of
+        `mesh`, or `mesh` has other devices than the program.
 
     Examples:
       >>> from signax import diagnostics
@@ -70,6 +84,8 @@ def in_flight(compiled: Any) -> list[Flight]:
             "compiled is not a schedule: compile for a TPU or a GPU, or pass the text of the "
             "compiled program, not of the lowered one"
         )
+    axes = None if crossing is None else check_crossing(crossing, mesh)
+    placement = None if mesh is None else place(compiled, program, mesh)
     scope = program.computations[program.entry]
     order = {name: place for place, name in enumerate(scope)}
     backward = [
@@ -78,7 +94,7 @@ def in_flight(compiled: Any) -> list[Flight]:
         if instruction.opcode in _KERNELS and _BACKWARD.search(instruction.rest)
     ]
     found = []
-    for name, records in collectives_by_instruction(program).items():
+    for name, records in collectives_by_instruction(program, placement, 1, axes).items():
         start, end = order[name], order[_end(name, program)]
         beside = sum(start < place < end for place, _ in backward)
         after = sum(multiplies for place, multiplies in backward if place > start)
@@ -100,7 +116,8 @@ def _end(name: str, program: Program) -> str:
     """The name of the instruction that ends a collective; its own name if it is synchronous."""
     scope = program.computations[program.entry]
     end, stages = name, {name}
-    is_start = name.startswith("async-collective-start") or scope[name].opcode.endswith("-start")
+    opcode = scope[name].opcode
+    is_start = name.startswith("async-collective-start") or opcode.endswith(("-start", "send"))
     for instruction in list(scope.values()) if is_start else []:
         if stages.isdisjoint(operands(instruction.rest)):
             continue

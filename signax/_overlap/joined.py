@@ -4,12 +4,14 @@
 two maps a program holds all gradients. In one map an exchange may begin before the last of them.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.extend import core
 
-from signax._overlap.program import Evaluation, Operation, Program, call_jaxpr
+from signax._overlap.program import Evaluation, Operation, Program, run_equation
 
 
 class Joined(NamedTuple):
@@ -135,8 +137,30 @@ def _descendants(operations: list[Operation], roots: set[int]) -> set[int]:
 
 def _call(operation: Operation, inputs: Sequence[Any]) -> list[Any]:
     """The outputs of a map's function for one worker's inputs."""
-    jaxpr = _untyped(operation.params["jaxpr"])
-    return call_jaxpr(jaxpr, inputs)
+    return _evaluate(_untyped(operation.params["jaxpr"]), [], inputs)
+
+
+def _evaluate(jaxpr: Any, constants: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    """The outputs of a jaxpr where no types are checked."""
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        found = [*map(read, equation.invars)]
+        if equation.primitive.name == "pvary":
+            outputs = found  # only its result has a type here, and a scan mixes no types
+        elif equation.primitive.name == "scan":
+            closed = equation.params["jaxpr"]
+            body = functools.partial(_evaluate, closed.jaxpr, closed.consts)
+            shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in closed.in_avals]
+            untyped = jax.make_jaxpr(lambda *xs, body=body: body(xs))(*shapes)
+            outputs = equation.primitive.bind(*found, **{**equation.params, "jaxpr": untyped})
+        else:
+            outputs = run_equation(equation, jaxpr, (), *found)
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [*map(read, jaxpr.outvars)]
 
 
 def _untyped(jaxpr: Any) -> Any:

@@ -11,6 +11,7 @@ waits, and so do the exchanges. Barriers leave no choice. With three buckets, wh
     the other half           g1 arrives         pack 2     send a2, then g2
 """
 
+import collections
 import functools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from signax._overlap.graph import Graph
 from signax._overlap.joined import find_joined, run_joined
@@ -28,9 +30,13 @@ COLLECTIVES = ("all_to_all", "all_gather", "all_gather_invariant", "psum", "psum
 OPTIONS: dict[str, dict[str, Any]] = {"tpu": {"xla_tpu_enable_async_all_to_all": "true"}}
 
 
-def compiler_options(platform: str) -> dict[str, Any]:
-    """XLA's options for asynchronous exchanges on a platform, where they are not the default."""
-    return OPTIONS.get(platform, {})
+def compiler_options(mesh: Mesh) -> dict[str, Any]:
+    """XLA's options for asynchronous exchanges on a mesh, where they are not the default."""
+    devices = [*mesh.devices.flat]
+    in_slice = max(collections.Counter(getattr(d, "slice_index", 0) for d in devices).values())
+    if devices[0].device_kind == "TPU v5 lite" and in_slice > 16:
+        return {}  # its compiler rejects them: "not supported on limited ICI"
+    return OPTIONS.get(devices[0].platform, {})
 
 
 def overlap(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +116,7 @@ def _run(program: Program, values: Evaluation) -> None:
         finished.update(wanted)
 
     in_flight: list[int] = []
-    stops = _find_stops(graph, messages) if len(messages) > 1 else []
+    stops = _find_stops(graph, messages, replies) if len(messages) > 1 else []
     for stop, message in stops:
         backward = graph.backward_between(-1, stop) - finished
         run(graph.before(backward) | backward)
@@ -140,14 +146,15 @@ class _Stop(NamedTuple):
     message: int | None
 
 
-def _find_stops(graph: Graph, messages: list[int]) -> list[_Stop]:
+def _find_stops(graph: Graph, messages: list[int], replies: dict[int, set[int]]) -> list[_Stop]:
     """A stop where each bucket's gradients are ready, and one half-way to the next, for replies."""
     stops: list[_Stop] = []
     done = -1
+    answered = set().union(*replies.values())
     for message in messages:
         place = max([done, *(graph.place[n] for n in graph.before([message]) & graph.backward)])
         between = graph.backward_between(done, place)
-        if stops and len(between) > 1:
+        if stops and stops[-1].message in answered and len(between) > 1:
             stops.append(_Stop(graph.narrowest(between), None))
         stops.append(_Stop(place, message))
         done = place

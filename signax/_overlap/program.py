@@ -155,7 +155,7 @@ class _Writer(NamedTuple):
             return inputs  # it changes nothing
         outputs = [next(self.numbers) for _ in equation.outvars]
         sizes = [getattr(variable.aval, "size", 1) for variable in equation.outvars]
-        run = functools.partial(_run, equation, jaxpr, scopes)
+        run = functools.partial(run_equation, equation, jaxpr, scopes)
         self.operations.append(
             Operation(name, params, "/".join(inside), inputs, outputs, sizes, run)
         )
@@ -190,7 +190,7 @@ def call_jaxpr(jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
     return core.jaxpr_as_fun(closed)(*inputs)
 
 
-def _run(equation: Any, jaxpr: Any, scopes: tuple[str, ...], *inputs: Any) -> list[Any]:
+def run_equation(equation: Any, jaxpr: Any, scopes: tuple[str, ...], *inputs: Any) -> list[Any]:
     """The outputs of one equation of a jaxpr."""
     variables = [v for v in equation.invars if not isinstance(v, core.Literal)]
     alone = jaxpr.replace(
