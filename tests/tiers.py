@@ -52,6 +52,9 @@ THOROUGH = {
     "test_agreement": {
         "share_covers_all_blocks_of_sharded_leaves": "agreement under param_specs",
     },
+    "test_bad_requests": {
+        "ten_thousand_bad_requests_change_nothing": "memory of the vote server that grows slowly",
+    },
     "test_benchmarks": {
         "counting_and_its_references_give_the_majority_of_participants": "benchmarks/kernels.py",
         "a_step_along_packed_words_follows_their_signs": "benchmarks/kernels.py",
@@ -125,6 +128,9 @@ THOROUGH = {
         "resize_works_for_numbers_that_the_transformation_does_not_support": "few workers",
     },
     "test_properties": {"steps_keep_shapes_dtypes_and_finiteness": "extreme values, by Hypothesis"},
+    "test_rounds_model": {
+        "a_job_and_the_server_may_die_at_any_moment": "orders of several failures",
+    },
     "test_scaled_signs": {
         "a_checkpoint_continues_the_same_on_every_mesh": "scales that depend on the mesh",
         "a_transformer_sends_one_bit_each_way": "bytes of 200 leaves",

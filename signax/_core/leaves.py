@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
+from signax._core.remote import Remote
+
 
 def is_traced(value: Any) -> bool:
     """Whether a value is known only once the compiled program runs."""
@@ -183,7 +185,9 @@ def varies(array: Any, axis_name: Hashable) -> bool:
 
 
 def worker_index(axis_name: Hashable) -> jax.Array:
-    """This worker's index along the axis: i32[]."""
+    """This worker's index along the axis, or among the jobs behind an exchange: i32[]."""
+    if isinstance(axis_name, Remote):
+        return jnp.int32(axis_name.index)
     try:
         return lax.axis_index(axis_name)
     except NameError:

@@ -6,8 +6,8 @@ from typing import Any, Literal
 import optax
 
 from signax._core.checks import check_number
+from signax._optimizers.descend import Mask, descend
 from signax._optimizers.muon import muon_momentum
-from signax._optimizers.votes import Mask, descend
 from signax._transforms.compressors import scale_by_scaled_sign
 from signax._transforms.memory import error_feedback
 from signax._transforms.orthogonal import DimensionNumbers, orthogonalize

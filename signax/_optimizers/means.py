@@ -7,7 +7,7 @@ import jax
 import optax
 
 from signax._core.checks import check_accumulator_dtype, check_number, renamed
-from signax._optimizers.votes import Mask, descend
+from signax._optimizers.descend import Mask, descend
 from signax._transforms.compressors import Block, scale_by_scaled_sign, scale_by_stochastic_sign
 from signax._transforms.memory import checked, error_feedback
 from signax._transforms.participation import hold_if_nonfinite

@@ -14,7 +14,9 @@ from signax._core.checks import (
     check_transformation,
 )
 from signax._core.leaves import check_alike, check_floating
-from signax._optimizers.votes import Mask, check_no_vote_options, check_params, descend
+from signax._core.remote import find_workers
+from signax._optimizers.descend import Mask, check_params, descend
+from signax._optimizers.votes import check_no_vote_options
 from signax._transforms.memory import checked
 from signax._transforms.orthogonal import DimensionNumbers, dimension_numbers, orthogonalize
 from signax._transforms.participation import hold_if_nonfinite
@@ -53,6 +55,7 @@ def muon(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
     axis_name: Hashable | None = None,
+    exchange: Any = None,
     zeros: Zeros = "dither",
     ties: Ties = "dither",
     transport: Transport = "auto",
@@ -99,6 +102,7 @@ def muon(
         after the vote.
       mask: which leaves decay: a tree of booleans, or a function from parameters to such a tree.
       axis_name: the mapped axis along which the workers lie; `None` for one worker.
+      exchange: see :func:`signax.majority_vote`.
       zeros: see :func:`signax.majority_vote`.
       ties: see :func:`signax.majority_vote`.
       transport: see :func:`signax.majority_vote`.
@@ -111,7 +115,7 @@ def muon(
 
     Raises:
       ValueError: an option is unknown or out of range, or an option of the vote is given without
-        `axis_name`; at `init` and at the update, as in :func:`signax.orthogonalize` and
+        workers; at `init` and at the update, as in :func:`signax.orthogonalize` and
         :func:`signax.majority_vote`.
       TypeError: an option is of the wrong kind; at `init` and at the update, a leaf is not
         floating-point.
@@ -152,7 +156,8 @@ def muon(
         "weights": weights,
         "agreement": agreement,
     }
-    if axis_name is None:
+    workers = find_workers(axis_name, exchange)
+    if workers is None:
         check_no_vote_options(options)
         if after_vote != "signs":
             raise ValueError(
@@ -160,9 +165,9 @@ def muon(
                 "out: pass axis_name, or drop it"
             )
     else:
-        vote = majority_vote(axis_name, **options)
+        vote = majority_vote(axis_name, exchange=exchange, **options)
         behind = orthogonal if after_vote == "orthogonalize" else optax.identity()
-        direction = optax.chain(own_updates(axis_name), hold_if_nonfinite(direction), vote, behind)
+        direction = optax.chain(own_updates(workers), hold_if_nonfinite(direction), vote, behind)
     direction = optax.chain(direction, optax.scale(consistent_rms))
     return descend(direction, learning_rate, weight_decay, mask)
 

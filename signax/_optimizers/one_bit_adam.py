@@ -20,7 +20,7 @@ from signax._core.leaves import (
     wide_dtype,
     worker_index,
 )
-from signax._optimizers.votes import Mask, descend
+from signax._optimizers.descend import Mask, descend
 from signax._transforms.compressors import scale_by_scaled_sign
 from signax._transforms.memory import ErrorFeedbackState, error_feedback
 from signax._workers.compressed import MeanScaledSignsState, mean_scaled_signs

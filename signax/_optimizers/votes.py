@@ -1,65 +1,26 @@
 """Optimisers that apply majority votes: signSGD, Signum and Lion, each with a learning rate."""
 
-import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from signax._core.checks import check_accumulator_dtype, check_number, renamed
+from signax._core.remote import find_workers
+from signax._optimizers.descend import Mask, descend
 from signax._transforms.memory import checked, scale_by_signum
 from signax._wire.signs import Ties, Zeros
 from signax._wire.types import Transport
 from signax._wire.weights import Weights
 from signax._workers.votes import make_vote, voted
 
-Mask = Any | Callable[[optax.Params], Any] | None
-
-
-def descend(
-    direction: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: optax.ScalarOrSchedule,
-    mask: Mask,
-) -> optax.GradientTransformationExtraArgs:
-    """Chain a direction, decoupled weight decay and the learning rate."""
-    if not callable(learning_rate):
-        check_number("learning_rate", learning_rate, low=-math.inf)
-    if isinstance(mask, (bool, jax.Array)):  # A mask function returned it for a step count.
-        raise TypeError(
-            f"mask={mask!r} must be a tree of booleans like the parameters, or a function: list "
-            "'mask' in the static_args of optax.inject_hyperparams, which takes it for a schedule"
-        )
-    if callable(weight_decay):
-        decays = True
-    else:
-        check_number("weight_decay", weight_decay, low=0)
-        decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
-    # `optax.add_decayed_weights` raises without parameters, even if the decay is 0.
-    decay = _add_decay(weight_decay, mask) if decays else optax.identity()
-    return optax.chain(direction, decay, optax.scale_by_learning_rate(learning_rate))
-
-
-def _add_decay(weight_decay: Any, mask: Mask) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights` that raises if a parameter would silently broadcast."""
-    decay = optax.add_decayed_weights(weight_decay, mask)
-
-    def update_fn(updates: optax.Updates, state: Any, params: Any = None):
-        if params is not None:
-            check_params(updates, params)
-        return decay.update(updates, state, params)
-
-    return optax.GradientTransformation(decay.init, update_fn)
-
 
 def _voted(
-    signs: optax.GradientTransformation, axis_name: Hashable | None, **options: Any
+    signs: optax.GradientTransformation, workers: Hashable | None, **options: Any
 ) -> optax.GradientTransformation:
-    """The vote of the workers along an axis on their signs. Without an axis there is one worker."""
-    if axis_name is not None:
-        return voted(signs, make_vote(axis_name, **options))
+    """The vote of all workers on their signs. With `None` there is one worker."""
+    if workers is not None:
+        return voted(signs, make_vote(workers, **options))
     check_no_vote_options(options)
     return signs
 
@@ -83,35 +44,13 @@ def check_no_vote_options(options: Mapping[str, Any]) -> None:
         )
 
 
-def check_params(updates: Any, params: Any) -> None:
-    """Raise if updates and parameters differ in shape or structure. An update may be `None`."""
-
-    def check(path: Any, update: Any, param: Any):
-        if update is not None and jnp.shape(update) != jnp.shape(param):
-            where = jax.tree_util.keystr(path)
-            wrong.append(
-                f"updates{where} has shape {jnp.shape(update)}, but params{where} has "
-                f"{jnp.shape(param)}"
-            )
-
-    wrong = []
-    try:
-        jax.tree.map_with_path(check, updates, params, is_leaf=lambda node: node is None)
-    except (ValueError, TypeError):
-        wrong = [
-            f"updates and params differ in structure: updates is {jax.tree.structure(updates)}, "
-            f"params is {jax.tree.structure(params)}"
-        ]
-    if wrong:
-        raise ValueError(f"{wrong[0]}; pass the parameters that the updates are for")
-
-
 def sign_sgd(
     learning_rate: optax.ScalarOrSchedule,
     *,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
     axis_name: Hashable | None = None,
+    exchange: Any = None,
     zeros: Zeros = "dither",
     ties: Ties = "dither",
     transport: Transport = "auto",
@@ -133,6 +72,7 @@ def sign_sgd(
         after the vote.
       mask: which leaves decay: a tree of booleans, or a function from parameters to such a tree.
       axis_name: the mapped axis along which the workers lie; `None` for one worker.
+      exchange: see :func:`signax.majority_vote`.
       zeros: see :func:`signax.majority_vote`.
       ties: see :func:`signax.majority_vote`.
       transport: see :func:`signax.majority_vote`.
@@ -145,7 +85,7 @@ def sign_sgd(
 
     Raises:
       ValueError: an option is unknown or out of range, or an option of the vote is given without
-        `axis_name`; at the update, as in :func:`signax.majority_vote`, or the parameters that decay
+        workers; at the update, as in :func:`signax.majority_vote`, or the parameters that decay
         have other shapes than the updates.
       TypeError: an option is of the wrong kind; at the update, a leaf is not floating-point.
       NameError: at the update, the axis is not bound.
@@ -165,7 +105,7 @@ def sign_sgd(
     """
     direction = _voted(
         checked(optax.scale_by_sign()),
-        axis_name,
+        find_workers(axis_name, exchange),
         zeros=zeros,
         ties=ties,
         transport=transport,
@@ -187,6 +127,7 @@ def signum(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
     axis_name: Hashable | None = None,
+    exchange: Any = None,
     zeros: Zeros = "dither",
     ties: Ties = "dither",
     transport: Transport = "auto",
@@ -213,6 +154,7 @@ def signum(
         after the vote.
       mask: which leaves decay: a tree of booleans, or a function from parameters to such a tree.
       axis_name: the mapped axis along which the workers lie; `None` for one worker.
+      exchange: see :func:`signax.majority_vote`.
       zeros: see :func:`signax.majority_vote`.
       ties: see :func:`signax.majority_vote`.
       transport: see :func:`signax.majority_vote`.
@@ -225,7 +167,7 @@ def signum(
 
     Raises:
       ValueError: an option is unknown or out of range, or an option of the vote is given without
-        `axis_name`; at the update, as in :func:`signax.majority_vote`, or the parameters that decay
+        workers; at the update, as in :func:`signax.majority_vote`, or the parameters that decay
         have other shapes than the updates.
       TypeError: an option is of the wrong kind, or `warmup` is set
         and `beta` is traced; at the update, a leaf is not floating-point.
@@ -251,7 +193,7 @@ def signum(
     )
     direction = _voted(
         signs,
-        axis_name,
+        find_workers(axis_name, exchange),
         zeros=zeros,
         ties=ties,
         transport=transport,
@@ -272,6 +214,7 @@ def lion(
     weight_decay: optax.ScalarOrSchedule = 1e-3,
     mask: Mask = None,
     axis_name: Hashable | None = None,
+    exchange: Any = None,
     zeros: Zeros = "dither",
     ties: Ties = "dither",
     transport: Transport = "auto",
@@ -298,6 +241,7 @@ def lion(
         after the vote.
       mask: which leaves decay: a tree of booleans, or a function from parameters to such a tree.
       axis_name: the mapped axis along which the workers lie; `None` for one worker.
+      exchange: see :func:`signax.majority_vote`.
       zeros: see :func:`signax.majority_vote`.
       ties: see :func:`signax.majority_vote`.
       transport: see :func:`signax.majority_vote`.
@@ -310,7 +254,7 @@ def lion(
 
     Raises:
       ValueError: an option is unknown or out of range, or an option of the vote is given without
-        `axis_name`; at the update, as in :func:`signax.majority_vote`, or the parameters that decay
+        workers; at the update, as in :func:`signax.majority_vote`, or the parameters that decay
         have other shapes than the updates.
       TypeError: an option is of the wrong kind; at the update, a leaf is not floating-point.
       NameError: at the update, the axis is not bound.
@@ -333,7 +277,7 @@ def lion(
     signs = checked(optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=mu_dtype), memory="mu")
     direction = _voted(
         signs,
-        axis_name,
+        find_workers(axis_name, exchange),
         zeros=zeros,
         ties=ties,
         transport=transport,

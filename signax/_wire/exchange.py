@@ -39,6 +39,8 @@ from signax._core.leaves import (
     typed_spec,
     varies,
 )
+from signax._core.remote import Remote, axis_size
+from signax._wire.remote import ask_remote, check_groups
 from signax._wire.types import (
     Array,
     Bool,
@@ -104,6 +106,8 @@ def exchange(
     like = values if like is None else jax.tree.leaves(like)
     specs = [*map(typed_spec, values)] if specs is None else specs
     groups = sharding_groups(values, specs)
+    if isinstance(route.axis_name, Remote):
+        check_groups(groups)
 
     # Two passes over the groups: a worker takes part only if the values of all groups are finite.
     messages, residual, finite = [], list(values), jnp.bool_(True)
@@ -116,7 +120,7 @@ def exchange(
     header = make_header(worker.index, worker.coin, worker.tie, participates)
 
     updates = [None if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for leaf in like]
-    verdict = jnp.asarray([lax.axis_size(route.axis_name), 0], jnp.uint32)  # if nothing is sent
+    verdict = jnp.asarray([axis_size(route.axis_name), 0], jnp.uint32)  # if nothing is sent
     counts, kept = [], list(memory)
     for group, message in zip(groups, messages, strict=True):
         own = [memory[n] for n in group.positions] if memory else []
@@ -177,7 +181,7 @@ def _encode_group(
 
     def encode(leaves: Leaves, coin: Array):
         if route.transport == "sum":
-            num_workers = lax.axis_size(route.axis_name)
+            num_workers = axis_size(route.axis_name)
             encoded = cast(Summable, codec).encode_integers(leaves, coin, num_workers)
         else:
             encoded = codec.encode(leaves, coin, group.axes)
@@ -232,7 +236,10 @@ def _settle_group(
             return _Result(updates, verdict[None], [count[None] for count in counts], memory)
         combine = jax.named_scope("signax.count")(codec.combine)
         combine = partial(combine, context=Context(leaves, worker, memory))
-        reply = send(message, header, codec, route, combine, position[0])
+        if isinstance(route.axis_name, Remote):
+            reply = ask_remote(message, header, codec, route.axis_name, worker.step, leaves.like)
+        else:
+            reply = send(message, header, codec, route, combine, position[0])
         # A worker that does not take part reads the counts of another one, and ignores them.
         counts = [count[:, worker_of(header)][None] for count in reply.counts]
         verdict = jnp.stack([reply.header >> 1, reply.header & 1])
@@ -283,7 +290,7 @@ def send(
         inner = route._replace(split_over=None)
         reply = send(message, header, codec, inner, combine, position)
         return _collect(reply, route.split_over, words)
-    num_workers, transport = lax.axis_size(route.axis_name), route.transport
+    num_workers, transport = axis_size(route.axis_name), route.transport
     if transport == "auto":
         up, down = codec.planes(num_workers)
         transport = choose_transport(up * words, down * words, num_workers)

@@ -1,10 +1,11 @@
 """Pack the leaves of a tree into words of 32 bits, and unpack them, on CPUs, GPUs and TPUs.
 
 CPUs pack consecutive coordinates: bit b of word w is coordinate 32 w + b, for arrays of any shape.
-GPUs and TPUs pack in slabs, see `slabs.py`. `_pack_array` and `_unpack_array` choose by platform.
+GPUs and TPUs pack in slabs, see `slabs.py`. `pack` and `unpack` choose by platform.
 
 Packing is one pass over the array. Unpacking broadcasts words to the array's shape, and XLA fuses
-it with the consumer of the signs. Words live for one step, so no platform reads another's words.
+it with the consumer of the signs. Words live for one step, so platforms need not agree on them.
+Where they have to, words are `portable`: all platforms pack as CPUs do.
 """
 
 import math
@@ -45,7 +46,7 @@ def num_words(leaves: Sequence[Any]) -> int:
 
 
 def pack(
-    leaves: Sequence[Array], rule: BitRule, coin: UInt32[Array, ""]
+    leaves: Sequence[Array], rule: BitRule, coin: UInt32[Array, ""], *, portable: bool = False
 ) -> tuple[list[UInt32[Array, " words"]], Bool[Array, ""]]:
     """Pack the bits of all coordinates and find whether all values are finite, in one pass.
 
@@ -53,6 +54,7 @@ def pack(
       leaves: floating-point arrays of any shape, at least one of them not empty.
       rule: makes bits of values, of whether their coordinates are odd, and of `coin`.
       coin: passed to `rule`.
+      portable: whether to pack as CPUs do, on every platform.
 
     Returns:
       `rule.planes` planes of u32[num_words(leaves)], whose spare bits mean nothing, and a flag.
@@ -66,12 +68,19 @@ def pack(
     # One branch for all arrays: every branch takes XLA time, even one that is not compiled.
     packers = pack_consecutive, pack_slabs, pack_groups
     cpu, tpu, gpu = (partial(_pack_arrays, packer=packer, rule=rule) for packer in packers)
-    planes, flags = lax.platform_dependent(arrays, coin, cpu=cpu, tpu=tpu, default=gpu)
+    if portable:
+        planes, flags = cpu(arrays, coin)
+    else:
+        planes, flags = lax.platform_dependent(arrays, coin, cpu=cpu, tpu=tpu, default=gpu)
     return planes, all_flags(flags)
 
 
 def unpack(
-    planes: Sequence[UInt32[Array, " words"]], leaves: Sequence[Any], *, inverts_odd: bool = False
+    planes: Sequence[UInt32[Array, " words"]],
+    leaves: Sequence[Any],
+    *,
+    inverts_odd: bool = False,
+    portable: bool = False,
 ) -> list[list[Bool[Array, "..."]]]:
     """Unpack planes of u32[num_words(leaves)]: for each leaf, a bool[shape] from each plane.
 
@@ -79,6 +88,7 @@ def unpack(
       planes: planes of words.
       leaves: arrays, or their shapes.
       inverts_odd: whether to invert the bits of odd coordinates.
+      portable: whether words were packed as CPUs pack them, on every platform.
     """
     # Without the barrier every coordinate searches for its word.
     planes = lax.optimization_barrier([*planes])
@@ -87,7 +97,10 @@ def unpack(
     cpu = partial(unpack_all, unpacker=unpack_consecutive, cut=cut_alike)
     tpu = partial(unpack_all, unpacker=unpack_slabs, cut=cut_apart)
     gpu = partial(unpack_all, unpacker=unpack_groups, cut=cut_apart)
-    bits = [lax.platform_dependent(plane, cpu=cpu, tpu=tpu, default=gpu) for plane in planes]
+    if portable:
+        bits = [cpu(plane) for plane in planes]
+    else:
+        bits = [lax.platform_dependent(plane, cpu=cpu, tpu=tpu, default=gpu) for plane in planes]
     return [list(each) for each in zip(*bits, strict=True)]
 
 

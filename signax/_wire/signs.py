@@ -26,6 +26,7 @@ from jax import lax
 
 from signax._core.checks import check_mode
 from signax._core.leaves import all_finite, wide_dtype, worker_index
+from signax._core.remote import axis_size
 from signax._wire import packing, slabs, words
 from signax._wire.types import Array, Context, Encoded, Leaves, Reply, Sums, UInt32, Worker
 
@@ -187,8 +188,8 @@ def find_worker(
         raise TypeError(f"step={step!r} must be one integer, the number of the step")
     number = jnp.asarray(np.uint32(step % 2**32) if isinstance(step, int) else step)
     index = worker_index(axis_name).astype(jnp.uint32)
-    coin, tie = toss(number, index, lax.axis_size(axis_name), memory)
-    return Worker(index, coin, rules.tie(tie))
+    coin, tie = toss(number, index, axis_size(axis_name), memory)
+    return Worker(index, coin, rules.tie(tie), step=number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +200,7 @@ class _Signs:
 
     by_server = False
     has_residual = False
+    portable = False
 
     @property
     def bits(self) -> slabs.BitRule:
@@ -219,7 +221,7 @@ class _Signs:
 
     def encode(self, leaves: Leaves, coin: Array, axes: tuple[Hashable, ...]) -> Encoded:
         del axes
-        planes, finite = packing.pack(leaves.values, self.bits, coin)
+        planes, finite = packing.pack(leaves.values, self.bits, coin, portable=self.portable)
         return Encoded(planes, finite, [])
 
     def encode_integers(self, leaves: Leaves, coin: Array, num_workers: int) -> Encoded:
@@ -240,10 +242,12 @@ class Majority(_Signs):
 
     With `agreement`, servers also count how far each worker agrees with the others. Dithered zeros
     are no opinions: they count neither for nor against a worker, nor for a majority. So a second
-    bit then tells opinions from dithered zeros on the way up.
+    bit then tells opinions from dithered zeros on the way up. `portable` words mean the same on
+    every platform.
     """
 
     agreement: bool = False
+    portable: bool = False
 
     @property
     def _sends_opinions(self) -> bool:
@@ -288,7 +292,8 @@ class Majority(_Signs):
         return Reply(decided, 2 * headers.voters + headers.dead, counts, [])
 
     def decode(self, reply: Reply, leaves: Leaves) -> list[Array]:
-        bits = packing.unpack(reply.planes, leaves.like, inverts_odd=self.rules.relative)
+        layout = {"inverts_odd": self.rules.relative, "portable": self.portable}
+        bits = packing.unpack(reply.planes, leaves.like, **layout)
         return self.rules.signs(bits, reply.header >> 1, [leaf.dtype for leaf in leaves.like])
 
     def decode_sums(

@@ -131,12 +131,14 @@ class Worker(NamedTuple):
       coin: u32[] in {0, 1}, which dithers its zero ballots.
       tie: u32[] in {0, 1}, which breaks ties; the same on every worker.
       weights: f32[M], the weights of all workers' ballots, the same on every worker; or `None`.
+      step: the number of the step.
     """
 
     index: UInt32[Array, ""]
     coin: UInt32[Array, ""]
     tie: UInt32[Array, ""]
     weights: Any = None
+    step: Any = None
 
 
 class Leaves(NamedTuple):

@@ -49,7 +49,7 @@ def make_majority(
             f"transport='sum' has no place for weights={weights!r}: an all-reduce adds up floats "
             "in any order. Use 'packed' or 'gather'"
         )
-    return WeightedMajority(rules, agreement, numbers)
+    return WeightedMajority(rules, agreement, weights=numbers)
 
 
 def is_by_agreement(codec: Majority) -> bool:

@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from signax._core.leaves import check_votable, is_like_tree, spec_axes, specs_like
+from signax._core.remote import Remote, axis_size, find_workers
 from signax._transforms.participation import (
     NO_EXTRAS,
     Extras,
@@ -42,8 +43,9 @@ THRESHOLD = 1.25  # of opposition, see `signax.diagnostics.opposes`
 
 
 def majority_vote(
-    axis_name: Hashable,
+    axis_name: Hashable | None = None,
     *,
+    exchange: Any = None,
     zeros: Zeros = "dither",
     ties: Ties = "dither",
     transport: Transport = "auto",
@@ -71,6 +73,8 @@ def majority_vote(
 
     Args:
       axis_name: the mapped axis along which the workers lie, or a tuple of axes.
+      exchange: a :class:`signax.elastic.Exchange`, for workers that are jobs of their own, instead
+        of `axis_name`. The other options but `zeros` and `ties` are for workers along an axis.
       zeros: the value of a zero ballot: `"dither"`, `"abstain"` (two bits each way) or `"plus"`.
       ties: the result of a tie: `"dither"` or `"plus"`.
       transport: how votes travel: `"packed"`, `"gather"`, `"sum"` or `"auto"`.
@@ -93,8 +97,9 @@ def majority_vote(
       too), and 0 everywhere if no worker takes part.
 
     Raises:
-      TypeError: `axis_name` or `split_over` names no axis, `agreement` is not a boolean, or
-        `weights` are not numbers; at the update, a leaf is not floating-point.
+      TypeError: neither `axis_name` nor `exchange` is given or one is of the wrong kind,
+        `split_over` names no axis, `agreement` is not a boolean, or `weights` are not numbers; at
+        the update, a leaf is not floating-point.
       ValueError: a mode is unknown, `weights` are out of range, or two options exclude one another;
         at the update, a leaf does not vary over the axis or varies over `split_over`, `agreement`
         has too few workers, or `weights` has another length than the axis.
@@ -114,7 +119,8 @@ def majority_vote(
       <https://arxiv.org/abs/1810.05291>`_, 2019; Nitzan and Paroush, `Optimal Decision Rules in
       Uncertain Dichotomous Choice Situations <https://doi.org/10.2307/2526438>`_, 1982
     """
-    vote = make_vote(axis_name, zeros, ties, transport, split_over, agreement, weights)
+    workers = find_workers(axis_name, exchange)
+    vote = make_vote(workers, zeros, ties, transport, split_over, agreement, weights)
 
     def init_fn(params: optax.Params):
         return _init_vote(params, vote)
@@ -144,7 +150,7 @@ class Vote(NamedTuple):
 
 
 def make_vote(
-    axis_name: Hashable,
+    workers: Hashable | None,
     zeros: Zeros = "dither",
     ties: Ties = "dither",
     transport: Transport = "auto",
@@ -157,8 +163,28 @@ def make_vote(
     rules.check()
     if not isinstance(agreement, bool):
         raise TypeError(f"agreement={agreement!r} must be True or False")
-    route = make_route(axis_name, transport, split_over)
+    if isinstance(workers, Remote):
+        _check_remote_options(transport, split_over, agreement, weights)
+        return Vote(Majority(rules, portable=True), Route(workers))
+    route = make_route(workers, transport, split_over)
     return Vote(make_majority(rules, weights, route.transport, agreement=agreement), route)
+
+
+def _check_remote_options(
+    transport: Transport, split_over: Hashable | None, agreement: bool, weights: Weights
+) -> None:
+    """Raise if an option is given that the vote server does not know."""
+    given = {
+        "transport": None if transport == "auto" else transport,
+        "split_over": split_over,
+        "agreement": agreement or None,
+        "weights": weights,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r} is for workers along an axis, not for exchange=: leave it out"
+            )
 
 
 def _init_vote(params: Any, vote: Vote) -> VoteState:
@@ -215,7 +241,7 @@ def _next_state(state: Any, outcome: Outcome, vote: Vote) -> VoteState:
     if agreement is not None and counts is not None:
         agreement = next_agreement(agreement, counts[:2], outcome.voters, outcome.participates)
     if dither is not None:
-        num_workers = lax.axis_size(vote.route.axis_name)
+        num_workers = axis_size(vote.route.axis_name)
         dither = next_dither_memory(
             dither, outcome.dead, outcome.voters, jnp.asarray(state.count), num_workers
         )

@@ -1,0 +1,196 @@
+"""A job's connection to the vote server: the calls, and retries until the server is back."""
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import grpc
+
+from signax.elastic.plan import Plan
+from signax.elastic.protocol import (
+    MAX_MESSAGE_BYTES,
+    SERVICE,
+    Ask,
+    Ballot,
+    Decision,
+    Done,
+    Fetch,
+    Follow,
+    Join,
+    Joined,
+    Leave,
+    Snapshot,
+    Status,
+    digest_of,
+    from_bytes,
+    read_payload,
+    to_bytes,
+    to_pieces,
+)
+from signax.elastic.refusals import REASON_KEY, Reason
+
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between attempts
+TIMEOUT = 10.0  # seconds of a call that the server answers at once
+RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+RETRIED_REASONS = (Reason.REPEATED, Reason.LIMIT, Reason.STOPPING, Reason.NO_SNAPSHOT)
+
+T = TypeVar("T")
+
+
+class VoteServerError(RuntimeError):
+    """The vote server refuses a request, or does not answer."""
+
+
+class Connection:
+    """Calls the vote server for one slot. A call that fails is repeated until `give_up` has passed.
+
+    Args:
+      address: the server, HOST:PORT.
+      slot: the worker's number.
+      token: the slot's token, if the server asks for tokens.
+      credentials: gRPC's credentials of the channel; without them everything travels in plain text.
+      give_up: the seconds without an answer after which a call raises an error.
+    """
+
+    def __init__(
+        self, address: str, slot: int, token: str | None, credentials: Any, give_up: float
+    ):
+        self._address, self._slot, self._give_up = address, slot, give_up
+        self._metadata = [("authorization", f"Bearer {token}")] if token else []
+        options = [
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            # A server that is cut off is noticed, and the call is repeated.
+            ("grpc.keepalive_time_ms", 10_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2_000),
+        ]
+        self._channel: Any = (
+            grpc.secure_channel(address, credentials, options)
+            if credentials
+            else grpc.insecure_channel(address, options)
+        )
+        self._plan: Plan | None = None
+        self._session = 0
+        self._is_forgotten = False  # by a server that has restarted
+
+    def status(self) -> memoryview:
+        """The server's status, as JSON text."""
+        return self._persist(lambda: self._read("Status", [to_bytes(Ask())], Status)[1])
+
+    def join(self, plan: Plan) -> Joined:
+        """Begin a session."""
+        self._plan = plan
+        return self._persist(self._join)
+
+    def _join(self) -> Joined:
+        assert self._plan is not None  # nothing else begins a session
+        joined, _ = self._read("Join", [to_bytes(Join(self._slot, self._plan))], Joined)
+        self._session, self._is_forgotten = joined.session, False
+        return joined
+
+    def vote(
+        self, sequence: int, participates: bool, bits: memoryview
+    ) -> tuple[Decision, memoryview]:
+        """Send a ballot, wait for the decision, and return it with its words."""
+        digest = digest_of(bits)
+
+        def attempt() -> tuple[Decision, memoryview]:
+            ballot = Ballot(self._slot, self._session, sequence, participates, len(bits), digest)
+            return self._read("Vote", to_pieces(ballot, bits), Decision, timeout=None)
+
+        return self._persist(attempt)
+
+    def follow(self, sequence: int) -> Iterator[tuple[Decision, memoryview]]:
+        """The decisions from a sequence on, to the newest."""
+        while True:
+            try:
+                pieces = self._call("Decisions", [to_bytes(self._follow(sequence))], timeout=None)
+                for data in pieces:
+                    decision, first = from_bytes(data, Decision)
+                    words = read_payload(decision, first, pieces)
+                    sequence = decision.sequence + 1
+                    yield decision, words
+                return
+            except grpc.RpcError as error:
+                self._handle(error)
+                self._persist(self.status)
+
+    def _follow(self, sequence: int) -> Follow:
+        return Follow(self._slot, self._session, sequence)
+
+    def put_snapshot(self, step: int, payload: memoryview) -> None:
+        """Upload parameters after `step` updates."""
+        digest = digest_of(payload)
+
+        def attempt() -> None:
+            snapshot = Snapshot(self._slot, self._session, step, len(payload), digest)
+            self._read("PutSnapshot", to_pieces(snapshot, payload), Done, timeout=None)
+
+        self._persist(attempt)
+
+    def get_snapshot(self, step: int) -> tuple[Snapshot, memoryview]:
+        """Download parameters after at least `step` updates, once a member has uploaded them."""
+
+        def attempt() -> tuple[Snapshot, memoryview]:
+            fetch = Fetch(self._slot, self._session, step)
+            return self._read("GetSnapshot", [to_bytes(fetch)], Snapshot, timeout=None)
+
+        return self._persist(attempt)
+
+    def close(self) -> None:
+        """Leave, if the server can be reached, and close the connection."""
+        try:
+            leave = to_bytes(Leave(self._slot, self._session))
+            if self._session:
+                self._read("Leave", [leave], Done)
+        except grpc.RpcError:
+            pass  # nobody waits for this slot after a deadline
+        self._channel.close()
+
+    def _call(self, name: str, requests: Iterable[bytes], timeout: float | None = TIMEOUT) -> Any:
+        call = self._channel.stream_stream(f"/{SERVICE}/{name}")
+        return call(iter(requests), metadata=self._metadata, timeout=timeout)
+
+    def _read(
+        self, name: str, requests: Iterable[bytes], kind: Any, timeout: float | None = TIMEOUT
+    ) -> tuple[Any, memoryview]:
+        """The answer of a call, and its payload."""
+        pieces = self._call(name, requests, timeout)
+        message, first = from_bytes(next(pieces), kind)
+        if "size" not in kind._fields:
+            return message, first
+        return message, read_payload(message, first, pieces)
+
+    def _persist(self, attempt: Callable[[], T]) -> T:
+        """Repeat an attempt until it succeeds, the server refuses it, or it is time to give up."""
+        give_up_at, pause = time.monotonic() + self._give_up, SHORTEST_PAUSE
+        while True:
+            try:
+                if self._is_forgotten:
+                    self._join()
+                return attempt()
+            except grpc.RpcError as error:
+                last = self._handle(error)
+            except StopIteration:
+                last = "the call ended without an answer"
+            if time.monotonic() + pause > give_up_at:
+                raise VoteServerError(
+                    f"the vote server {self._address} has not answered for give_up="
+                    f"{self._give_up:g} seconds: {last}. Restart it on its log, and this job from "
+                    "its last checkpoint"
+                )
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _handle(self, error: Any) -> str:
+        """Return if a failed call may be repeated, and raise otherwise."""
+        reason = dict(error.trailing_metadata() or ()).get(REASON_KEY)
+        if reason == Reason.NO_SESSION:
+            self._is_forgotten = True
+        elif reason not in RETRIED_REASONS and (reason or error.code() not in RETRIED):
+            raise VoteServerError(
+                f"the vote server {self._address} refuses: {error.details()}"
+            ) from error
+        return f"{error.code().name}: {error.details()}"

@@ -1,0 +1,121 @@
+"""The newest snapshot of the parameters, in a file beside the log.
+
+When it is missing or too old, voters are asked for one in turn, with a decision. Where the log
+drops old steps, that is every `keep` / 2 steps, so a job that comes late need not wait for an
+upload.
+
+The file holds the message `Snapshot` of its upload, and then the payload. It is replaced as a whole
+once an upload is complete and has the digest that it claims.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import os
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from signax.elastic.protocol import PIECE_BYTES, ProtocolError, Snapshot, from_bytes, to_bytes
+from signax.elastic.refusals import Reason, RefusedError
+
+MAX_BYTES = 1 << 36
+PATIENCE = 30.0  # seconds in which a member that was asked begins its upload
+
+_LENGTH = struct.Struct("<I")
+
+
+class Snapshots:
+    """The newest snapshot.
+
+    Attributes:
+      newest: its message; `None` without a snapshot.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.newest: Snapshot | None = None
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            self.newest = _read_message(file)
+        self._lock = threading.Lock()
+        self._is_wanted, self._asked, self._asked_at = False, -1, -PATIENCE
+
+    def check(self, step: int) -> None:
+        """Raise, and ask for one, unless there is a snapshot of at least `step` updates."""
+        if self.newest is not None and self.newest.step >= step:
+            return
+        self.want()
+        raise RefusedError(
+            Reason.NO_SNAPSHOT,
+            f"there is no snapshot of at least {step} updates yet: a member is asked for one with "
+            "its next decision, so try again in a while",
+        )
+
+    def want(self) -> None:
+        """Ask the next voter that is told a decision."""
+        self._is_wanted = True
+
+    def asks(self, slot: int, voters: Sequence[int]) -> bool:
+        """Whether to ask a slot for a snapshot, with a decision of these voters."""
+        if not self._is_wanted or slot not in voters:
+            return False
+        with self._lock:
+            now = time.monotonic()
+            is_next = slot != self._asked or len(voters) == 1
+            if not is_next or now - self._asked_at < PATIENCE:
+                return False
+            self._asked, self._asked_at = slot, now
+            return True
+
+    def write(self, snapshot: Snapshot, first: Any, pieces: Iterable[bytes]) -> None:
+        """Store an upload; raise `ProtocolError` if it is not what its message says."""
+        if snapshot.size > MAX_BYTES:
+            raise ProtocolError(f"size={snapshot.size} exceeds the limit, {MAX_BYTES} bytes")
+        self._asked_at = time.monotonic()  # the upload has begun
+        hashed, size = hashlib.sha256(), 0
+        folder, name = self.path.parent, f"{self.path.name}."
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=name, delete=False) as file:
+            try:
+                file.write(to_bytes(snapshot))
+                for piece in itertools.chain([first], pieces):
+                    size += len(piece)
+                    if size > snapshot.size:
+                        raise ProtocolError(f"more than size={snapshot.size} bytes follow")
+                    hashed.update(piece)
+                    file.write(piece)
+                if size < snapshot.size or hashed.hexdigest() != snapshot.digest:
+                    raise ProtocolError(
+                        f"the snapshot has {size} bytes of size={snapshot.size}, or another digest "
+                        "than it claims: upload it again"
+                    )
+                file.flush()
+                os.fsync(file.fileno())
+                self._replace(snapshot, file.name)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(file.name)
+
+    def _replace(self, snapshot: Snapshot, path: str) -> None:
+        with self._lock:
+            if self.newest is None or snapshot.step >= self.newest.step:
+                os.replace(path, self.path)
+                self.newest, self._is_wanted, self._asked_at = snapshot, False, -PATIENCE
+
+    def read(self) -> Iterator[bytes]:
+        """The gRPC messages of the newest snapshot. A later upload does not disturb them."""
+        with self.path.open("rb") as file:
+            snapshot = _read_message(file)
+            yield to_bytes(snapshot, file.read(PIECE_BYTES))
+            while piece := file.read(PIECE_BYTES):
+                yield piece
+
+
+def _read_message(file: Any) -> Snapshot:
+    length = file.read(_LENGTH.size)
+    header = file.read(*_LENGTH.unpack(length)) if len(length) == _LENGTH.size else b""
+    snapshot, _ = from_bytes(length + header, Snapshot)
+    return snapshot
