@@ -45,7 +45,7 @@ def test_the_measured_table_matches_the_sweep():
     sizes = {100_000: "100 k", 1_000_000: "1 M", 10_000_000: "10 M"}
     rows = []
     for setting in sweep:
-        candidates = ("f32 mean", "int8 psum", "vote")
+        candidates = ("f32 mean", "bf16 mean", "int8 psum", "vote")
         seconds = [setting["candidates"][name]["median"] for name in candidates]
         head = str(setting["workers"]), names.get(setting["rate"], "none (memory)")
         milliseconds = [number(1e3 * value) for value in seconds]
@@ -54,6 +54,25 @@ def test_the_measured_table_matches_the_sweep():
     printed = re.findall(r"^\| \d+ \|.*\|$", PAGES["performance"], re.MULTILINE)
     assert len(printed) == 8
     assert set(printed) <= set(rows)
+
+
+def test_the_parts_of_a_step_match_the_measurement():
+    measured = json.loads((RESULTS / "network.json").read_text())
+    labels = {
+        "f32 mean": "f32 mean",
+        "bf16 mean": "bf16 mean",
+        "int8 psum": "signs added up as int8",
+        "vote": "vote",
+        "unsent vote": "vote of each worker alone: packs and unpacks",
+        "none": "own signs, nothing sent",
+    }
+    for name, label in labels.items():
+        candidate = measured["results"][0]["candidates"][name]
+        wire = candidate["wire_seconds"]
+        times = (candidate["median"], wire, candidate["exposed_seconds"])
+        cells = [f"{1e3 * time:,.0f}" if time is not None else "-" for time in times]
+        assert row_of(label, *cells) in PAGES["performance"]
+    assert f"{measured['machine']['idle']:.0%} idle" in PAGES["performance"]
 
 
 def test_the_tables_of_schedules_match_the_compiled_programs():
