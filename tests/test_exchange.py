@@ -10,10 +10,10 @@ import references
 from workers import AXIS, MAPS, on_workers
 
 from signax._wire import words as wire
-from signax._wire.exchange import add_up, send, take_part
+from signax._wire.exchange import send, take_part
 from signax._wire.signs import Majority, Rules
 from signax._wire.types import Context, Leaves, Route, Worker
-from signax._wire.words import LARGE_PART
+from signax._wire.words import LARGE_PART, add_up
 
 
 def send_by(transport):

@@ -57,6 +57,7 @@ from signax._wire.types import (
     Worker,
 )
 from signax._wire.words import (
+    add_up,
     choose_transport,
     dead_decision,
     header_bits,
@@ -252,12 +253,6 @@ def _settle_group(
     out_specs = _Result(group.specs, flat, flat, memory_specs)
     function = _on_blocks(settle, (*group.axes, *split), in_specs, out_specs)
     return function(leaves, message, header, worker, position, memory)
-
-
-def add_up(counts: UInt32[Array, "n k"]) -> Array:
-    """The sum over devices, f32[k], of counts whose sum may exceed 32 bits."""
-    low, high = (jnp.sum(half, axis=0) for half in (counts & 0xFFFF, counts >> 16))
-    return high.astype(jnp.float32) * 2**16 + low.astype(jnp.float32)
 
 
 # Transports.

@@ -37,12 +37,15 @@ def ask_remote(
     """Send a whole message of some leaves to the server, and return its decision.
 
     Args:
-      message: the planes of the message.
-      header: the header of the message.
-      codec: the codec of a majority vote.
-      remote: the way to the server.
+      message: the planes of the message, u32[words] each.
+      header: u32[], the header of the message.
+      codec: the codec of a majority vote, whose words are portable.
+      remote: the exchange.
       step: the number of the step.
-      leaves: the leaves that are voted on.
+      leaves: arrays with the shapes and dtypes of the updates.
+
+    Returns:
+      The planes of the decision, u32[words] each, and its header.
     """
     (words,) = message[0].shape
     up, down = codec.planes(remote.num_workers)

@@ -155,6 +155,12 @@ def compare_sums(own: Sequence[Array], totals: Sequence[Array]) -> UInt32[Array,
     return counts
 
 
+def add_up(counts: UInt32[Array, "n k"]) -> Array:
+    """The sum over devices, f32[k], of counts whose sum may exceed 32 bits."""
+    low, high = (jnp.sum(half, axis=0) for half in (counts & 0xFFFF, counts >> 16))
+    return high.astype(jnp.float32) * 2**16 + low.astype(jnp.float32)
+
+
 # Messages. A sealed message is u32[n / 128, 128], which TPUs lay out in rows of 128 lanes.
 
 LANES = 128

@@ -305,7 +305,7 @@ class Decider:
         """Ask for a snapshot before the log drops the steps after the newest one."""
         keep, newest = self._log.keep, self.snapshots.newest
         age = (sequence + 1) // self._rounds.num_exchanges - (newest.step if newest else 0)
-        if keep is not None and age > keep // 2:
+        if keep and age > keep // 2:
             self.snapshots.want()
 
     def _report(self, decision: Decision, times: RoundTimes) -> None:
