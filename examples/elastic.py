@@ -3,8 +3,9 @@
 Workers are JAX jobs of their own, elastic_worker.py, which vote through a server. Each line shows
 the step, the loss, and who is alive. A worker that was killed starts again after a random pause,
 replays the server's log, and votes again. At the end all workers must hold the same parameters, bit
-for bit, and so must a job that only replays the log.
+for bit, and so must a job that only replays the log. A run takes a few minutes.
 
+    pip install 'signax[elastic]' scikit-learn
     python examples/elastic.py
     python examples/elastic.py --workers 8 --kill-every 5s --kill-server-every 30s --steps 3000
 """
@@ -45,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workers", type=int, default=4, help="(default 4)")
+    add("--workers", type=int, default=4, help="at least 2 (default 4)")
     add("--steps", type=int, default=1000, help="(default 1000)")
     add("--kill-every", type=seconds, default=20.0, help="such as 20s, the default")
     add("--kill-server-every", type=seconds, default=60.0, help="such as 60s, the default")
@@ -53,7 +54,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--pause", type=seconds, default=0.05, help="of a worker after each step (default 50ms)")
     add("--seed", type=int, default=0, help="(default 0)")
     add("--json", type=Path, metavar="FILE", help="write what happened to FILE")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.workers < 2:
+        parser.error(f"--workers {args.workers} must be at least 2, so that one may die")
+    return args
 
 
 def seconds(text: str) -> float:
@@ -67,18 +71,21 @@ def seconds(text: str) -> float:
 class Job:
     """A process, and the last JSON line that it has printed."""
 
-    def __init__(self, *command: Any):
+    def __init__(self, errors: Path, *command: Any):
         # One thread for each worker's arithmetic: they all share this machine.
         flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | flags,
-            text=True,
-        )
+        self.errors = errors
+        with errors.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                stdout=subprocess.PIPE,
+                stderr=file,
+                env=os.environ | flags,
+                text=True,
+            )
         self.last: dict[str, Any] = {}
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -92,6 +99,17 @@ class Job:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+    def wait(self) -> dict[str, Any]:
+        """Wait for the end, and return the last line."""
+        self.process.wait()
+        self.reader.join()
+        return self.last
+
+    def check(self) -> None:
+        """Raise if the process has ended by itself with an error."""
+        if (self.process.poll() or 0) > 0:
+            raise SystemExit(f"{self.process.args} failed:\n{self.errors.read_text()[-3000:]}")
 
 
 class Run:
@@ -110,6 +128,7 @@ class Run:
     def start_server(self) -> Job:
         args = self.args
         return Job(
+            self.folder / "errors of the server",
             *("-m", "signax.elastic", "serve", "--listen", self.address),
             *("--workers", args.workers, "--deadline", args.deadline),
             *("--quorum", args.workers // 2, "--log", self.folder / "votes.db"),
@@ -118,6 +137,7 @@ class Run:
     def start_worker(self, slot: int) -> Job:
         args = self.args
         return Job(
+            self.folder / f"errors of worker {slot}",
             *(WORKER, "--address", self.address, "--slot", slot, "--steps", args.steps),
             *("--seed", args.seed, "--pause", args.pause),
         )
@@ -129,13 +149,13 @@ class Run:
         while self.restarts or any(worker.is_alive for worker in self.workers):
             time.sleep(1.0)
             now = time.monotonic()
+            for job in (self.server, *self.workers):
+                job.check()
             alive = [slot for slot, worker in enumerate(self.workers) if worker.is_alive]
             self.show(now - start, alive)
             if kill_at == math.inf and any(worker.last for worker in self.workers):
-                kill_at, kill_server_at = (
-                    now + self.args.kill_every,
-                    now + self.args.kill_server_every,
-                )
+                kill_at = now + self.args.kill_every
+                kill_server_at = now + self.args.kill_server_every
             if now >= kill_at and len(alive) > self.args.workers // 2:
                 slot = self.random.choice(alive)
                 self.workers[slot].kill()
@@ -163,9 +183,8 @@ class Run:
     def compare(self) -> None:
         """Compare all workers with one that replays the log, and raise if they differ."""
         replay = self.start_worker(0)
-        replay.process.wait()
-        time.sleep(0.2)  # for its last line
-        ends = [job.last for job in (*self.workers, replay)]
+        ends = [job.wait() for job in (*self.workers, replay)]
+        replay.check()
         found = {end.get("parameters") for end in ends}
         print(
             f"killed: {self.killed['workers']} workers, {self.killed['server']} servers; "

@@ -20,6 +20,7 @@ from signax.elastic.protocol import (
     Join,
     Joined,
     Leave,
+    ProtocolError,
     Snapshot,
     Status,
     digest_of,
@@ -29,17 +30,37 @@ from signax.elastic.protocol import (
     to_pieces,
 )
 from signax.elastic.refusals import REASON_KEY, Reason
+from signax.elastic.status import logger
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between attempts
 TIMEOUT = 10.0  # seconds of a call that the server answers at once
-RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+SILENCE = 60.0  # seconds; a call that lasted longer had a server that answered gRPC's pings
+PATIENCE = 5.0  # seconds of attempts before the log mentions them
 RETRIED_REASONS = (Reason.REPEATED, Reason.LIMIT, Reason.STOPPING, Reason.NO_SNAPSHOT)
+# Every refusal has a reason. Without one the status is gRPC's own, and these may pass.
+RETRIED = (
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,  # too many calls at once
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.UNKNOWN,
+)
 
 T = TypeVar("T")
 
 
 class VoteServerError(RuntimeError):
-    """The vote server refuses a request, or does not answer."""
+    """The vote server refuses a request, or does not answer.
+
+    Attributes:
+      reason: why the server refuses, such as `"wrong-plan"`; `None` if it does not answer.
+    """
+
+    def __init__(self, message: str, reason: str | None = None):
+        super().__init__(message)
+        self.reason = reason
 
 
 class Connection:
@@ -63,6 +84,7 @@ class Connection:
             # A server that is cut off is noticed, and the call is repeated.
             ("grpc.keepalive_time_ms", 10_000),
             ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.max_pings_without_data", 0),  # no limit, since a vote may wait for long
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2_000),
         ]
@@ -74,6 +96,8 @@ class Connection:
         self._plan: Plan | None = None
         self._session = 0
         self._is_forgotten = False  # by a server that has restarted
+        self._is_closed = False
+        self._voted = -1, ""  # the newest vote that was decided, and the digest of its ballot
 
     def status(self) -> memoryview:
         """The server's status, as JSON text."""
@@ -95,40 +119,56 @@ class Connection:
     ) -> tuple[Decision, memoryview]:
         """Send a ballot, wait for the decision, and return it with its words."""
         digest = digest_of(bits)
+        if self._voted[0] == sequence and self._voted[1] != digest:
+            raise ValueError(
+                f"this job has already voted in vote {sequence}, with other bits: an exchange "
+                "belongs to one optimiser, which votes once for each update. Accumulate gradients "
+                "before tx.update, not by optax.MultiSteps, and call catch_up after going back to "
+                "earlier parameters"
+            )
 
         def attempt() -> tuple[Decision, memoryview]:
             ballot = Ballot(self._slot, self._session, sequence, participates, len(bits), digest)
             return self._read("Vote", to_pieces(ballot, bits), Decision, timeout=None)
 
-        return self._persist(attempt)
+        decided = self._persist(attempt)
+        self._voted = sequence, digest
+        return decided
 
     def follow(self, sequence: int) -> Iterator[tuple[Decision, memoryview]]:
         """The decisions from a sequence on, to the newest."""
-        while True:
-            try:
-                pieces = self._call("Decisions", [to_bytes(self._follow(sequence))], timeout=None)
-                for data in pieces:
-                    decision, first = from_bytes(data, Decision)
-                    words = read_payload(decision, first, pieces)
-                    sequence = decision.sequence + 1
-                    yield decision, words
-                return
-            except grpc.RpcError as error:
-                self._handle(error)
-                self._persist(self.status)
+        pieces: Any = None  # of the call, which goes on from attempt to attempt
 
-    def _follow(self, sequence: int) -> Follow:
-        return Follow(self._slot, self._session, sequence)
+        def attempt() -> tuple[Decision, memoryview] | None:
+            nonlocal pieces
+            try:
+                if pieces is None:
+                    request = Follow(self._slot, self._session, sequence)
+                    pieces = self._call("Decisions", [to_bytes(request)], timeout=None)
+                data = next(pieces, None)
+                if data is None:
+                    return None
+                decision, first = from_bytes(data, Decision)
+                return decision, read_payload(decision, first, pieces)
+            except grpc.RpcError:
+                pieces = None
+                raise
+
+        try:
+            while (decided := self._persist(attempt)) is not None:
+                sequence = decided[0].sequence + 1
+                yield decided
+        finally:
+            if pieces is not None:
+                pieces.cancel()  # if nobody reads the rest
 
     def put_snapshot(self, step: int, payload: memoryview) -> None:
-        """Upload parameters after `step` updates."""
-        digest = digest_of(payload)
-
-        def attempt() -> None:
-            snapshot = Snapshot(self._slot, self._session, step, len(payload), digest)
+        """Upload parameters after `step` updates. If that fails, the server asks again."""
+        snapshot = Snapshot(self._slot, self._session, step, len(payload), digest_of(payload))
+        try:
             self._read("PutSnapshot", to_pieces(snapshot, payload), Done, timeout=None)
-
-        self._persist(attempt)
+        except (grpc.RpcError, StopIteration) as error:
+            logger.warning("the snapshot of step %d was not uploaded: %s", step, error)
 
     def get_snapshot(self, step: int) -> tuple[Snapshot, memoryview]:
         """Download parameters after at least `step` updates, once a member has uploaded them."""
@@ -141,13 +181,16 @@ class Connection:
 
     def close(self) -> None:
         """Leave, if the server can be reached, and close the connection."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         try:
-            leave = to_bytes(Leave(self._slot, self._session))
             if self._session:
-                self._read("Leave", [leave], Done)
-        except grpc.RpcError:
+                self._read("Leave", [to_bytes(Leave(self._slot, self._session))], Done)
+        except (grpc.RpcError, StopIteration, ProtocolError):
             pass  # nobody waits for this slot after a deadline
-        self._channel.close()
+        finally:
+            self._channel.close()
 
     def _call(self, name: str, requests: Iterable[bytes], timeout: float | None = TIMEOUT) -> Any:
         call = self._channel.stream_stream(f"/{SERVICE}/{name}")
@@ -165,22 +208,35 @@ class Connection:
 
     def _persist(self, attempt: Callable[[], T]) -> T:
         """Repeat an attempt until it succeeds, the server refuses it, or it is time to give up."""
-        give_up_at, pause = time.monotonic() + self._give_up, SHORTEST_PAUSE
+        start, pause, is_reported = time.monotonic(), SHORTEST_PAUSE, False
         while True:
+            if self._is_closed:
+                raise VoteServerError("this exchange is closed: connect again to vote")
+            began = time.monotonic()
             try:
                 if self._is_forgotten:
                     self._join()
                 return attempt()
             except grpc.RpcError as error:
-                last = self._handle(error)
+                problem = self._handle(error)
             except StopIteration:
-                last = "the call ended without an answer"
-            if time.monotonic() + pause > give_up_at:
+                problem = "the call ended without an answer"
+            except ProtocolError as error:
+                raise VoteServerError(
+                    f"the vote server {self._address} sends an answer that cannot be read: {error}"
+                ) from error
+            now = time.monotonic()
+            if now - began > SILENCE:
+                start, pause = now, SHORTEST_PAUSE
+            if now + pause > start + self._give_up:
                 raise VoteServerError(
                     f"the vote server {self._address} has not answered for give_up="
-                    f"{self._give_up:g} seconds: {last}. Restart it on its log, and this job from "
-                    "its last checkpoint"
+                    f"{self._give_up:g} seconds: {problem}. Restart it on its log, and this job "
+                    "from its last checkpoint"
                 )
+            if now - start > PATIENCE and not is_reported:
+                is_reported = True
+                logger.warning("waiting for the vote server %s: %s", self._address, problem)
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -191,6 +247,6 @@ class Connection:
             self._is_forgotten = True
         elif reason not in RETRIED_REASONS and (reason or error.code() not in RETRIED):
             raise VoteServerError(
-                f"the vote server {self._address} refuses: {error.details()}"
+                f"the vote server {self._address} refuses: {error.details()}", reason
             ) from error
         return f"{error.code().name}: {error.details()}"

@@ -55,8 +55,9 @@ class Decider:
         self._is_stopping = self._has_stopped = False
         self.failure: BaseException | None = None
         plan = log.plan
-        # Without a plan, rounds of one exchange check the options; nobody has joined them.
+        # Without a plan, rounds of one exchange check the options.
         self._rounds = self._begin_rounds(1 if plan is None else len(plan.exchanges))
+        self.snapshots.drop_beyond(log.next // self._rounds.num_exchanges)
         if plan is not None:
             plan.check_workers(options.num_workers)
             self._counter = Counter(plan)
@@ -77,6 +78,11 @@ class Decider:
         )
 
     # What calls of the service do.
+
+    def check_session(self, slot: int, session: int) -> None:
+        """Raise if a session is over, or unknown."""
+        with self._lock:
+            self._rounds.check_session(slot, session)
 
     def join(self, slot: int, plan: Plan) -> Joined:
         """Offer a session to a job whose plan is the run's."""
@@ -106,8 +112,8 @@ class Decider:
                 raise RefusedError(
                     Reason.WRONG_PLAN,
                     f"the job's plan has the digest {plan.digest}, and the run's {run.digest}: "
-                    "parameters, options of the optimiser, number of workers and version of signax "
-                    "must be those of the run",
+                    "shapes and dtypes of the parameters, zeros, ties, number of workers and "
+                    "version of signax must be those of the run",
                 )
 
     def _set_plan(self, plan: Plan) -> None:
@@ -193,17 +199,13 @@ class Decider:
     def follow(self, follow: Follow) -> Iterator[Entry]:
         """The decisions from a sequence on, to the one that is the newest at the end."""
         sequence = follow.sequence
-        with self._lock:
-            self._rounds.check_session(follow.slot, follow.session)
         while sequence < self._rounds.sequence:
             yield self._read(sequence)
             sequence += 1
 
     def put_snapshot(self, snapshot: Snapshot, first: Any, pieces: Iterable[bytes]) -> None:
         """Store the upload of a snapshot."""
-        with self._lock:
-            self._rounds.check_session(snapshot.slot, snapshot.session)
-            step = self._rounds.sequence // self._rounds.num_exchanges
+        step = self._rounds.sequence // self._rounds.num_exchanges
         if snapshot.step > step:
             raise RefusedError(
                 Reason.FUTURE, f"step={snapshot.step} is not over: the log has {step} steps"
@@ -213,8 +215,6 @@ class Decider:
 
     def get_snapshot(self, fetch: Fetch) -> Iterator[bytes]:
         """The gRPC messages of a snapshot; raise, and ask a member, if there is none."""
-        with self._lock:
-            self._rounds.check_session(fetch.slot, fetch.session)
         log, num_exchanges = self._log, self._rounds.num_exchanges
         least = max(min(fetch.step, log.next // num_exchanges), -(-log.first // num_exchanges))
         self.snapshots.check(least)

@@ -16,10 +16,11 @@ import signax
 from signax._core.remote import Remote, VoteFormat
 from signax._wire.words import LANES, sealed_words
 from signax._workers.vote_state import MajorityVoteState
-from signax.elastic.connection import Connection
+from signax.elastic.connection import Connection, VoteServerError
 from signax.elastic.plan import Exchange as PlannedVote
 from signax.elastic.plan import Plan
-from signax.elastic.protocol import Decision
+from signax.elastic.protocol import Decision, Joined
+from signax.elastic.refusals import Reason
 
 BATCH = 16  # replayed steps that may be on their way to the device
 Decided = tuple[Decision, memoryview]
@@ -31,35 +32,57 @@ class Exchange(Remote):
     Pass it to :func:`signax.majority_vote`, :func:`signax.sign_sgd`, :func:`signax.signum`,
     :func:`signax.lion` or :func:`signax.muon` as `exchange=`. The update then sends this worker's
     ballot to the server from within the compiled step, and waits for the decision. The session with
-    the server begins with the first vote. An exchange carries one vote for each update.
+    the server begins with the first vote.
+
+    An exchange belongs to one optimiser, and carries one vote for each update. If the server
+    refuses a ballot or stays away, the step raises `jax.errors.JaxRuntimeError`, whose text ends in
+    the :class:`signax.elastic.VoteServerError`.
 
     Attributes:
       num_workers: the number of workers, those that are away included.
       index: the number of this worker, from 0.
       step: the number of votes in the history of the parameters, after :meth:`catch_up`.
+
+    Examples:
+      >>> with signax.elastic.connect("127.0.0.1:7443", slot=0) as exchange:  # doctest: +SKIP
+      ...     tx = signax.lion(3e-4, exchange=exchange)
+      ...     state = tx.init(params)
+      ...     params, state = exchange.catch_up(tx, params, state)
+      ...     while exchange.step < 10_000:
+      ...         params, state = train_step(params, state, batch_of(exchange.step))
+      ...         params, state = exchange.catch_up(tx, params, state)
+
+    References:
+      Bernstein et al., `signSGD with Majority Vote is Communication Efficient and Fault Tolerant
+      <https://arxiv.org/abs/1810.05291>`_, 2019
     """
 
     def __init__(self, connection: Connection, index: int, num_workers: int):
         self.index, self.num_workers, self.step = index, num_workers, 0
         self._connection = connection
         self._form: VoteFormat | None = None
-        self._plan: Plan | None = None
         self._next: int | None = None  # the first undecided step, as far as known
         self._ask_at = 0.0  # when others may have gone on without this worker
         self._deadline = 0.0
-        self._missed: dict[int, Decided] = {}
+        self._missed: dict[int, Decided] = {}  # for the replay, whose votes take them
         self._wants_snapshot = False
-        self._replay: tuple[Any, Callable[..., Any]] = (None, _no_replay)
+        self._replay: tuple[Any, Any] = None, None  # an optimiser, and its step
 
     def __repr__(self) -> str:
         return f"Exchange(worker {self.index} of {self.num_workers})"
 
     def vote(self, sealed: jax.Array, step: jax.Array, form: VoteFormat) -> jax.Array:
         """Send a sealed message at a step, and return the sealed decision; for the optimisers."""
+        if jax.sharding.get_abstract_mesh().manual_axes:
+            raise ValueError(
+                "inside jax.shard_map every device would vote, and a job has one vote: call the "
+                "update outside of it, on whole arrays, which may be sharded over axes of type Auto"
+            )
         if self._form not in (None, form):
             raise ValueError(
                 f"this exchange votes on {_describe(self._form)}, and cannot vote on "
-                f"{_describe(form)} too: an exchange carries one vote for each update"
+                f"{_describe(form)} too: an exchange carries one vote for each update, and "
+                "gradients have the shapes and dtypes of the parameters"
             )
         self._form = form
         shape = sealed_words(form.down * form.words) // LANES, LANES
@@ -70,50 +93,57 @@ class Exchange(Remote):
     ) -> tuple[Any, Any]:
         """Apply the decisions that this worker has missed. Call it before every step.
 
-        It does nothing unless the worker has started anew, its last ballot came too late, or the
+        It does nothing unless the worker has just started, its last ballot came too late, or the
         deadline has passed since. Missed decisions come from the server's log. Each is applied by
         `tx.update` with gradients of NaN, which count for nothing: votes exclude them, and momenta
-        stay as they are. So parameters, schedules and decay become what the other workers have,
-        bit for bit.
+        stay as they are. So parameters, schedules and decay become what the other workers have.
 
         If the log does not reach back to the state, parameters and state come from a snapshot,
         which another worker uploads in this method. They hold that worker's momentum, and this
         worker goes on from it.
 
+        The arrays that are passed in stay valid.
+
         Args:
           tx: the optimiser, with this exchange in it.
-          params: the parameters.
+          params: the parameters, floating-point arrays.
           state: the state of the optimiser.
 
         Returns:
           The parameters, and the state.
 
         Raises:
-          ValueError: the state has no vote in it, or several.
+          ValueError: the state has no vote in it, or several; the parameters have no coordinates;
+            or an update of `tx` with gradients of NaN does not take exactly one vote.
           VoteServerError: the server refuses, or stays away.
+
+        Examples:
+          >>> params, state = exchange.catch_up(tx, params, state)  # doctest: +SKIP
         """
-        step = _step_of(state)
+        self.step = _step_of(state)
         if self._next is None or time.monotonic() > self._ask_at:
-            step, params, state = self._start(tx, step, params, state)
+            if self._form is None:  # tracing the update tells the format of its vote
+                jax.eval_shape(tx.update, params, state, params)
+            if self._join().first > self.step:
+                params, state = self._take_snapshot(params, state)
         if self._wants_snapshot:
             self._wants_snapshot = False
-            self._connection.put_snapshot(step, _to_bytes((params, state)))
-        self.step = step
-        if self._next is None or step >= self._next:
-            return params, state
-        if self._replay[0] is not tx:
-            self._replay = tx, jax.jit(_make_replay(tx))
-        replay = self._replay[1]
-        for decision, words in self._connection.follow(step):
-            self._missed[decision.sequence] = decision, words
-            params, state = replay(params, state)
-            self.step = self._next = decision.sequence + 1
-            if decision.sequence % BATCH == 0:
-                jax.block_until_ready(params)
-        return jax.block_until_ready((params, state))
+            self._connection.put_snapshot(self.step, _to_bytes((params, state)))
+        while self._next is not None and self.step < self._next:
+            try:
+                return self._replay_missed(tx, params, state)
+            except VoteServerError as error:  # the log has moved on in the meantime
+                if error.reason != Reason.TOO_OLD:
+                    raise
+                params, state = self._take_snapshot(params, state)
+        return params, state
 
     def close(self) -> None:
-        """Leave. The other workers do not wait for this one any more."""
+        """Leave. The other workers do not wait for this one any more.
+
+        Examples:
+          >>> exchange.close()  # doctest: +SKIP
+        """
         self._connection.close()
 
     def __enter__(self) -> "Exchange":
@@ -122,26 +152,45 @@ class Exchange(Remote):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _start(self, tx: Any, step: int, params: Any, state: Any) -> tuple[int, Any, Any]:
-        """Begin a session, and take a snapshot if the log does not reach back to the step."""
-        if self._form is None:  # tracing the update tells the format of its vote
-            jax.eval_shape(tx.update, params, state, params)
-        joined = self._join()
-        if step < joined.first:
-            snapshot, payload = self._connection.get_snapshot(joined.first)
-            params, state = _from_bytes(payload, (params, state))
-            step = snapshot.step
-        return step, params, state
-
-    def _join(self) -> Any:
-        assert self._form is not None
+    def _join(self) -> Joined:
+        """Begin a session, and hear how far the others are."""
         form = self._form
+        if form is None:
+            raise ValueError("the parameters have no coordinates, so there is nothing to vote on")
         planned = PlannedVote((form.words,) * form.up, form.zeros, form.ties)
-        plan = Plan(_digest_of(form), self.num_workers, (planned,))
-        joined = self._connection.join(plan)
+        joined = self._connection.join(Plan(_digest_of(form), self.num_workers, (planned,)))
         self._deadline = joined.deadline
         self._hear(joined.sequence)
         return joined
+
+    def _take_snapshot(self, params: Any, state: Any) -> tuple[Any, Any]:
+        """Parameters and state of another worker."""
+        snapshot, payload = self._connection.get_snapshot(self.step)
+        self.step = snapshot.step
+        return _from_bytes(payload, (params, state))
+
+    def _replay_missed(self, tx: Any, params: Any, state: Any) -> tuple[Any, Any]:
+        """Apply the decisions of the log."""
+        if self._replay[0] is not tx:
+            self._replay = tx, jax.jit(_make_replay(tx), donate_argnums=(0, 1))
+        replay = self._replay[1]
+        self._missed.clear()
+        before = params, state
+        params, state = jax.tree.map(jnp.copy, before)  # which the replay overwrites
+        for decision, words in self._connection.follow(self.step):
+            self._missed[decision.sequence] = decision, words
+            params, state = replay(params, state)
+            self.step = decision.sequence + 1
+            if decision.sequence % BATCH == 0:
+                jax.block_until_ready(params)
+        if _step_of(state) != self.step:
+            raise ValueError(
+                f"the replay of decision {self.step - 1} led to step {_step_of(state)}: an update "
+                "with gradients of NaN must vote once, so wrap the optimiser in nothing that skips "
+                "or collects updates, such as optax.apply_if_finite or optax.MultiSteps"
+            )
+        self._next = self.step
+        return jax.block_until_ready(_repair((params, state), before))
 
     def _hear(self, sequence: int | None) -> None:
         """Remember the first undecided step, if it is known, and when this was news."""
@@ -163,19 +212,17 @@ class Exchange(Remote):
     def _send(self, sequence: int, message: np.ndarray, form: VoteFormat) -> Decided:
         if self._next is None:
             self._join()
+        known = self._next or 0
         participates = bool(message[form.up * form.words])
         bits = memoryview(message if participates else message[:0]).cast("B")
         decided = self._connection.vote(sequence, participates, bits)
         decision = decided[0]
-        is_late = self.index not in decision.present
+        # The slot may be present by a ballot of an earlier job.
+        is_late = sequence < known or self.index not in decision.present
         # Of a late ballot only the log knows how many decisions have followed.
         self._hear(None if is_late else sequence + 1)
         self._wants_snapshot |= decision.wants_snapshot
         return decided
-
-
-def _no_replay(*_: Any) -> Any:
-    raise AssertionError("a replay begins with its optimiser")
 
 
 def _make_replay(tx: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
@@ -187,6 +234,24 @@ def _make_replay(tx: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
         return optax.apply_updates(params, updates), state
 
     return replay
+
+
+def _repair(after: Any, before: Any) -> Any:
+    """Put leaves back that gradients of NaN went into, such as a momentum that holds nothing."""
+    leaves, structure = jax.tree.flatten(after)
+    olds = jax.tree.leaves(before)
+    are_broken = jax.device_get(_find_new_nans(leaves, olds))
+    pairs = zip(leaves, olds, are_broken, strict=True)
+    return structure.unflatten([old if is_broken else leaf for leaf, old, is_broken in pairs])
+
+
+@jax.jit
+def _find_new_nans(leaves: list[Any], olds: list[Any]) -> list[Any]:
+    def has_nan(leaf: Any) -> Any:
+        is_inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+        return jnp.isnan(leaf).any() if is_inexact else jnp.zeros([], jnp.bool_)
+
+    return [has_nan(leaf) & ~has_nan(old) for leaf, old in zip(leaves, olds, strict=True)]
 
 
 def _step_of(state: Any) -> int:
@@ -212,27 +277,45 @@ def _digest_of(form: VoteFormat) -> str:
 
 def _describe(form: VoteFormat | None) -> str:
     assert form is not None
-    return f"{len(form.leaves)} leaves in {form.words} words with zeros={form.zeros!r}"
+    leaves = [f"{dtype}{[*shape]}" for shape, dtype in form.leaves]
+    shown = ", ".join(leaves if len(leaves) <= 5 else [*leaves[:4], "..."])
+    return f"{len(leaves)} leaves ({shown}) with zeros={form.zeros!r}"
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _data_of(leaf: Any) -> jax.Array:
+    """A leaf as an array of numbers: the bits of a typed key, otherwise the leaf."""
+    leaf = jnp.asarray(leaf)
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
 def _to_bytes(tree: Any) -> memoryview:
     """The leaves of a tree, one after the other."""
-    leaves = jax.device_get(jax.tree.leaves(tree))
+    leaves = jax.device_get([*map(_data_of, jax.tree.leaves(tree))])
     return memoryview(b"".join([np.asarray(leaf).tobytes() for leaf in leaves]))
 
 
 def _from_bytes(payload: memoryview, like: Any) -> Any:
     """Invert `_to_bytes` for a tree like another one."""
     leaves, structure = jax.tree.flatten(like)
-    sizes = [leaf.nbytes for leaf in leaves]
-    if sum(sizes) != len(payload):
+    likes = [*map(_data_of, leaves)]
+    size = sum([one.nbytes for one in likes])
+    if size != len(payload):
         raise ValueError(
-            f"the snapshot has {len(payload)} bytes, and parameters and state have {sum(sizes)}: "
-            "all jobs must have the same optimiser"
+            f"the snapshot has {len(payload)} bytes, and parameters and state have {size}: all "
+            "jobs must have the same optimiser"
         )
     found, start = [], 0
-    for leaf, size in zip(leaves, sizes, strict=True):
-        array = np.frombuffer(payload[start : start + size], leaf.dtype).reshape(leaf.shape)
-        found.append(jax.device_put(array, leaf.sharding))
-        start += size
+    for leaf, one in zip(leaves, likes, strict=True):
+        numbers = np.frombuffer(payload[start : start + one.nbytes], one.dtype).reshape(one.shape)
+        array = jax.device_put(numbers, one.sharding)
+        found.append(_as_key(array, leaf) if _is_key(jnp.asarray(leaf)) else array)
+        start += one.nbytes
     return structure.unflatten(found)
+
+
+def _as_key(data: jax.Array, like: Any) -> jax.Array:
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))

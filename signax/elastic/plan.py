@@ -53,8 +53,8 @@ class Plan(NamedTuple):
     """The votes of one update of a model.
 
     Attributes:
-      digest: a hash of all that the jobs must have in common: the structure, shapes and dtypes of
-        the parameters, the options of the optimiser, and the version of the library.
+      digest: a hash of what the jobs must have in common: shapes and dtypes of the leaves, zeros,
+        ties, and the version of the library.
       num_workers: the number of slots, M.
       exchanges: the K votes of an update, in their order.
     """

@@ -38,7 +38,7 @@ CALLS = ("Join", "Vote", "Decisions", "Leave", "PutSnapshot", "GetSnapshot", "St
 PIECE_BYTES = 1 << 22
 MAX_HEADER_BYTES = 1 << 17
 MAX_MESSAGE_BYTES = 4 + MAX_HEADER_BYTES + PIECE_BYTES
-MAX_TEXT = 128  # characters of a session or a digest
+MAX_TEXT = 128  # characters of a digest
 MAX_NUMBER = (1 << 63) - 1  # SQLite's integers
 
 _LENGTH = struct.Struct("<I")

@@ -87,6 +87,7 @@ class VoteServer:
                 ("grpc.keepalive_time_ms", 20_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.http2.max_pings_without_data", 0),  # a vote may wait for hours
             ],
         )
         handlers: dict[str, Any] = {
@@ -139,6 +140,8 @@ class VoteServer:
             self._refuse(context, Reason.MALFORMED, str(error))
         except LogError as error:
             self._refuse(context, Reason.STOPPING, f"the server's log fails: {error}")
+        except OSError as error:
+            self._refuse(context, Reason.STOPPING, f"the server's disk fails: {error}")
 
     def _refuse(self, context: Any, reason: Reason, message: str) -> None:
         if self._decider.statistics.refuse(reason):
@@ -165,9 +168,10 @@ class VoteServer:
         return message, payload
 
     @contextlib.contextmanager
-    def _only_call(self, slot: int, kind: str, context: Any) -> Any:
+    def _only_call(self, message: Any, kind: str, context: Any) -> Any:
         """End the slot's older call of the same kind, which a retry has replaced."""
-        key = slot, kind
+        self._decider.check_session(message.slot, message.session)  # an old job ends no call
+        key = message.slot, kind
         with self._lock:
             older, self._calls[key] = self._calls.get(key), context
         if older is not None:
@@ -190,14 +194,14 @@ class VoteServer:
         ballot, first = self._read(requests, Ballot, slot)
         decider = self._decider
         is_needed = decider.needs_bits(ballot)
-        with self._only_call(ballot.slot, "Vote", context):
+        with self._only_call(ballot, "Vote", context):
             bits = read_payload(ballot, first, requests) if is_needed else None
             context.add_callback(decider.wake)
             yield from decider.vote(ballot, bits, context.is_active)
 
     def _decisions(self, requests: Any, context: Any, slot: int | None) -> Iterator[bytes]:
         message, _ = self._read(requests, Follow, slot)
-        with self._only_call(message.slot, "Decisions", context):
+        with self._only_call(message, "Decisions", context):
             for decision, words in self._decider.follow(message):
                 self._decider.statistics.transfer(sent=decision.size)
                 yield from to_pieces(decision, words)
@@ -210,13 +214,13 @@ class VoteServer:
 
     def _put_snapshot(self, requests: Any, context: Any, slot: int | None) -> Iterator[bytes]:
         message, first = self._read(requests, Snapshot, slot)
-        with self._only_call(message.slot, "PutSnapshot", context):
+        with self._only_call(message, "PutSnapshot", context):
             self._decider.put_snapshot(message, first, requests)
         yield to_bytes(Done())
 
     def _get_snapshot(self, requests: Any, context: Any, slot: int | None) -> Iterator[bytes]:
         message, _ = self._read(requests, Fetch, slot)
-        with self._only_call(message.slot, "GetSnapshot", context):
+        with self._only_call(message, "GetSnapshot", context):
             yield from self._decider.get_snapshot(message)
 
     def _status(self, requests: Any, context: Any, slot: int | None) -> Iterator[bytes]:

@@ -44,6 +44,11 @@ class Snapshots:
         self._lock = threading.Lock()
         self._is_wanted, self._asked, self._asked_at = False, -1, -PATIENCE
 
+    def drop_beyond(self, step: int) -> None:
+        """Forget a snapshot of steps that the log does not have: it belongs to another run."""
+        if self.newest is not None and self.newest.step > step:
+            self.newest = None
+
     def check(self, step: int) -> None:
         """Raise, and ask for one, unless there is a snapshot of at least `step` updates."""
         if self.newest is not None and self.newest.step >= step:

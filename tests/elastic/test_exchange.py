@@ -1,6 +1,6 @@
-"""Jobs that vote through a server, as threads of this process."""
+"""Votes of jobs through a server: they equal those along an axis, and wrong uses are errors."""
 
-import threading
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -8,111 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jobs import OPTIMIZERS, PARAMS, Job, assert_same, gradient, run_together, servers_in
 
 import signax
 import signax.elastic
-from signax.elastic.credentials import Credentials
-from signax.elastic.decider import Decider
-from signax.elastic.log import Log
-from signax.elastic.rounds import Options
-from signax.elastic.server import VoteServer
-from signax.elastic.snapshots import Snapshots
 
-# Powers of two, so that no program rounds products: two programs may round them in two ways.
-SCHEDULE = optax.piecewise_constant_schedule(2.0**-5, {50: 0.5})
-OPTIMIZERS = {
-    "signum": lambda **workers: signax.signum(SCHEDULE, weight_decay=0.125, **workers),
-    "lion": lambda **workers: signax.lion(2.0**-7, weight_decay=2.0**-6, **workers),
-    "abstain": lambda **workers: signax.signum(2.0**-7, zeros="abstain", **workers),
-    "muon": lambda **workers: signax.muon(2.0**-7, consistent_rms=0.25, **workers),
-    "chain": lambda **workers: optax.chain(
-        optax.clip(1.0), signax.majority_vote(**workers), optax.trace(0.5), optax.scale(-(2.0**-7))
-    ),
-}
-PARAMS = {"w": jnp.ones((130, 40)), "b": jnp.zeros(7)}
-
-
-def gradient(worker, step):
-    rng = np.random.default_rng((worker, step))
-    drawn = {name: rng.normal(size=leaf.shape) for name, leaf in PARAMS.items()}
-    drawn["b"][3:] = 0  # dead coordinates, which are dithered
-    return {name: values.astype(np.float32) for name, values in drawn.items()}
-
-
-class Server:
-    """A vote server on a log, which can be stopped and started again."""
-
-    def __init__(self, folder, num_workers, *, quorum=None, deadline=20.0, keep=None):
-        self.folder, self.keep, self.address = folder, keep, "127.0.0.1:0"
-        self.options = Options(num_workers, quorum or num_workers, deadline)
-        self.start()
-
-    def start(self):
-        self.log = Log(self.folder / "log", keep=self.keep)
-        decider = Decider(self.log, Snapshots(self.folder / "snapshot"), self.options)
-        self.server = VoteServer(decider, self.address, Credentials())
-        self.address = self.server.address
-        self.server.start()
-
-    def stop(self):
-        self.server.stop()
-        self.log.close()
+STEPS = {"signum": 100, "lion": 100, "abstain": 100, "muon": 10, "chain": 20}
 
 
 @pytest.fixture
 def serve(tmp_path):
-    servers = []
-
-    def start(*args, **kwargs):
-        servers.append(Server(tmp_path, *args, **kwargs))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
+    with servers_in(tmp_path) as start:
+        yield start
 
 
-class Job:
-    """A worker's job."""
-
-    def __init__(self, address, slot, name="signum", **options):
-        self.exchange = signax.elastic.connect(address, slot, **{"give_up": 20, **options})
-        self.slot, self.tx = slot, OPTIMIZERS[name](exchange=self.exchange)
-        self.params, self.state = PARAMS, self.tx.init(PARAMS)
-
-        @jax.jit
-        def step(params, state, grads):
-            updates, state = self.tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        self.step = step
-
-    def catch_up(self):
-        self.params, self.state = self.exchange.catch_up(self.tx, self.params, self.state)
-
-    def run(self, stop):
-        """Train until the history has `stop` steps."""
-        while True:
-            self.catch_up()
-            if self.exchange.step >= stop:
-                return self
-            grads = gradient(self.slot, self.exchange.step)
-            self.params, self.state = self.step(self.params, self.state, grads)
-            jax.block_until_ready(self.params)
-
-
-def run_together(jobs, stop):
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        return [*pool.map(lambda job: job.run(stop), jobs)]
-
-
-def assert_same(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_vote_through_a_server_equals_one_along_an_axis(serve, name):
-    num_workers, steps = 3, 100
+@pytest.mark.parametrize(("name", "steps"), STEPS.items())
+def test_a_vote_through_a_server_equals_one_along_an_axis(serve, name, steps):
+    num_workers = 3
     server = serve(num_workers)
     jobs = run_together([Job(server.address, n, name) for n in range(num_workers)], steps)
 
@@ -138,49 +50,42 @@ def test_a_vote_through_a_server_equals_one_along_an_axis(serve, name):
         assert_same(job.state, jax.tree.map(lambda rows, n=n: rows[n], states))
 
 
-@pytest.mark.parametrize("name", ["signum", "lion", "chain"])
-def test_a_job_replays_what_it_has_missed(serve, name):
-    server = serve(3, quorum=2, deadline=0.05)
-    first, second = run_together([Job(server.address, n, name) for n in range(2)], 20)
-    late = Job(server.address, 2, name)
-    late.catch_up()
-    assert late.exchange.step == 20
-    assert_same(late.params, first.params)
-    run_together([first, second, late], 30)
-    assert_same(late.params, first.params)
-    assert_same(second.params, first.params)
+def test_a_job_of_several_devices_votes_once(serve):
+    server = serve(1)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = functools.partial(jax.sharding.NamedSharding, mesh)
+    exchange = signax.elastic.connect(server.address, 0)
+    tx = signax.lion(2.0**-7, weight_decay=0.0, exchange=exchange)
+    params = jax.device_put({"w": jnp.ones((8, 5))}, place(jax.P("data")))
+    batch = jax.device_put(jnp.asarray(gradient(0, 0)["w"][:8, :8]), place(jax.P("data")))
+    votes, send = [], exchange._connection.vote
 
+    def count(*args):
+        votes.append(args[0])
+        return send(*args)
 
-def test_a_job_that_is_always_late_stays_with_the_others(serve):
-    server = serve(3, quorum=2, deadline=0.02)
-    jobs = [Job(server.address, n) for n in range(3)]
-    slow, fast = jobs[2], jobs[:2]
-    stopped = threading.Event()
+    exchange._connection.vote = count
 
-    def be_slow():
-        while not stopped.wait(0.1):
-            slow.run(slow.exchange.step + 1)
+    @jax.jit
+    def step(params, state, batch):
+        grads = jax.grad(lambda p: jnp.sum((batch @ p["w"]) ** 2))(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
 
-    thread = threading.Thread(target=be_slow)
-    thread.start()
-    run_together(fast, 60)
-    stopped.set()
-    thread.join()
-    slow.catch_up()
-    run_together(jobs, 61)
-    assert_same(slow.params, fast[0].params)
-    assert signax.participation(slow.state).missed > 0
-
-
-def test_a_job_without_a_history_takes_a_snapshot(serve):
-    server = serve(3, quorum=2, deadline=0.2, keep=20)
-    members = run_together([Job(server.address, n) for n in range(2)], 50)
-    late = Job(server.address, 2)
-    late.catch_up()
-    assert late.exchange.step == 50
-    assert_same(late.params, members[0].params)
-    run_together([*members, late], 60)
-    assert_same(late.params, members[0].params)
+    state, alone = tx.init(params), jax.device_get(params)
+    reference = signax.lion(2.0**-7, weight_decay=0.0)
+    alone_state = reference.init(alone)
+    for _ in range(3):
+        grads = jax.grad(lambda p: jnp.sum((jax.device_get(batch) @ p["w"]) ** 2))(alone)
+        updates, alone_state = reference.update(grads, alone_state, alone)
+        alone = optax.apply_updates(alone, updates)
+        params, state = step(params, state, batch)
+    assert_same(jax.device_get(params), alone)
+    assert votes == [0, 1, 2]
+    whole = {"w": jnp.ones((8, 5))}
+    update = jax.shard_map(tx.update, mesh=mesh, in_specs=jax.P(), out_specs=jax.P())
+    with pytest.raises(ValueError, match=r"inside jax\.shard_map"):
+        jax.eval_shape(update, whole, tx.init(whole), whole)
 
 
 def test_jobs_wait_for_a_server_that_is_restarted(serve):
@@ -235,6 +140,35 @@ def test_an_exchange_carries_one_vote(serve):
     plain = optax.sgd(0.1)
     with pytest.raises(ValueError, match="0 votes in it"):
         exchange.catch_up(plain, PARAMS, plain.init(PARAMS))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    with pytest.raises(ValueError, match=r"bfloat16\[7\].* have the shapes and dtypes"):
+        jax.eval_shape(vote.update, half, vote.init(PARAMS))
+
+
+def test_rejects_parameters_without_coordinates(serve):
+    exchange = signax.elastic.connect(serve(1).address, 0)
+    tx = signax.sign_sgd(0.1, exchange=exchange)
+    with pytest.raises(ValueError, match="nothing to vote on"):
+        exchange.catch_up(tx, {}, tx.init({}))
+
+
+@pytest.mark.parametrize("kind", ["two optimisers", "MultiSteps"])
+def test_a_second_vote_in_a_step_is_an_error(serve, kind):
+    job = Job(serve(1).address, 0)
+    if kind == "MultiSteps":
+        job.tx = optax.MultiSteps(signax.sign_sgd(0.1, exchange=job.exchange), 2)
+        job.state = job.tx.init(PARAMS)
+    fresh = job.state
+    _, job.state = job.step(PARAMS, fresh, gradient(0, 0))
+    state = job.state if kind == "MultiSteps" else fresh
+    with pytest.raises(Exception, match="an exchange belongs to one optimiser"):
+        jax.block_until_ready(job.step(PARAMS, state, gradient(0, 1)))
+
+
+def test_rejects_a_job_of_several_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="this job has 2 processes"):
+        signax.elastic.connect("127.0.0.1:9", 0)
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,20 @@ def test_a_member_is_asked_for_a_snapshot(start):
     assert clients[2].get_snapshot()[1] == payload
 
 
+def test_a_snapshot_of_another_run_is_forgotten(start):
+    host = start()
+    clients = host.clients()
+    for sequence in range(3):
+        vote_all(clients, sequence)
+    clients[0].put_snapshot(3, b"of a run whose log is deleted")
+    host.stop()
+    for path in host.folder.glob("votes.db*"):
+        path.unlink()
+    host.start()
+    assert clients[0].join().snapshot is None
+    refused("no-snapshot", clients[0].get_snapshot)
+
+
 def test_the_status_counts_refusals_votes_and_bytes(start):
     host = start()
     clients = host.clients()
