@@ -45,7 +45,7 @@ class Exchange(NamedTuple):
 
     @property
     def decision_words(self) -> int:
-        """The words of a decision, whose planes are those of a ballot."""
+        """The words of a decision, which has as many planes as a ballot."""
         return sum(self.widths)
 
 

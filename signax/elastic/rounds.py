@@ -26,7 +26,7 @@ Rules:
 5. A ballot may say that its worker does not participate, since its gradient is not finite. It
    belongs to the quorum and nobody waits for its slot, but it does not count in the vote.
 6. The voters of a step never grow: a slot that did not count in one exchange of a step counts in no
-   later exchange of it. Until the next step, its ballots are treated as those of rule 5.
+   later exchange of it. Until the next step, rule 5 holds for its ballots.
 7. `join` offers a slot the next session number, and changes nothing else. The first ballot with a
    new number begins the session: it ends the older one, whose ballot is withdrawn if the round is
    open, and whose requests are refused from then on. A late `join` of a dead job therefore does no
@@ -38,7 +38,7 @@ Invariants, in every order of requests, times and failures:
 - each sequence number is decided once, in order;
 - every decision has ballots from a quorum;
 - each counted ballot came from the newest session of its slot when the round closed;
-- the voters of one exchange are among those of the exchange before it in the same step;
+- the voters of an exchange have voted in the exchange before it of the same step;
 - the rounds after a restart follow from the last decision in the log.
 """
 
