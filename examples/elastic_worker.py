@@ -79,7 +79,7 @@ def load_data() -> Any:
 
 
 def init_params(key: jax.Array) -> Any:
-    """The same parameters on every worker."""
+    """Draw the first parameters, which are the same on every worker."""
     keys = jax.random.split(key, len(WIDTHS))
     sizes = zip((64, *WIDTHS[:-1]), WIDTHS, keys, strict=True)
     return [

@@ -113,7 +113,7 @@ class Decider:
                     Reason.WRONG_PLAN,
                     f"the job's plan has the digest {plan.digest}, and the run's {run.digest}: "
                     "shapes and dtypes of the parameters, zeros, ties, number of workers and "
-                    "version of signax must be those of the run",
+                    "version of signax must equal the run's",
                 )
 
     def _set_plan(self, plan: Plan) -> None:

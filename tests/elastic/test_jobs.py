@@ -136,7 +136,7 @@ def test_a_worker_with_a_nan_abstains(serve):
 def test_another_model_is_refused(serve):
     server = serve(2)
     Job(server.address, 0).catch_up()
-    with pytest.raises(signax.elastic.VoteServerError, match=r"digest .* must be those of the run"):
+    with pytest.raises(signax.elastic.VoteServerError, match=r"digest .* must equal the run's"):
         Job(server.address, 1, "abstain").catch_up()
 
 
