@@ -26,10 +26,11 @@ LATENCY = "50ms"
 
 
 class Links(NamedTuple):
-    """The links that join the workers.
+    """The links that join some hosts: workers, and perhaps a server behind them.
 
     Attributes:
       kind: `"namespaces"` or `"loopback"`.
+      addresses: the IP address of each host.
       interface: the network interface that carries the exchange, in every worker.
       coordinator: address and port at which worker 0 gathers the others.
       prefixes: the words before each worker's command.
@@ -37,6 +38,7 @@ class Links(NamedTuple):
     """
 
     kind: str
+    addresses: Sequence[str]
     interface: str
     coordinator: str
     prefixes: Sequence[Sequence[str]]
@@ -114,7 +116,9 @@ def namespaces(workers: int, rate: str, delay: str) -> Iterator[Links]:
             connect(name, address, bridge, f"port{worker}")
             limit(name, bridge, f"port{worker}", rate, delay)
         prefixes = [enter(name, address) for name, address in zip(names, addresses, strict=True)]
-        yield Links("namespaces", "link0", f"{addresses[0]}:29500", prefixes, burst_bytes(rate))
+        yield Links(
+            "namespaces", addresses, "link0", f"{addresses[0]}:29500", prefixes, burst_bytes(rate)
+        )
     finally:
         for name in (bridge, *names):
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
@@ -125,7 +129,8 @@ def loopback(workers: int) -> Iterator[Links]:
     """Join workers by the host's loopback interface, which has no rate limit."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         free_port = server.getsockname()[1]
-    yield Links("loopback", "lo", f"127.0.0.1:{free_port}", [[]] * workers, 0)
+    addresses = ["127.0.0.1"] * workers
+    yield Links("loopback", addresses, "lo", f"127.0.0.1:{free_port}", [[]] * workers, 0)
 
 
 def connect(name: str, address: str, bridge: str, port: str) -> None:

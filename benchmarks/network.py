@@ -17,7 +17,13 @@ each step. The time of a step is its slowest worker's time. `none` applies the w
 sends nothing. Its time is the floor of all times; what a step takes beyond it is *exposed*, the
 price of the exchange. `unsent vote` packs and unpacks, and sends nothing. All workers share this
 machine's cores, with one thread of computation each. Computation therefore weighs more here than on
-separate machines. PyTorch's all_reduce, if PyTorch is installed, runs by itself after the others.
+separate machines.
+
+Two candidates run by themselves after the others. `vote server` is a vote between jobs of their own
+through `python -m signax.elastic serve`, if gRPC is installed. The server has a namespace, and a
+link of the same rate. It cannot answer before all ballots are there. Its `wire ms` is therefore the
+time of all ballots up, and then of all decisions down. `torch all_reduce` is PyTorch's, if it is
+installed.
 
 The table shows the bytes that one worker sends per step: the bytes of the compiled program, and the
 bytes that its network interface counts, with headers and acknowledgements. `wire ms` is the
@@ -43,10 +49,13 @@ from pathlib import Path
 from typing import Any
 
 from namespaces import Links, bits_per_second, loopback, milliseconds, namespaces, unavailable
-from network_worker import EXCHANGES, TORCH, UNSENT
+from network_worker import EXCHANGES, SERVER, TORCH, UNSENT
 from report import print_table, save, save_bars, summary
+from vote_server import serving
 
 here = Path(__file__).parent
+# Candidates that run by themselves: what runs them in network_worker.py, and the module they need.
+ALONE = {SERVER: ("elastic", "grpc"), TORCH: ("torch", "torch")}
 sweep_workers = (2, 4, 8)
 sweep_rates = ("100mbit", "1gbit", "10gbit", "unlimited")
 sweep_parameters = (100_000, 1_000_000, 10_000_000)
@@ -88,7 +97,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [*EXCHANGES, TORCH] if importlib.util.find_spec("torch") else [*EXCHANGES]
+    alone = [name for name, (_, module) in ALONE.items() if importlib.util.find_spec(module)]
+    names = [*EXCHANGES, *alone]
     add = parser.add_argument
     add("--workers", type=int, default=4, help="processes (default 4)")
     add("--rate", default="1gbit", help="of each link, or unlimited (default 1gbit)")
@@ -132,20 +142,23 @@ def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def run_setting(setting: dict[str, Any]) -> dict[str, Any]:
     """Run all workers of one setting, and combine their measurements."""
-    by_jax = [name for name in setting["candidates"] if name != TORCH]
+    together = [name for name in setting["candidates"] if name not in ALONE]
+    libraries = [library for name, (library, _) in ALONE.items() if name in setting["candidates"]]
+    if together:
+        libraries.insert(0, "jax")
     reports: list[dict[str, Any]] = [{} for _ in range(setting["workers"])]
     with join(setting) as links:
-        if by_jax:
-            reports = launch("jax", links, setting | {"candidates": by_jax})
-        if TORCH in setting["candidates"]:
-            by_torch = launch("torch", links, setting)
-            reports = [report | more for report, more in zip(reports, by_torch, strict=True)]
+        for library in libraries:
+            found = launch(library, links, setting | {"candidates": together})
+            reports = [report | more for report, more in zip(reports, found, strict=True)]
 
     limited = links.kind == "namespaces"
     rate = bits_per_second(setting["rate"]) if limited else math.inf
     candidates = {name: combine(name, [report[name] for report in reports]) for name in reports[0]}
-    for candidate in candidates.values():
+    for name, candidate in candidates.items():
         sent = candidate["hlo_bytes"]
+        if name == SERVER:  # all ballots, and then all decisions
+            sent = 2 * setting["workers"] * setting["parameters"] / 8
         candidate["wire_seconds"] = sent * 8 / rate if sent and rate < math.inf else None
         if "none" in candidates:
             candidate["exposed_seconds"] = candidate["median"] - candidates["none"]["median"]
@@ -165,34 +178,42 @@ def run_setting(setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def join(setting: dict[str, Any]) -> contextlib.AbstractContextManager[Links]:
-    """The workers' links, in namespaces if possible, otherwise over the loopback interface."""
-    reason = unavailable()
+    """The links of workers and server, in namespaces if possible, otherwise over loopback."""
+    reason, hosts = unavailable(), setting["workers"] + (SERVER in setting["candidates"])
     if reason is None:
-        return namespaces(setting["workers"], setting["rate"], setting["delay"])
+        return namespaces(hosts, setting["rate"], setting["delay"])
     print(
         f"WARNING: no network namespaces here: {reason}.\n"
         "The workers share the loopback interface, which has NO RATE LIMIT and NO DELAY."
     )
-    return loopback(setting["workers"])
+    return loopback(hosts)
 
 
 def launch(library: str, links: Links, setting: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run a process per worker, and return each worker's measurements."""
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, f"{worker}.json") for worker in range(setting["workers"])]
+    """Run a process per worker, and the server if they need it; return each one's measurements."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = None
+        if library == "elastic":
+            server = stack.enter_context(serving(links, setting["workers"], folder))
+        outputs = [folder / f"{worker}.json" for worker in range(setting["workers"])]
         commands = []
         for worker, output in enumerate(outputs):
             task = setting | {
                 "library": library,
                 "worker": worker,
                 "coordinator": links.coordinator,
+                "server": server and server.address,
                 "interface": links.interface,
                 "output": str(output),
             }
             program = str(here / "network_worker.py")
             commands.append([sys.executable, program, json.dumps(task)])
-        run_together(links, commands, Path(folder))
-        return [json.loads(output.read_text()) for output in outputs]
+        run_together(links, commands, folder)
+        reports = [json.loads(output.read_text()) for output in outputs]
+        if server:
+            reports[0][SERVER]["server_seconds"] = server.status()["median_seconds"]
+        return reports
 
 
 def run_together(links: Links, commands: Sequence[Sequence[str]], folder: Path) -> None:
@@ -201,7 +222,7 @@ def run_together(links: Links, commands: Sequence[Sequence[str]], folder: Path) 
     processes: list[subprocess.Popen] = []
     logs = [folder / f"{worker}.log" for worker in range(len(commands))]
     try:
-        for prefix, command, path in zip(links.prefixes, commands, logs, strict=True):
+        for prefix, command, path in zip(links.prefixes, commands, logs, strict=False):
             with open(path, "w") as log:
                 processes.append(
                     subprocess.Popen(
@@ -240,6 +261,7 @@ def combine(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **summary(seconds),
         "seconds": seconds,
         "hlo_bytes": reports[0].get("hlo_bytes"),  # PyTorch has no HLO
+        "server_seconds": reports[0].get("server_seconds"),
         "counted_bytes": round(statistics.mean(report["counted_bytes"] for report in reports)),
     }
 

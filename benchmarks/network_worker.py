@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from report import interleave
@@ -19,6 +20,7 @@ from report import interleave
 import signax
 
 learning_rate = 1e-3
+SERVER = "vote server"
 TORCH = "torch all_reduce"
 
 
@@ -124,12 +126,38 @@ def run_jax(task: dict[str, Any]) -> dict[str, Any]:
     barrier = jax.jit(add).lower(one).compile()
     report = time_and_count(steps, lambda: barrier(one), task)
     for name, step in steps.items():
-        digest = hashlib.sha256()
-        for leaf in step.parameters:
-            digest.update(np.asarray(leaf.addressable_data(0)))
         sent = signax.diagnostics.collective_bytes(step.program)
-        report[name] |= {"hlo_bytes": sent, "parameters": digest.hexdigest()}
+        report[name] |= {"hlo_bytes": sent, "parameters": digest_of(step.parameters)}
     jax.distributed.shutdown()
+    return report
+
+
+def run_elastic(task: dict[str, Any]) -> dict[str, Any]:
+    """Time a vote through a server on this worker, which is a job of its own."""
+    import signax.elastic  # needs gRPC
+
+    with signax.elastic.connect(task["server"], task["worker"], insecure=True) as exchange:
+        tx = optax.chain(signax.majority_vote(exchange=exchange), optax.scale(-learning_rate))
+        rng = np.random.default_rng(task["worker"])
+        gradients = [jnp.asarray(rng.standard_normal(n, np.float32)) for n in leaf_sizes(task)]
+        parameters = [jnp.zeros_like(gradient) for gradient in gradients]
+        parameters, state = exchange.catch_up(tx, parameters, tx.init(parameters))
+
+        def update(parameters, state, gradients):
+            updates, state = tx.update(gradients, state)
+            return optax.apply_updates(parameters, updates), state
+
+        program = jax.jit(update, donate_argnums=(0, 1)).lower(parameters, state, gradients)
+        program = program.compile()
+
+        def step():
+            nonlocal parameters, state
+            parameters, state = program(parameters, state, gradients)
+            return parameters
+
+        # The last step has ended everywhere when the next decision comes, so there is no barrier.
+        report = time_and_count({SERVER: step}, lambda: None, task)
+        report[SERVER] |= {"hlo_bytes": None, "parameters": digest_of(parameters)}
     return report
 
 
@@ -161,6 +189,14 @@ def run_torch(task: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
+def digest_of(parameters: Any) -> str:
+    """The hash of this worker's parameters."""
+    digest = hashlib.sha256()
+    for leaf in parameters:
+        digest.update(np.asarray(leaf.addressable_data(0)))
+    return digest.hexdigest()
+
+
 def leaf_sizes(task: dict[str, Any]) -> list[int]:
     """The sizes of leaves that hold all parameters, as equal as possible."""
     whole, rest = divmod(task["parameters"], task["leaves"])
@@ -187,7 +223,7 @@ def time_and_count(
 def main() -> None:
     """Run the task, and write the report to the task's output path."""
     task = json.loads(sys.argv[1])
-    report = {"jax": run_jax, "torch": run_torch}[task["library"]](task)
+    report = {"jax": run_jax, "elastic": run_elastic, "torch": run_torch}[task["library"]](task)
     Path(task["output"]).write_text(json.dumps(report))
 
 

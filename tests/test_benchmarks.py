@@ -109,7 +109,7 @@ def test_network_reports_plausible_bytes_and_times(start, tmp_path):
         *("network.py", "--workers", workers, "--parameters", parameters, "--rounds", 2),
         *("--rate", "100mbit", "--leaves", 3),
         *("--json", tmp_path / "out" / "network.json", "--figure", tmp_path / "network.png"),
-        *("--candidates", "vote", "f32 mean", "int8 psum", "unsent vote", "none"),
+        *("--candidates", "vote", "f32 mean", "int8 psum", "unsent vote", "none", "vote server"),
     )
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -122,7 +122,10 @@ def test_network_reports_plausible_bytes_and_times(start, tmp_path):
     [result] = report["results"]
     assert (result["workers"], result["parameters"]) == (workers, parameters)
     candidates = result["candidates"]
-    assert [*candidates] == ["vote", "f32 mean", "int8 psum", "unsent vote", "none"]
+    assert [*candidates] == ["vote", "f32 mean", "int8 psum", "unsent vote", "none", "vote server"]
+    server = candidates.pop("vote server")
+    assert 0 < server["min"] <= server["median"]
+    assert all(0 < seconds < server["max"] for seconds in server["server_seconds"].values())
 
     tree = jax.ShapeDtypeStruct((parameters,), jnp.float32)
     mean = diagnostics.wire_bytes(tree, workers, scheme="mean")
@@ -147,6 +150,9 @@ def test_network_reports_plausible_bytes_and_times(start, tmp_path):
         assert "NO RATE LIMIT" in printed
         return
     assert result["rate_bits_per_second"] == rate
+    ballots = 2 * workers * parameters  # in bits, with the decisions
+    assert server["wire_seconds"] == pytest.approx(ballots / rate)
+    assert server["min"] >= server["wire_seconds"] - 2 * 8 * result["burst_bytes"] / rate
     for candidate in candidates.values():
         # Headers, acknowledgements and a barrier add to the program's bytes.
         overhead = candidate["counted_bytes"] - candidate["hlo_bytes"]
@@ -162,10 +168,10 @@ def test_an_interrupted_run_leaves_no_namespaces(load, start, tmp_path, number):
     if reason := load("namespaces").unavailable():
         pytest.skip(reason)
     process = start("network.py", "--workers", 2, "--json", tmp_path / "network.json")
-    while len(namespaces_of(process)) < 3 and process.poll() is None:
+    while len(namespaces_of(process)) < 4 and process.poll() is None:
         time.sleep(0.05)
     time.sleep(0.5)  # until workers run inside
-    assert len(namespaces_of(process)) == 3
+    assert len(namespaces_of(process)) == 4  # the bridge, two workers and the vote server
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode != 0

@@ -112,8 +112,9 @@ class Decider:
                 raise RefusedError(
                     Reason.WRONG_PLAN,
                     f"the job's plan has the digest {plan.digest}, and the run's {run.digest}: "
-                    "shapes and dtypes of the parameters, zeros, ties, number of workers and "
-                    "version of signax must equal the run's",
+                    "shapes and dtypes of the parameters, zeros, ties, what follows the vote (such "
+                    "as learning rate and decay), the number of workers, and the versions of jax "
+                    "and signax must equal the run's",
                 )
 
     def _set_plan(self, plan: Plan) -> None:

@@ -17,6 +17,7 @@ from signax._core.remote import Remote, VoteFormat
 from signax._wire.words import LANES, sealed_words
 from signax._workers.vote_state import MajorityVoteState
 from signax.elastic.connection import Connection, VoteServerError
+from signax.elastic.fingerprint import find_fingerprint
 from signax.elastic.plan import Exchange as PlannedVote
 from signax.elastic.plan import Plan
 from signax.elastic.protocol import Decision, Joined
@@ -61,6 +62,8 @@ class Exchange(Remote):
         self.index, self.num_workers, self.step = index, num_workers, 0
         self._connection = connection
         self._form: VoteFormat | None = None
+        self._plan: Plan | None = None  # from the first call of `catch_up`
+        self._is_planning = False
         self._next: int | None = None  # the first undecided step, as far as known
         self._ask_at = 0.0  # when others may have gone on without this worker
         self._deadline = 0.0
@@ -83,6 +86,11 @@ class Exchange(Remote):
                 f"this exchange votes on {_describe(self._form)}, and cannot vote on "
                 f"{_describe(form)} too: an exchange carries one vote for each update, and "
                 "gradients have the shapes and dtypes of the parameters"
+            )
+        if self._plan is None and not self._is_planning:
+            raise ValueError(
+                "this exchange does not know the optimiser yet: call exchange.catch_up(tx, params, "
+                "state) before the first update, and before every other one"
             )
         self._form = form
         shape = sealed_words(form.down * form.words) // LANES, LANES
@@ -122,8 +130,8 @@ class Exchange(Remote):
         """
         self.step = _step_of(state)
         if self._next is None or time.monotonic() > self._ask_at:
-            if self._form is None:  # tracing the update tells the format of its vote
-                jax.eval_shape(tx.update, params, state, params)
+            if self._plan is None:
+                self._plan = self._make_plan(tx, params, state)
             if self._join().first > self.step:
                 params, state = self._take_snapshot(params, state)
         if self._wants_snapshot:
@@ -152,13 +160,26 @@ class Exchange(Remote):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _join(self) -> Joined:
-        """Begin a session, and hear how far the others are."""
+    def _make_plan(self, tx: Any, params: Any, state: Any) -> Plan:
+        """What the server must know of the updates. Tracing one tells the format of its vote."""
+        self._is_planning = True
+        try:
+            fingerprint = find_fingerprint(tx, params, state)
+        finally:
+            self._is_planning = False
         form = self._form
         if form is None:
             raise ValueError("the parameters have no coordinates, so there is nothing to vote on")
+        versions = {"jax": jax.__version__, "signax": signax.__version__}
+        facts = {**versions, "update": fingerprint, **form._asdict()}
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         planned = PlannedVote((form.words,) * form.up, form.zeros, form.ties)
-        joined = self._connection.join(Plan(_digest_of(form), self.num_workers, (planned,)))
+        return Plan(digest, self.num_workers, (planned,))
+
+    def _join(self) -> Joined:
+        """Begin a session, and hear how far the others are."""
+        assert self._plan is not None  # nobody votes before
+        joined = self._connection.join(self._plan)
         self._deadline = joined.deadline
         self._hear(joined.sequence)
         return joined
@@ -267,12 +288,6 @@ def _step_of(state: Any) -> int:
             "of the optimiser with exchange= in it"
         )
     return int(found[0].count)
-
-
-def _digest_of(form: VoteFormat) -> str:
-    """The hash of what all jobs must have in common."""
-    facts = {"signax": signax.__version__, **form._asdict()}
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _describe(form: VoteFormat | None) -> str:

@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 
     Attributes:
       digest: a hash of what the jobs must have in common: shapes and dtypes of the leaves, zeros,
-        ties, and the version of the library.
+        ties, what follows the vote, and the versions of JAX and of the library.
       num_workers: the number of slots, M.
       exchanges: the K votes of an update, in their order.
     """

@@ -35,7 +35,7 @@ VERSION = 1
 SERVICE = f"signax.elastic.v{VERSION}.Votes"
 CALLS = ("Join", "Vote", "Decisions", "Leave", "PutSnapshot", "GetSnapshot", "Status")
 
-PIECE_BYTES = 1 << 22
+PIECE_BYTES = 1 << 19  # short enough that one is read while the next is on its way
 MAX_HEADER_BYTES = 1 << 17
 MAX_MESSAGE_BYTES = 4 + MAX_HEADER_BYTES + PIECE_BYTES
 MAX_TEXT = 128  # characters of a digest
@@ -222,7 +222,7 @@ def read_payload(
 ) -> memoryview:
     """The whole payload of a message, which began in it; raise unless size and digest fit."""
     size, filled = message.size, len(first)
-    payload = first
+    payload, hashed = first, hashlib.sha256(first)
     if filled < size:
         payload = memoryview(bytearray(size))
         payload[:filled] = first
@@ -235,10 +235,11 @@ def read_payload(
             filled += len(piece)
             break
         payload[filled : filled + len(piece)] = piece
+        hashed.update(piece)  # while the next piece is on its way
         filled += len(piece)
     if filled > size:
         raise ProtocolError(f"more than size={size} bytes follow the header")
-    if digest_of(payload) != message.digest:
+    if hashed.hexdigest() != message.digest:
         raise ProtocolError(f"digest={message.digest!r} is not the digest of the payload")
     return payload
 

@@ -81,7 +81,8 @@ def test_a_job_of_several_devices_votes_once(serve):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    state, alone = tx.init(params), jax.device_get(params)
+    params, state = exchange.catch_up(tx, params, tx.init(params))
+    alone = jax.device_get(params)
     reference = signax.lion(2.0**-7, weight_decay=0.0)
     alone_state = reference.init(alone)
     for _ in range(3):
@@ -124,6 +125,7 @@ def test_a_worker_with_a_nan_abstains(serve):
     grads = [bad, gradient(1, 0)]
 
     def one_step(job):
+        job.catch_up()
         return job.step(job.params, job.state, grads[job.slot])
 
     with ThreadPoolExecutor(2) as pool:
@@ -140,15 +142,51 @@ def test_another_model_is_refused(serve):
         Job(server.address, 1, "abstain").catch_up()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learning_rate": 2.0**-8},
+        {"learning_rate": optax.piecewise_constant_schedule(2.0**-7, {1_000: 0.25})},
+        {"weight_decay": 0.0},
+        {"mask": {"w": True, "b": False}},
+    ],
+)
+def test_other_options_behind_the_vote_are_refused(serve, options):
+    """The learning rate, its schedule and the decay must be the same in all jobs."""
+    server = serve(2)
+    common = {
+        "learning_rate": optax.piecewise_constant_schedule(2.0**-7, {1_000: 0.5}),
+        "weight_decay": 0.125,
+    }
+
+    def join(slot, **options):
+        with signax.elastic.connect(server.address, slot) as exchange:
+            tx = signax.lion(**common | options, exchange=exchange)
+            exchange.catch_up(tx, PARAMS, tx.init(PARAMS))
+
+    join(0)
+    join(1)
+    join(1, b1=0.5, b2=0.75)  # a momentum before the vote is the worker's own affair
+    with pytest.raises(signax.elastic.VoteServerError, match="learning rate"):
+        join(1, **options)
+
+
+def test_an_update_before_catching_up_is_an_error(serve):
+    job = Job(serve(1).address, 0)
+    with pytest.raises(ValueError, match="before the first update"):
+        job.step(job.params, job.state, gradient(0, 0))
+
+
 def test_an_exchange_carries_one_vote(serve):
     exchange = signax.elastic.connect(serve(1).address, 0)
     vote = signax.majority_vote(exchange=exchange)
     both = optax.partition({"w": vote, "b": vote}, {"w": "w", "b": "b"})
-    with pytest.raises(ValueError, match="carries one vote for each update"):
-        jax.eval_shape(both.update, PARAMS, both.init(PARAMS))
+    with pytest.raises(ValueError, match="2 votes in it, and an exchange carries one"):
+        exchange.catch_up(both, PARAMS, both.init(PARAMS))
     plain = optax.sgd(0.1)
     with pytest.raises(ValueError, match="0 votes in it"):
         exchange.catch_up(plain, PARAMS, plain.init(PARAMS))
+    exchange.catch_up(vote, PARAMS, vote.init(PARAMS))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     with pytest.raises(ValueError, match=r"bfloat16\[7\].* have the shapes and dtypes"):
         jax.eval_shape(vote.update, half, vote.init(PARAMS))
@@ -167,6 +205,7 @@ def test_a_second_vote_in_a_step_is_an_error(serve, kind):
     if kind == "MultiSteps":
         job.tx = optax.MultiSteps(signax.sign_sgd(0.1, exchange=job.exchange), 2)
         job.state = job.tx.init(PARAMS)
+    job.catch_up()
     fresh = job.state
     _, job.state = job.step(PARAMS, fresh, gradient(0, 0))
     state = job.state if kind == "MultiSteps" else fresh
