@@ -37,10 +37,13 @@ class VoteServer:
 
 
 @contextlib.contextmanager
-def serving(links: Links, workers: int, folder: Path) -> Iterator[VoteServer]:
-    """Run a server that waits for all workers, with its log in a folder."""
+def serving(
+    links: Links, workers: int, folder: Path, *, quorum: int | None = None, deadline: str = "2s"
+) -> Iterator[VoteServer]:
+    """Run a server with its log in a folder. By default it waits for all workers."""
     server = VoteServer(links)
-    options = {"--workers": workers, "--quorum": workers, "--log": folder / "votes.db"}
+    options = {"--workers": workers, "--quorum": quorum or workers, "--deadline": deadline}
+    options |= {"--log": folder / "votes.db"}
     words = [str(word) for option in options.items() for word in option]
     with open(folder / "server.log", "w") as log:
         command = [*server.command, *words, "--insecure"]

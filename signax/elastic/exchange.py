@@ -63,7 +63,7 @@ class Exchange(Remote):
         self._connection = connection
         self._form: VoteFormat | None = None
         self._plan: Plan | None = None  # from the first call of `catch_up`
-        self._is_planning = False
+        self._is_planning = self._is_replaying = False  # while `catch_up` traces
         self._next: int | None = None  # the first undecided step, as far as known
         self._ask_at = 0.0  # when others may have gone on without this worker
         self._deadline = 0.0
@@ -94,7 +94,10 @@ class Exchange(Remote):
             )
         self._form = form
         shape = sealed_words(form.down * form.words) // LANES, LANES
-        return io_callback(self._vote, jax.ShapeDtypeStruct(shape, jnp.uint32), sealed, step)
+        reply = jax.ShapeDtypeStruct(shape, jnp.uint32)
+        if self._is_replaying:  # without a ballot, XLA leaves out all that leads to one
+            return io_callback(self._take_missed, reply, step)
+        return io_callback(self._vote, reply, sealed, step)
 
     def catch_up(
         self, tx: optax.GradientTransformation, params: optax.Params, state: Any
@@ -198,12 +201,16 @@ class Exchange(Remote):
         self._missed.clear()
         before = params, state
         params, state = jax.tree.map(jnp.copy, before)  # which the replay overwrites
-        for decision, words in self._connection.follow(self.step):
-            self._missed[decision.sequence] = decision, words
-            params, state = replay(params, state)
-            self.step = decision.sequence + 1
-            if decision.sequence % BATCH == 0:
-                jax.block_until_ready(params)
+        self._is_replaying = True
+        try:
+            for decision, words in self._connection.follow(self.step):
+                self._missed[decision.sequence] = decision, words
+                params, state = replay(params, state)
+                self.step = decision.sequence + 1
+                if decision.sequence % BATCH == 0:
+                    jax.block_until_ready(params)
+        finally:
+            self._is_replaying = False
         if _step_of(state) != self.step:
             raise ValueError(
                 f"the replay of decision {self.step - 1} led to step {_step_of(state)}: an update "
@@ -219,20 +226,29 @@ class Exchange(Remote):
 
     def _vote(self, sealed: Any, step: Any) -> np.ndarray:
         """What the compiled step calls: send a ballot, and return the sealed decision."""
-        sequence, form = int(step), self._form
-        assert form is not None
-        decided = self._missed.pop(sequence, None)
+        decided = self._missed.pop(int(step), None)  # of a replay by a jitted `tx.update`
         if decided is None:
-            decided = self._send(sequence, np.ascontiguousarray(sealed, "<u4").reshape(-1), form)
-        decision, words = decided
+            decided = self._send(int(step), np.ascontiguousarray(sealed, "<u4").reshape(-1))
+        return self._seal(*decided)
+
+    def _take_missed(self, step: Any) -> np.ndarray:
+        """What the compiled replay calls: return the sealed decision of the log."""
+        return self._seal(*self._missed.pop(int(step)))
+
+    def _seal(self, decision: Decision, words: memoryview) -> np.ndarray:
+        """A decision as the compiled program reads it."""
+        form = self._form
+        assert form is not None
         reply = np.zeros(sealed_words(form.down * form.words), np.uint32)
         planes = np.frombuffer(words, "<u4")
         reply[: planes.size], reply[planes.size] = planes, decision.header
         return reply.reshape(-1, LANES)
 
-    def _send(self, sequence: int, message: np.ndarray, form: VoteFormat) -> Decided:
+    def _send(self, sequence: int, message: np.ndarray) -> Decided:
         if self._next is None:
             self._join()
+        form = self._form
+        assert form is not None
         known = self._next or 0
         participates = bool(message[form.up * form.words])
         bits = memoryview(message if participates else message[:0]).cast("B")

@@ -157,3 +157,14 @@ def test_rejects_a_wrapper_that_skips_the_votes_of_a_replay(serve):
     make().run(2)
     with pytest.raises(ValueError, match=r"led to step 0.*optax\.apply_if_finite"):
         make().catch_up()
+
+
+def test_a_compiled_update_replays_and_votes(serve):
+    server = serve(2, quorum=1, deadline=0.1)
+    first = Job(server.address, 0).run(3)
+    late = Job(server.address, 1)
+    late.tx = optax.GradientTransformation(late.tx.init, jax.jit(late.tx.update))
+    late.catch_up()
+    assert_same(late.params, first.params)
+    run_together([first, late], 6)
+    assert_same(late.params, first.params)
