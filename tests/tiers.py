@@ -79,6 +79,9 @@ THOROUGH = {
     "test_compressors": {
         "a_fraction_in_an_array_keeps_the_same_count_compiled_and_eagerly": "rounding of fractions",
     },
+    "test_commits_model": {
+        "main_servers_and_a_shard_may_die_at_any_moment": "orders of several failures",
+    },
     "test_conformance": {
         "compiled_equals_eager": "Python side effects, and values that tracing freezes",
         "no_dtype_is_promoted_by_accident": "promotion under strict dtype rules",
@@ -191,6 +194,9 @@ SLOW = {
         "a_stopped_and_continued_run_equals_an_uninterrupted_run": "the example's checkpoints",
         "network_trains_in_processes_and_compares_times": "benchmarks/language_model.py network",
         "tune_searches_one_grid_with_all_seeds_and_resumes": "benchmarks/language_model.py tune",
+    },
+    "test_shard_command": {
+        "servers_are_killed_while_jobs_vote": "a write that SIGKILL interrupts, on either server",
     },
     "test_diloco": {
         "few_bits_without_feedback_learn_as_well_as_the_mean": "a claim of the documentation",

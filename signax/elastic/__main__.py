@@ -5,6 +5,9 @@ r"""The vote server's command.
     python -m signax.elastic status 127.0.0.1:7443
     python -m signax.elastic token 3
 
+    python -m signax.elastic shard --listen 10.0.0.2:7443 --workers 8 --log part1.db ...
+    python -m signax.elastic serve --shards 10.0.0.2:7443 ...
+
 `serve` runs until SIGTERM or SIGINT: it finishes the round in hand and exits with 0. It writes a
 JSON line to stderr for each event, and gRPC may write lines of its own. Beyond loopback it needs
 TLS (--tls-cert, --tls-key) and a credential for each slot: --tokens FILE, or certificates of an
@@ -12,6 +15,12 @@ authority, --tls-clients FILE.
 
 `token` prints a new token for a slot on the first line, and its line for the file of tokens on the
 second one. The server reads the file when it starts.
+
+`shard` counts a part of every ballot for the server whose `--shards` names it, the main server. It
+runs until a signal, too. Beyond loopback it needs TLS and credentials like `serve`, and further a
+credential of the main server: `token main` prints a token for it, which `serve --shards-token`
+reads, and its line for the shards' files of tokens. With --tls-clients the main server shows its
+own certificate, --tls-cert, whose common name is then `main`.
 """
 
 import argparse
@@ -32,6 +41,7 @@ import jax
 
 from signax.elastic import pages
 from signax.elastic.credentials import (
+    MAIN,
     Credentials,
     check_exposure,
     is_loopback,
@@ -44,6 +54,10 @@ from signax.elastic.log import Log, LogError
 from signax.elastic.protocol import SERVICE, Ask, Status, from_bytes, read_payload, to_bytes
 from signax.elastic.rounds import Options
 from signax.elastic.server import Tls, VoteServer
+from signax.elastic.shard import Shard
+from signax.elastic.shard_server import ShardServer
+from signax.elastic.sharded_decider import ShardedDecider
+from signax.elastic.shards import Shards
 from signax.elastic.snapshots import Snapshots
 from signax.elastic.status import log_event, logger
 
@@ -87,31 +101,43 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="decide votes until stopped")
-    serve.add_argument("--listen", required=True, metavar="HOST:PORT", help="where jobs connect")
-    serve.add_argument("--workers", required=True, type=int, help="the number of slots")
+    _add_server_options(serve)
     serve.add_argument(
         "--quorum", type=int, help="ballots that a decision needs; by default more than half"
     )
     serve.add_argument(
         "--deadline", type=_seconds, default=2.0, help="from the first ballot on, such as 2s"
     )
-    serve.add_argument("--log", required=True, type=Path, help="the file of decisions")
     serve.add_argument("--keep", type=int, metavar="STEPS", help="steps to keep; by default all")
-    serve.add_argument("--tls-cert", type=Path, help="the server's certificate, PEM")
-    serve.add_argument("--tls-key", type=Path, help="its key, PEM")
-    serve.add_argument("--tls-clients", type=Path, help="the authority of clients' certificates")
-    serve.add_argument("--tokens", type=Path, help="the file of hashes of tokens")
-    serve.add_argument("--insecure", action="store_true", help="allow what is unsafe elsewhere")
     serve.add_argument("--status", metavar="HOST:PORT", help="where to serve the status page")
+    serve.add_argument("--shards", metavar="HOST:PORT,...", help="the shards, in the run's order")
+    serve.add_argument("--shards-ca", type=Path, help="the authority of the shards' certificates")
+    serve.add_argument("--shards-token", type=Path, help="a file with the token for the shards")
+    _add_server_options(commands.add_parser("shard", help="count a part of every ballot"))
     status = commands.add_parser("status", help="print the status of a server as JSON")
     status.add_argument("address", metavar="HOST:PORT")
     status.add_argument("--token-file", type=Path, help="a file with a token")
     status.add_argument("--tls-ca", type=Path, help="the authority of the server's certificate")
     status.add_argument("--tls-cert", type=Path, help="the client's certificate, PEM")
     status.add_argument("--tls-key", type=Path, help="its key, PEM")
-    token = commands.add_parser("token", help="make a token for a slot")
-    token.add_argument("slot", type=int)
+    token = commands.add_parser("token", help="make a token for a slot, or for the main server")
+    token.add_argument("slot", type=_slot, metavar="SLOT|main")
     return parser.parse_args(arguments)
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="where jobs connect")
+    parser.add_argument("--workers", required=True, type=int, help="the number of slots")
+    parser.add_argument("--log", required=True, type=Path, help="the file of decisions")
+    parser.add_argument("--tls-cert", type=Path, help="the server's certificate, PEM")
+    parser.add_argument("--tls-key", type=Path, help="its key, PEM")
+    parser.add_argument("--tls-clients", type=Path, help="the authority of clients' certificates")
+    parser.add_argument("--tokens", type=Path, help="the file of hashes of tokens")
+    parser.add_argument("--insecure", action="store_true", help="allow what is unsafe elsewhere")
+
+
+def _slot(text: str) -> int:
+    return MAIN if text == "main" else int(text)
 
 
 def _read_tls(options: argparse.Namespace) -> Tls | None:
@@ -125,8 +151,8 @@ def _read_tls(options: argparse.Namespace) -> Tls | None:
     return Tls(options.tls_key.read_bytes(), options.tls_cert.read_bytes(), clients)
 
 
-def serve(options: argparse.Namespace) -> int:
-    """Serve until a signal; return the exit status."""
+def _prepare(options: argparse.Namespace) -> tuple[Credentials, Tls | None]:
+    """Check and read who may call, and the files of TLS."""
     if options.tokens and options.tls_clients:
         raise ValueError(
             "--tokens and --tls-clients exclude one another: a slot has one credential"
@@ -139,11 +165,39 @@ def serve(options: argparse.Namespace) -> int:
     check_exposure(
         host, has_tls=tls is not None, credentials=credentials, insecure=options.insecure
     )
+    return credentials, tls
+
+
+def _read_shards(options: argparse.Namespace, log: Log, tls: Tls | None) -> Shards:
+    """The shards that `--shards` names."""
+    addresses = options.shards.split(",")
+    hosts = [split_address(address)[0] for address in addresses]
+    if tls is None and not (options.insecure or all(map(is_loopback, hosts))):
+        raise ValueError(
+            f"--shards {options.shards} is beyond this machine, and without TLS requests travel in "
+            "plain text: give --tls-cert and --tls-key, or --insecure if the network is yours alone"
+        )
+    token = options.shards_token and options.shards_token.read_text().split()[0]
+    credentials = None
+    if tls is not None:
+        authority = options.shards_ca and options.shards_ca.read_bytes()
+        own = (tls.key, tls.certificate) if tls.clients else (None, None)
+        credentials = grpc.ssl_channel_credentials(authority, *own)
+    return Shards(addresses, log, credentials, token)
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve until a signal; return the exit status."""
+    credentials, tls = _prepare(options)
     quorum = options.workers // 2 + 1 if options.quorum is None else options.quorum
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(contextlib.closing(Log(options.log, keep=options.keep)))
         snapshots = Snapshots(options.log.with_name(f"{options.log.name}.snapshot"))
-        decider = Decider(log, snapshots, Options(options.workers, quorum, options.deadline))
+        rules = Options(options.workers, quorum, options.deadline)
+        if options.shards is None:
+            decider = Decider(log, snapshots, rules)
+        else:
+            decider = ShardedDecider(log, snapshots, rules, _read_shards(options, log, tls))
         stack.callback(decider.stop)
         server = VoteServer(decider, options.listen, credentials, tls)
         status = None
@@ -155,7 +209,17 @@ def serve(options: argparse.Namespace) -> int:
     return 0 if decider.failure is None else 1
 
 
-def _run(server: VoteServer, decider: Decider, status: pages.Pages | None) -> None:
+def serve_shard(options: argparse.Namespace) -> int:
+    """Serve as a shard until a signal; return the exit status."""
+    credentials, tls = _prepare(options)
+    with contextlib.closing(Log(options.log)) as log:
+        shard = Shard(log, options.workers)
+        _run(ShardServer(shard, options.listen, credentials, tls), shard, None)
+    log_event("stopped", failed=shard.failure is not None)
+    return 0 if shard.failure is None else 1
+
+
+def _run(server: VoteServer, decider: Decider | Shard, status: pages.Pages | None) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonLines())
     logger.addHandler(handler)
@@ -197,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "serve":
             return serve(options)
+        if options.command == "shard":
+            return serve_shard(options)
         if options.command == "token":
             print(*make_token(options.slot), sep="\n")
             return 0

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from signax._core.checks import check_number
-from signax.elastic.connection import Connection
 from signax.elastic.credentials import is_loopback, split_address
 from signax.elastic.exchange import Exchange
+from signax.elastic.sharded import ShardedConnection
 
 
 def connect(
@@ -72,7 +72,7 @@ def connect(
             "has one, with any number of devices: start each process as a job of its own, without "
             "jax.distributed.initialize"
         )
-    connection = Connection(address, slot, token, credentials, give_up)
+    connection = ShardedConnection(address, slot, token, credentials, give_up, insecure=insecure)
     try:
         num_workers = json.loads(connection.status().tobytes())["num_workers"]
         if not 0 <= slot < num_workers:

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
 import grpc
@@ -36,7 +36,13 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between attempts
 TIMEOUT = 10.0  # seconds of a call that the server answers at once
 SILENCE = 60.0  # seconds; a call that lasted longer had a server that answered gRPC's pings
 PATIENCE = 5.0  # seconds of attempts before the log mentions them
-RETRIED_REASONS = (Reason.REPEATED, Reason.LIMIT, Reason.STOPPING, Reason.NO_SNAPSHOT)
+RETRIED_REASONS = (
+    Reason.REPEATED,
+    Reason.LIMIT,
+    Reason.STOPPING,
+    Reason.UNREADY,
+    Reason.NO_SNAPSHOT,
+)
 # Every refusal has a reason. Without one the status is gRPC's own, and these may pass.
 RETRIED = (
     grpc.StatusCode.ABORTED,
@@ -119,13 +125,7 @@ class Connection:
     ) -> tuple[Decision, memoryview]:
         """Send a ballot, wait for the decision, and return it with its words."""
         digest = digest_of(bits)
-        if self._voted[0] == sequence and self._voted[1] != digest:
-            raise ValueError(
-                f"this job has already voted in vote {sequence}, with other bits: an exchange "
-                "belongs to one optimiser, which votes once for each update. Accumulate gradients "
-                "before tx.update, not by optax.MultiSteps, and call catch_up after going back to "
-                "earlier parameters"
-            )
+        self._check_repeat(sequence, digest)
 
         def attempt() -> tuple[Decision, memoryview]:
             ballot = Ballot(self._slot, self._session, sequence, participates, len(bits), digest)
@@ -135,8 +135,19 @@ class Connection:
         self._voted = sequence, digest
         return decided
 
-    def follow(self, sequence: int) -> Iterator[tuple[Decision, memoryview]]:
-        """The decisions from a sequence on, to the newest."""
+    def _check_repeat(self, sequence: int, digest: str) -> None:
+        if self._voted[0] == sequence and self._voted[1] != digest:
+            raise ValueError(
+                f"this job has already voted in vote {sequence}, with other bits: an exchange "
+                "belongs to one optimiser, which votes once for each update. Accumulate gradients "
+                "before tx.update, not by optax.MultiSteps, and call catch_up after going back to "
+                "earlier parameters"
+            )
+
+    def follow(
+        self, sequence: int, *, has_end: bool = True
+    ) -> Generator[tuple[Decision, memoryview]]:
+        """The decisions from a sequence on, to the newest, or on and on."""
         pieces: Any = None  # of the call, which goes on from attempt to attempt
 
         def attempt() -> tuple[Decision, memoryview] | None:
@@ -147,7 +158,10 @@ class Connection:
                     pieces = self._call("Decisions", [to_bytes(request)], timeout=None)
                 data = next(pieces, None)
                 if data is None:
-                    return None
+                    pieces = None
+                    if has_end:
+                        return None
+                    raise StopIteration  # and try again, as after a call without an answer
                 decision, first = from_bytes(data, Decision)
                 return decision, read_payload(decision, first, pieces)
             except grpc.RpcError:

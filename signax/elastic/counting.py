@@ -7,7 +7,7 @@ for bit.
 """
 
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from signax._wire import words
 from signax._wire.signs import Majority
 from signax.elastic.plan import WORD_BYTES, Exchange, Plan
-from signax.elastic.protocol import ProtocolError
+from signax.elastic.protocol import Decision, ProtocolError, digest_of
 
 # Words of each plane that are compared with the decision: all would take as long as the count.
 SAMPLE_WORDS = 1 << 16
@@ -87,6 +87,23 @@ class Counter:
         )
         equal_bits = {slot: 1 - int(differing[slot]) / bits for slot in voters}
         return Counted(int(header), decided, equal_bits)
+
+
+def make_decision(
+    counted: Counted, sequence: int, present: Sequence[int], voters: Sequence[int]
+) -> tuple[Decision, memoryview]:
+    """The decision of a vote, and the bytes of its words."""
+    words = memoryview(counted.words.astype("<u4", copy=False)).cast("B")
+    decision = Decision(
+        sequence=sequence,
+        header=counted.header,
+        present=tuple(present),
+        voters=tuple(voters),
+        wants_snapshot=False,
+        size=len(words),
+        digest=digest_of(words),
+    )
+    return decision, words
 
 
 def _make_table(num_workers: int, ballot_words: int) -> NDArray[np.uint32]:

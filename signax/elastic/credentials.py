@@ -2,6 +2,9 @@
 
 A credential is a token, sent as `authorization: Bearer TOKEN`, or a client's certificate with the
 common name `worker-SLOT`. The server stores hashes of tokens only.
+
+Shards take requests to count from the main server, whose token has the line `main HASH` in the
+file of tokens, and whose certificate has the common name `main`.
 """
 
 import hashlib
@@ -15,16 +18,19 @@ from typing import Any, NamedTuple
 
 from signax.elastic.refusals import Reason, RefusedError
 
+MAIN = -1  # in the place of a slot, for the main server
+
 _BEARER = "Bearer "
-_LINE = re.compile(r"(\d+)\s+([0-9a-f]{64})")
-_NAME = re.compile(r"worker-(\d+)")
+_LINE = re.compile(r"(\d+|main)\s+([0-9a-f]{64})")
+_NAME = re.compile(r"worker-(\d+)|main")
 
 
 class Credentials(NamedTuple):
     """The credentials that a server knows.
 
     Attributes:
-      tokens: the SHA-256 of the token of each slot, or `None` if slots have no tokens.
+      tokens: the SHA-256 of the token of each slot, and of the main server's as `MAIN`; `None` if
+        slots have no tokens.
       by_certificate: whether a slot shows a certificate instead.
     """
 
@@ -37,7 +43,7 @@ class Credentials(NamedTuple):
         return self.tokens is not None or self.by_certificate
 
     def find_slot(self, metadata: Sequence[Any], identity: Mapping[str, Any]) -> int | None:
-        """The slot of a call; `None` if none is required. Raise if its credential is unknown.
+        """The slot of a call, or `MAIN`; `None` if none is required. Raise if it is unknown.
 
         Args:
           metadata: the metadata that the call came with.
@@ -72,7 +78,7 @@ def _find_certificate(identity: Mapping[str, Any]) -> int:
             Reason.UNAUTHENTICATED,
             f"the certificate's common name is {names}: it must be worker-SLOT, such as worker-0",
         )
-    return int(match[1])
+    return MAIN if match[1] is None else int(match[1])
 
 
 def hash_token(token: str) -> str:
@@ -81,9 +87,9 @@ def hash_token(token: str) -> str:
 
 
 def make_token(slot: int) -> tuple[str, str]:
-    """A new token for a slot, and its line in a file of tokens."""
+    """A new token for a slot or for `MAIN`, and its line in a file of tokens."""
     token = secrets.token_urlsafe(32)
-    return token, f"{slot} {hash_token(token)}"
+    return token, f"{'main' if slot == MAIN else slot} {hash_token(token)}"
 
 
 def read_tokens(path: str | Path, num_workers: int) -> dict[int, str]:
@@ -99,12 +105,12 @@ def read_tokens(path: str | Path, num_workers: int) -> dict[int, str]:
                 f"{where}: {text[:20]!r}... is no slot and hash: make a line with `python -m "
                 "signax.elastic token SLOT`"
             )
-        slot, hashed = int(match[1]), match[2]
+        slot, hashed = MAIN if match[1] == "main" else int(match[1]), match[2]
         if slot >= num_workers:
             raise ValueError(f"{where}: slot {slot} is none of 0 to {num_workers - 1}")
         if slot in tokens or hashed in tokens.values():
             raise ValueError(
-                f"{where}: slot {slot} or its token is there twice; give each one line"
+                f"{where}: slot {match[1]} or its token is there twice; give each one line"
             )
         tokens[slot] = hashed
     return tokens

@@ -12,19 +12,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from signax.elastic.counting import Counter
+from signax.elastic.answers import Answers
+from signax.elastic.counting import Counted, Counter, make_decision
 from signax.elastic.log import Entry, Log
+from signax.elastic.parts import Part, describe_part
 from signax.elastic.plan import Plan
-from signax.elastic.protocol import (
-    Ballot,
-    Decision,
-    Fetch,
-    Follow,
-    Joined,
-    Snapshot,
-    digest_of,
-    to_pieces,
-)
+from signax.elastic.protocol import Ballot, Decision, Fetch, Follow, Joined, Snapshot, to_pieces
 from signax.elastic.refusals import Reason, RefusedError
 from signax.elastic.rounds import Options, Rounds, begin
 from signax.elastic.snapshots import Snapshots
@@ -40,27 +33,30 @@ class Decider:
       options: how to decide.
 
     Raises:
-      ValueError: an option is out of range, or the log belongs to another number of workers.
+      ValueError: an option is out of range, or the log belongs to another number of workers or
+        servers.
     """
 
     def __init__(self, log: Log, snapshots: Snapshots, options: Options):
         self._log, self.snapshots, self.options = log, snapshots, options
+        self.num_workers = options.num_workers
         self.statistics = Statistics(options.num_workers)
         self._lock = threading.Lock()
         self._may_be_due = threading.Condition(self._lock)
         self._has_changed = threading.Condition(self._lock)
         self._joining = threading.Lock()
         self._counter: Counter | None = None  # until a job has brought the plan
-        self._newest: tuple[Decision, list[bytes]] | None = None  # which all slots share
+        self._answers = Answers(log)
         self._is_stopping = self._has_stopped = False
         self.failure: BaseException | None = None
         plan = log.plan
         # Without a plan, rounds of one exchange check the options.
         self._rounds = self._begin_rounds(1 if plan is None else len(plan.exchanges))
         self.snapshots.drop_beyond(log.next // self._rounds.num_exchanges)
+        self._part = self._choose_part()
         if plan is not None:
             plan.check_workers(options.num_workers)
-            self._counter = Counter(plan)
+            self._counter = Counter(self._own_plan(plan))
         self._thread = threading.Thread(target=self._work, name="decider", daemon=True)
         self._thread.start()
 
@@ -76,6 +72,23 @@ class Decider:
             present=last.present if last else None,
             voters=last.voters if last else (),
         )
+
+    # What a server with shards does in another way.
+
+    def _choose_part(self) -> Part | None:
+        """The part of the run that the log has."""
+        if self._log.part is not None:
+            raise ValueError(f"{self._log.path} belongs to {describe_part(self._log.part)}")
+        return None
+
+    def _own_plan(self, plan: Plan) -> Plan:
+        """The plan of what this server counts; raise `ValueError` if it is out of range."""
+        plan.check()
+        return plan
+
+    def _count(self, counter: Counter, rounds: Rounds) -> Counted | None:
+        """Count the closed round; `None` if it is not to be decided now."""
+        return counter.count(rounds.sequence, rounds.voters)
 
     # What calls of the service do.
 
@@ -119,12 +132,12 @@ class Decider:
 
     def _set_plan(self, plan: Plan) -> None:
         try:
-            plan.check()
+            own = self._own_plan(plan)
             plan.check_workers(self.options.num_workers)
         except ValueError as error:
             raise RefusedError(Reason.WRONG_PLAN, str(error)) from None
-        counter = Counter(plan)
-        self._log.set_plan(plan)
+        counter = Counter(own)
+        self._log.set_plan(plan, self._part)
         with self._lock:
             self._rounds, self._counter = self._begin_rounds(len(plan.exchanges)), counter
 
@@ -141,7 +154,7 @@ class Decider:
         with self._lock:
             self._check_running()
             needed = self._rounds.check_ballot(
-                ballot.slot, ballot.session, ballot.sequence, ballot.digest
+                ballot.slot, ballot.session, ballot.sequence, ballot.identity
             )
             counter = self._counter
         assert counter is not None  # somebody has joined
@@ -170,12 +183,12 @@ class Decider:
         with self._lock:
             self._check_running()
             slot, session, sequence = ballot.slot, ballot.session, ballot.sequence
-            is_new = self._rounds.check_ballot(slot, session, sequence, ballot.digest)
+            is_new = self._rounds.check_ballot(slot, session, sequence, ballot.identity)
             if is_new and ballot.size and bits is None:
                 raise RefusedError(Reason.REPEATED, "the ballot was withdrawn: send it again")
             now = time.monotonic()
             self._rounds = self._rounds.receive(
-                slot, session, sequence, ballot.digest, ballot.participates, now
+                slot, session, sequence, ballot.identity, ballot.participates, now
             )
             if is_new and bits is not None:
                 assert self._counter is not None
@@ -187,6 +200,8 @@ class Decider:
             while self._rounds.sequence <= sequence:
                 self._check_running()
                 self._rounds.check_session(slot, session)
+                if not self._rounds.closed and self._rounds.slots[slot].received is None:
+                    raise RefusedError(Reason.REPEATED, "the round is open again: vote again")
                 if not is_alive():
                     raise RefusedError(Reason.REPEATED, "nobody waits for the answer any more")
                 self._has_changed.wait()
@@ -201,7 +216,7 @@ class Decider:
         """The decisions from a sequence on, to the one that is the newest at the end."""
         sequence = follow.sequence
         while sequence < self._rounds.sequence:
-            yield self._read(sequence)
+            yield self._answers.read(sequence)
             sequence += 1
 
     def put_snapshot(self, snapshot: Snapshot, first: Any, pieces: Iterable[bytes]) -> None:
@@ -221,29 +236,13 @@ class Decider:
         self.snapshots.check(least)
         return self.snapshots.read()
 
-    # Answers.
-
     def _answer(self, slot: int, sequence: int) -> list[bytes]:
-        newest = self._newest
-        if newest is None or newest[0].sequence != sequence:
-            decision, words = self._read(sequence)
-            newest = decision, [*to_pieces(decision, words)]
-        decision, messages = newest
+        decision, messages = self._answers.messages(sequence)
         if self.snapshots.asks(slot, decision.voters):
-            decision, words = self._read(sequence)
+            decision, words = self._answers.read(sequence)
             messages = [*to_pieces(decision._replace(wants_snapshot=True), words)]
         self.statistics.transfer(sent=decision.size)
         return messages
-
-    def _read(self, sequence: int) -> Entry:
-        entry = self._log.read(sequence)
-        if entry is None:
-            raise RefusedError(
-                Reason.TOO_OLD,
-                f"sequence={sequence} is no longer in the log, which begins with "
-                f"{self._log.first}: take a snapshot",
-            )
-        return entry
 
     # The thread that decides.
 
@@ -262,11 +261,12 @@ class Decider:
         """Close the next round; return false if the server stops first."""
         with self._lock:
             while True:
-                now, due_at = time.monotonic(), self._rounds.due_at
-                if self._rounds.is_due(now):
-                    self._rounds = self._rounds.close(now)
+                now, rounds = time.monotonic(), self._rounds
+                due_at = rounds.due_at
+                if rounds.is_due(now):
+                    self._rounds = rounds.close(now)
                     return True
-                if self._is_stopping and (due_at is None or now >= due_at):
+                if self._is_stopping and (rounds.closed or due_at is None or now >= due_at):
                     return False
                 waits = due_at is not None and now < due_at
                 self._may_be_due.wait(due_at - now if waits and due_at else None)
@@ -277,24 +277,16 @@ class Decider:
         assert counter is not None
         assert rounds.due_at is not None
         closed_at = time.monotonic()
-        counted = counter.count(rounds.sequence, rounds.voters)
+        counted = self._count(counter, rounds)
+        if counted is None:
+            return
         counted_at = time.monotonic()
-        words: Any = memoryview(counted.words.astype("<u4", copy=False)).cast("B")
-        decision = Decision(
-            sequence=rounds.sequence,
-            header=counted.header,
-            present=rounds.present,
-            voters=rounds.voters,
-            wants_snapshot=False,
-            size=len(words),
-            digest=digest_of(words),
-        )
+        decision, words = make_decision(counted, rounds.sequence, rounds.present, rounds.voters)
         self._log.append(decision, words)
         self._want_snapshot(rounds.sequence)
         logged_at = time.monotonic()
-        messages = [*to_pieces(decision, words)]
+        self._answers.set_newest(decision, words)
         with self._lock:
-            self._newest = decision, messages
             self._rounds = self._rounds.decide()
             self._has_changed.notify_all()
         gathering = closed_at - rounds.due_at + rounds.deadline

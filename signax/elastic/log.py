@@ -6,6 +6,8 @@ each append is one fsync. A sequence number is written once. Nothing in the log 
 
 Every start of a server is counted in the log. A server whose count is no longer the newest has been
 replaced by another one on the same log, and its next append fails instead of mixing two histories.
+
+In the log of a shard the last decision may be tentative, and is then written again, see `commits`.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from signax.elastic.parts import Part
 from signax.elastic.plan import Plan
 from signax.elastic.protocol import Decision, ProtocolError, digest_of, from_json, to_json
 
@@ -57,6 +60,8 @@ class Log:
 
     Attributes:
       plan: the plan of the run; `None` before the first job has joined.
+      part: which part of the run the log has; `None` without shards.
+      turn: in a shard's log, the main server's turn at its last decision.
       starts: how often a server had started on this log before.
       first: the first vote that the log has.
       next: the first vote that is not decided.
@@ -99,6 +104,8 @@ class Log:
                 self._db.execute(f"PRAGMA user_version = {VERSION}")
             plan = self._about("plan")
             self.plan = None if plan is None else from_json(Plan, json.loads(plan), "plan")
+            part, self.turn = self._about("part"), int(self._about("turn") or 0)
+            self.part = None if part is None else from_json(Part, json.loads(part), "part")
             self.starts = int(self._about("starts") or 0)
             self._set_about("starts", str(self.starts + 1))
             self._find_ends()
@@ -127,15 +134,21 @@ class Log:
         if count and self.plan is None:
             raise LogError(f"{self.path} has decisions but no plan: restore it from a backup")
 
-    def set_plan(self, plan: Plan) -> None:
-        """Write the plan of a run that begins."""
+    def set_plan(self, plan: Plan, part: Part | None = None) -> None:
+        """Write the plan of a run that begins, and which part of it the log has."""
         with self._lock, self._explains(), self._transaction():
             self._set_about("plan", json.dumps(to_json(plan)))
-            self.plan = plan
+            if part is not None:
+                self._set_about("part", json.dumps(to_json(part)))
+            self.plan, self.part = plan, part
 
-    def append(self, decision: Decision, words: Any) -> None:
-        """Write a decision, durably. Its sequence must be `next`."""
-        if decision.sequence != self.next:
+    def append(self, decision: Decision, words: Any, *, turn: int | None = None) -> None:
+        """Write a decision, durably. Its sequence must be `next`.
+
+        With a turn the decision is tentative, and replaces the last one if it has its sequence.
+        """
+        replaces = turn is not None and decision.sequence == self.next - 1
+        if decision.sequence != self.next and not replaces:
             raise LogError(
                 f"decision {decision.sequence} does not follow on {self.next - 1}, the last one in "
                 f"{self.path}"
@@ -150,7 +163,11 @@ class Log:
                 raise LogError(f"another server has started on {self.path}: this one has to stop")
             present, voters = json.dumps(decision.present), json.dumps(decision.voters)
             row = decision.sequence, decision.header, present, voters, decision.digest, words
+            if replaces:
+                self._db.execute("DELETE FROM decisions WHERE sequence = ?", (decision.sequence,))
             self._db.execute("INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?)", row)
+            if turn is not None:
+                self._set_about("turn", str(turn))
             if first > self.first:
                 self._db.execute("DELETE FROM decisions WHERE sequence < ?", (first,))
         self.first, self.next = first, decision.sequence + 1

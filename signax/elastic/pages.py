@@ -97,6 +97,9 @@ def describe(status: Status) -> str:
         text += f" The quorum of {status['quorum']} lacks {status['quorum_lacks']}."
     if waiting:
         text += f" The round waits for {waiting}."
+    for number, shard in enumerate(status.get("shards", ()), 1):
+        if shard["problem"]:
+            text += f" Shard {number}, {shard['address']}: {shard['problem']}."
     return text
 
 
@@ -202,4 +205,8 @@ def metrics(status: Status) -> str:
     add("round_seconds", "gauge", "median time of the last rounds", seconds)
     refusals = [(f'{{reason="{n}"}}', value) for n, value in status["refusals"].items()]
     add("refusals_total", "counter", "refused requests", refusals)
+    if "shards" in status:
+        shards = enumerate(status["shards"], 1)
+        values = [(f'{{shard="{n}"}}', int(one["problem"] is None)) for n, one in shards]
+        add("shard_up", "gauge", "whether the shard has answered the last call", values)
     return "\n".join(lines) + "\n"

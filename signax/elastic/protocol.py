@@ -13,12 +13,21 @@ numbered over all steps: `sequence = step * K + exchange`, if an update has K vo
     GetSnapshot   Fetch               Snapshot, payload
     Status        Ask                 Status, payload
 
+A shard counts a part of each ballot, see `parts`. Its service is smaller:
+
+    Vote          Ballot, payload     Done once it holds the part; then Decision, payload
+    Decisions     Follow              (Decision, payload)*
+    Lead          Lead                Done                   from the main server
+    Count         Count               Counted                from the main server
+    Status        Ask                 Status, payload
+
 A message is a length (u32, little-endian), a header of that length (JSON, UTF-8), and the beginning
 of its payload, if it has one: little-endian u32 words, or the bytes of a snapshot. A payload of
 more than `PIECE_BYTES` continues in further gRPC messages, each of which is a bare piece. The
 field `size` of the header counts the bytes of the whole payload, and `digest` is their SHA-256.
 
-The reader is strict: every field must be there, once, with the right type, and no other.
+The reader is strict: every field must be there, once, with the right type, and no other. A field
+with a default is left out where it has the default.
 """
 
 import hashlib
@@ -30,10 +39,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from signax.elastic.plan import Plan
+from signax.elastic.shard_messages import Count, Counted, Lead
 
 VERSION = 1
 SERVICE = f"signax.elastic.v{VERSION}.Votes"
 CALLS = ("Join", "Vote", "Decisions", "Leave", "PutSnapshot", "GetSnapshot", "Status")
+SHARD_CALLS = ("Vote", "Decisions", "Lead", "Count", "Status")
 
 PIECE_BYTES = 1 << 19  # short enough that one is read while the next is on its way
 MAX_HEADER_BYTES = 1 << 17
@@ -65,6 +76,7 @@ class Joined(NamedTuple):
       snapshot: the number of updates in the snapshot's parameters; `None` without a snapshot.
       quorum: the ballots that a decision needs.
       deadline: the seconds after which a vote with a quorum waits for nobody.
+      shards: the addresses of the main server's shards, in their order.
     """
 
     session: int
@@ -73,12 +85,15 @@ class Joined(NamedTuple):
     snapshot: int | None
     quorum: int
     deadline: float
+    shards: tuple[str, ...] = ()
 
 
 class Ballot(NamedTuple):
     """A worker's ballot in one vote. Its payload is the sealed message, see `_wire.words.seal`.
 
-    A worker that does not participate sends no payload: size 0, and the digest of no bytes.
+    A worker that does not participate sends no payload: size 0, and the digest of no bytes. With
+    shards each server gets a part of the sealed message, and all parts have the same `whole`: the
+    SHA-256 of the digests of the parts, end to end.
     """
 
     slot: int
@@ -87,6 +102,12 @@ class Ballot(NamedTuple):
     participates: bool
     size: int
     digest: str
+    whole: str = ""
+
+    @property
+    def identity(self) -> str:
+        """What tells the ballot from other ballots of the slot, on all servers."""
+        return self.whole or self.digest
 
 
 class Decision(NamedTuple):
@@ -164,7 +185,20 @@ class Done(NamedTuple):
 
 
 Message = (
-    Join | Joined | Ballot | Decision | Follow | Leave | Snapshot | Fetch | Ask | Status | Done
+    Join
+    | Joined
+    | Ballot
+    | Decision
+    | Follow
+    | Leave
+    | Snapshot
+    | Fetch
+    | Lead
+    | Count
+    | Counted
+    | Ask
+    | Status
+    | Done
 )
 M = TypeVar("M", bound=Message)
 
@@ -247,7 +281,12 @@ def read_payload(
 def to_json(value: Any) -> Any:
     """A message or a plan as a value of JSON."""
     if hasattr(value, "_asdict"):
-        return {name: to_json(field) for name, field in value._asdict().items()}
+        defaults = value._field_defaults
+        return {
+            name: to_json(field)
+            for name, field in value._asdict().items()
+            if name not in defaults or field != defaults[name]
+        }
     return [*map(to_json, value)] if isinstance(value, tuple) else value
 
 
@@ -275,13 +314,13 @@ def from_json(kind: Any, value: Any, name: str) -> Any:
 
 
 def _read_fields(kind: Any, value: Any, name: str) -> Any:
-    found = set(value) if isinstance(value, dict) else None
-    if found != set(kind._fields):
+    found = set(value) if isinstance(value, dict) else set()
+    if not set(kind._fields) - set(kind._field_defaults) <= found <= set(kind._fields):
         raise ProtocolError(
             f"{name}={_short(value)} must have the fields {', '.join(kind._fields)}"
         )
     hints: dict[str, Any] = get_type_hints(kind)
-    return kind(**{n: from_json(hints[n], value[n], f"{name}.{n}") for n in kind._fields})
+    return kind(**{n: from_json(hints[n], value[n], f"{name}.{n}") for n in found})
 
 
 def _to_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

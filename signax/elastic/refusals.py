@@ -22,6 +22,7 @@ class Reason(enum.StrEnum):
     NO_SNAPSHOT = "no-snapshot"  # nobody has uploaded one yet: ask again later
     REPEATED = "repeated"  # the slot repeats the call, and this one need not go on
     STOPPING = "stopping"  # try again, the server may come back
+    UNREADY = "unready"  # a shard has not heard from the main server yet: try again
 
     @property
     def status(self) -> str:
@@ -43,6 +44,7 @@ _STATUSES = {
     Reason.NO_SNAPSHOT: "NOT_FOUND",
     Reason.REPEATED: "ABORTED",
     Reason.STOPPING: "UNAVAILABLE",
+    Reason.UNREADY: "UNAVAILABLE",
 }
 REASON_KEY = "signax-reason"
 

@@ -76,7 +76,7 @@ class VoteServer:
         self._lock = threading.Lock()
         self._watchers = threading.Semaphore(MAX_WATCHERS)
         self._is_stopping = threading.Event()
-        most = CALLS_OF_A_SLOT * decider.options.num_workers + OTHER_CALLS
+        most = CALLS_OF_A_SLOT * decider.num_workers + OTHER_CALLS
         self._server: Any = grpc.server(
             concurrent.futures.ThreadPoolExecutor(most, "call"),
             maximum_concurrent_rpcs=most,
@@ -90,15 +90,7 @@ class VoteServer:
                 ("grpc.http2.max_pings_without_data", 0),  # a vote may wait for hours
             ],
         )
-        handlers: dict[str, Any] = {
-            "Join": partial(self._serve, self._join),
-            "Vote": partial(self._serve, self._vote),
-            "Decisions": partial(self._serve, self._decisions),
-            "Leave": partial(self._serve, self._leave),
-            "PutSnapshot": partial(self._serve, self._put_snapshot),
-            "GetSnapshot": partial(self._serve, self._get_snapshot),
-            "Status": partial(self._serve, self._status),
-        }
+        handlers = {name: partial(self._serve, call) for name, call in self._calls_served().items()}
         health = {"Check": self._check_health, "Watch": self._watch_health}
         for service, methods in ((SERVICE, handlers), (HEALTH, health)):
             streams = {
@@ -115,6 +107,17 @@ class VoteServer:
             secure = grpc.ssl_server_credentials(pairs, tls.clients, has_clients)
             port = self._server.add_secure_port(address, secure)
         self.address = f"{host}:{port}"
+
+    def _calls_served(self) -> dict[str, Any]:
+        return {
+            "Join": self._join,
+            "Vote": self._vote,
+            "Decisions": self._decisions,
+            "Leave": self._leave,
+            "PutSnapshot": self._put_snapshot,
+            "GetSnapshot": self._get_snapshot,
+            "Status": self._status,
+        }
 
     def start(self) -> None:
         """Begin to serve."""
@@ -156,7 +159,7 @@ class VoteServer:
         except StopIteration:
             raise ProtocolError(f"the call ends without a {kind.__name__}") from None
         message, payload = from_bytes(data, kind)
-        named, num_workers = getattr(message, "slot", None), self._decider.options.num_workers
+        named, num_workers = getattr(message, "slot", None), self._decider.num_workers
         if named is not None and slot not in (None, named):
             raise RefusedError(
                 Reason.WRONG_SLOT,

@@ -154,7 +154,9 @@ STATUSES = {
     "old-session": grpc.StatusCode.FAILED_PRECONDITION,
     "stopping": grpc.StatusCode.UNAVAILABLE,
     "too-old": grpc.StatusCode.OUT_OF_RANGE,
+    "repeated": grpc.StatusCode.ABORTED,
     "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
+    "unready": grpc.StatusCode.UNAVAILABLE,
     "wrong-plan": grpc.StatusCode.FAILED_PRECONDITION,
     "wrong-slot": grpc.StatusCode.PERMISSION_DENIED,
 }
@@ -203,8 +205,8 @@ class Host:
 class Command:
     """A server that runs as a process, and the events that it writes to stderr."""
 
-    def __init__(self, log, *arguments, listen="127.0.0.1:0"):
-        command = ["serve", "--listen", listen, "--log", str(log), "--workers", "2", *arguments]
+    def __init__(self, log, *arguments, listen="127.0.0.1:0", name="serve"):
+        command = [name, "--listen", listen, "--log", str(log), "--workers", "2", *arguments]
         self.path = log.with_name(f"events of {next(_NUMBERS)}")
         with self.path.open("w") as file:
             self.process = subprocess.Popen(

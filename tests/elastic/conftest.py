@@ -1,6 +1,8 @@
 """Servers, in threads of the test or as processes."""
 
+import shutil
 import signal
+import subprocess
 
 import pytest
 from clients import Command, Host
@@ -33,3 +35,28 @@ def start(tmp_path):
     yield start
     for host in hosts:
         host.stop()
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """Keys and certificates of an authority, two servers and two workers."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl, which makes the certificates")
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    new = "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"
+    openssl(*new, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority", "-days", "2")
+    for name, extra in {
+        "localhost": ("-addext", "subjectAltName=DNS:localhost"),
+        "worker-0": (),
+        "worker-1": (),
+        "guest": (),
+        "main": ("-addext", "subjectAltName=DNS:localhost"),
+    }.items():
+        files = "-keyout", f"{name}.key", "-out", f"{name}.pem"
+        signed = "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2"
+        openssl(*new, *files, *signed, "-subj", f"/CN={name}", *extra)
+    return folder

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from signax.elastic.refusals import RefusedError
 from signax.elastic.rounds import Options, Rounds, begin
+from signax.elastic.sharded_decider import reopen
 
 
 class Config(NamedTuple):
@@ -26,6 +27,7 @@ class Config(NamedTuple):
     abstains: bool = False  # whether a job may not participate
     conflicts: bool = False  # whether a job may send other bits
     late_joins: bool = False  # whether a job's request to join may come after its death
+    losses: int = 0  # how often a shard lacks a part of a closed round
     fault: str = ""
 
 
@@ -53,6 +55,7 @@ class State(NamedTuple):
     starts: int = 0
     worker_failures: int = 0
     server_failures: int = 0
+    losses: int = 0
 
 
 class ViolationError(Exception):
@@ -190,6 +193,14 @@ def serve(config, state):
         yield "server closes", state._replace(rounds=closed)
     if rounds.closed and state.logged == rounds.sequence:
         yield "server logs", write(state)
+        for n in rounds.voters if state.losses < config.losses else ():
+            opened = reopen(rounds, {n})
+            now = state.now if opened.present else 0
+            losses = state.losses + 1
+            yield (
+                f"a shard lacks the part of {n}",
+                state._replace(rounds=opened, now=now, losses=losses),
+            )
     if rounds.closed and (state.logged > rounds.sequence or config.fault == "tells first"):
         yield "server decides", state._replace(rounds=rounds.decide(), now=0)
     if state.server_failures < config.server_failures:

@@ -1,9 +1,7 @@
 """The command as an operator runs it: signals, kills, TLS, tokens, pages and errors."""
 
 import json
-import shutil
 import signal
-import subprocess
 import urllib.error
 import urllib.request
 
@@ -86,30 +84,6 @@ def test_tokens_are_made_read_and_asked_for(serve, tmp_path, capsys):
     assert reason_of(raised.value) == "wrong-slot"
     (tmp_path / "token").write_text(tokens[0] + "\n")
     assert main(["status", server.address, "--token-file", str(tmp_path / "token")]) == 0
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    """Keys and certificates of an authority, a server and two workers."""
-    if shutil.which("openssl") is None:
-        pytest.skip("needs openssl, which makes the certificates")
-    folder = tmp_path_factory.mktemp("certificates")
-
-    def openssl(*arguments):
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    new = "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"
-    openssl(*new, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority", "-days", "2")
-    for name, extra in {
-        "localhost": ("-addext", "subjectAltName=DNS:localhost"),
-        "worker-0": (),
-        "worker-1": (),
-        "guest": (),
-    }.items():
-        files = "-keyout", f"{name}.key", "-out", f"{name}.pem"
-        signed = "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2"
-        openssl(*new, *files, *signed, "-subj", f"/CN={name}", *extra)
-    return folder
 
 
 def credentials_of(folder, name=None):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from signax.elastic import protocol
+from signax.elastic.parts import Part
 from signax.elastic.plan import MAX_WORKERS, Exchange, Plan
 from signax.elastic.protocol import (
     MAX_HEADER_BYTES,
@@ -28,8 +29,10 @@ from signax.elastic.protocol import (
     from_bytes,
     read_payload,
     to_bytes,
+    to_json,
     to_pieces,
 )
+from signax.elastic.shard_messages import Count, Counted, Lead
 
 PLAN = Plan("abc", 4, (Exchange((7,), "dither", "plus"), Exchange((2, 2), "abstain", "dither")))
 MESSAGES = [
@@ -37,6 +40,11 @@ MESSAGES = [
     Joined(1, 4, 0, None, 2, 0.5),
     Joined(1, 4, 2, 2, 2, 1e-3),
     Ballot(0, 1, 2, True, 512, "digest"),
+    Ballot(0, 1, 2, True, 512, "digest", "whole"),
+    Joined(1, 4, 0, None, 2, 0.5, ("one:1", "two:2")),
+    Lead(Part("run", 1, 3), PLAN, None, 4),
+    Count("run", 1, 4, (0, 1), (1,), ("whole",)),
+    Counted((0, 2)),
     Decision(7, 9, (0, 1, 3), (), False, 28, "digest"),
     Follow(1, 2, 3),
     Leave(1, 2),
@@ -57,7 +65,7 @@ def pack(header, payload=b""):
 
 
 def fields(**changes):
-    fields = {"type": "Ballot", **BALLOT._asdict(), **changes}
+    fields = {"type": "Ballot", **to_json(BALLOT), **changes}
     return {name: value for name, value in fields.items() if value is not ...}
 
 

@@ -29,6 +29,12 @@ CONFIGS = {
     "late requests to join": Config(sequences=1, late_joins=True),
     "other bits": Config(sequences=1, server_failures=0, conflicts=True),
     "two jobs die": Config(sequences=1, worker_failures=2, server_failures=0),
+    "a shard loses a part, and a job dies or leaves": Config(
+        sequences=1, server_failures=0, losses=2
+    ),
+    "a shard loses a part of one of two votes": Config(
+        num_workers=2, quorum=1, num_exchanges=2, server_failures=0, losses=1
+    ),
     "a lone worker": Config(num_workers=1, quorum=1),
 }
 FAULTS = {
