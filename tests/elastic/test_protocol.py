@@ -75,6 +75,17 @@ def test_messages_come_back_as_they_were(message):
     assert from_bytes(to_bytes(message, payload), type(message)) == (message, payload)
 
 
+def test_fields_of_runs_with_shards_are_left_out_of_others():
+    assert to_bytes(Joined(1, 4, 0, None, 2, 0.5))[4:] == (
+        b'{"type":"Joined","session":1,"sequence":4,"first":0,"snapshot":null,"quorum":2,'
+        b'"deadline":0.5}'
+    )
+    assert to_bytes(BALLOT)[4:] == (
+        b'{"type":"Ballot","slot":0,"session":1,"sequence":2,"participates":true,"size":512,'
+        b'"digest":"digest"}'
+    )
+
+
 @pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, PIECE_BYTES + 1, 2 * PIECE_BYTES + 5])
 def test_payloads_travel_in_pieces(size):
     payload = bytes(range(256)) * (size // 256 + 1)
