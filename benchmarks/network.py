@@ -19,11 +19,11 @@ price of the exchange. `unsent vote` packs and unpacks, and sends nothing. All w
 machine's cores, with one thread of computation each. Computation therefore weighs more here than on
 separate machines.
 
-Two candidates run by themselves after the others. `vote server` is a vote between jobs of their own
-through `python -m signax.elastic serve`, if gRPC is installed. The server has a namespace, and a
-link of the same rate. It cannot answer before all ballots are there. Its `wire ms` is therefore the
-time of all ballots up, and then of all decisions down. `torch all_reduce` is PyTorch's, if it is
-installed.
+Some candidates run by themselves after the others. `vote server` is a vote between jobs of their
+own through `python -m signax.elastic serve`, if gRPC is installed. The server has a namespace and a
+link of the same rate, and so has its shard in the next candidate. A server cannot answer before all
+ballots are there. Its `wire ms` is therefore the time of all ballots up, and then of all decisions
+down. `torch all_reduce` is PyTorch's, if it is installed.
 
 The table shows the bytes that one worker sends per step: the bytes of the compiled program, and the
 bytes that its network interface counts, with headers and acknowledgements. `wire ms` is the
@@ -49,13 +49,13 @@ from pathlib import Path
 from typing import Any
 
 from namespaces import Links, bits_per_second, loopback, milliseconds, namespaces, unavailable
-from network_worker import EXCHANGES, SERVER, TORCH, UNSENT
+from network_worker import EXCHANGES, SERVERS, TORCH, UNSENT
 from report import print_table, save, save_bars, summary
 from vote_server import serving
 
 here = Path(__file__).parent
 # Candidates that run by themselves: what runs them in network_worker.py, and the module they need.
-ALONE = {SERVER: ("elastic", "grpc"), TORCH: ("torch", "torch")}
+ALONE = dict.fromkeys(SERVERS, ("elastic", "grpc")) | {TORCH: ("torch", "torch")}
 sweep_workers = (2, 4, 8)
 sweep_rates = ("100mbit", "1gbit", "10gbit", "unlimited")
 sweep_parameters = (100_000, 1_000_000, 10_000_000)
@@ -143,13 +143,13 @@ def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def run_setting(setting: dict[str, Any]) -> dict[str, Any]:
     """Run all workers of one setting, and combine their measurements."""
     together = [name for name in setting["candidates"] if name not in ALONE]
-    libraries = [library for name, (library, _) in ALONE.items() if name in setting["candidates"]]
+    runs = [(ALONE[name][0], [name]) for name in ALONE if name in setting["candidates"]]
     if together:
-        libraries.insert(0, "jax")
+        runs.insert(0, ("jax", together))
     reports: list[dict[str, Any]] = [{} for _ in range(setting["workers"])]
     with join(setting) as links:
-        for library in libraries:
-            found = launch(library, links, setting | {"candidates": together})
+        for library, names in runs:
+            found = launch(library, links, setting | {"candidates": names})
             reports = [report | more for report, more in zip(reports, found, strict=True)]
 
     limited = links.kind == "namespaces"
@@ -157,8 +157,8 @@ def run_setting(setting: dict[str, Any]) -> dict[str, Any]:
     candidates = {name: combine(name, [report[name] for report in reports]) for name in reports[0]}
     for name, candidate in candidates.items():
         sent = candidate["hlo_bytes"]
-        if name == SERVER:  # all ballots, and then all decisions
-            sent = 2 * setting["workers"] * setting["parameters"] / 8
+        if name in SERVERS:  # all ballots, and then all decisions, over the links of all servers
+            sent = 2 * setting["workers"] * setting["parameters"] / 8 / (1 + SERVERS[name])
         candidate["wire_seconds"] = sent * 8 / rate if sent and rate < math.inf else None
         if "none" in candidates:
             candidate["exposed_seconds"] = candidate["median"] - candidates["none"]["median"]
@@ -179,7 +179,8 @@ def run_setting(setting: dict[str, Any]) -> dict[str, Any]:
 
 def join(setting: dict[str, Any]) -> contextlib.AbstractContextManager[Links]:
     """The links of workers and server, in namespaces if possible, otherwise over loopback."""
-    reason, hosts = unavailable(), setting["workers"] + (SERVER in setting["candidates"])
+    servers = [1 + shards for name, shards in SERVERS.items() if name in setting["candidates"]]
+    reason, hosts = unavailable(), setting["workers"] + max(servers, default=0)
     if reason is None:
         return namespaces(hosts, setting["rate"], setting["delay"])
     print(
@@ -195,7 +196,8 @@ def launch(library: str, links: Links, setting: dict[str, Any]) -> list[dict[str
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = None
         if library == "elastic":
-            server = stack.enter_context(serving(links, setting["workers"], folder))
+            shards = SERVERS[setting["candidates"][0]]
+            server = stack.enter_context(serving(links, setting["workers"], folder, shards=shards))
         outputs = [folder / f"{worker}.json" for worker in range(setting["workers"])]
         commands = []
         for worker, output in enumerate(outputs):
@@ -212,7 +214,9 @@ def launch(library: str, links: Links, setting: dict[str, Any]) -> list[dict[str
         run_together(links, commands, folder)
         reports = [json.loads(output.read_text()) for output in outputs]
         if server:
-            reports[0][SERVER]["server_seconds"] = server.status()["median_seconds"]
+            reports[0][setting["candidates"][0]]["server_seconds"] = server.status()[
+                "median_seconds"
+            ]
         return reports
 
 

@@ -1,4 +1,4 @@
-"""The vote server, `python -m signax.elastic serve`, on the last host of some links."""
+"""Vote servers, `python -m signax.elastic serve` and `shard`, on hosts behind the workers'."""
 
 import contextlib
 import json
@@ -14,21 +14,15 @@ SIGNAX_ELASTIC = (sys.executable, "-m", "signax.elastic")
 
 
 class VoteServer:
-    """A server that runs.
+    """The main server, which runs.
 
     Attributes:
       address: where the workers find it.
     """
 
-    def __init__(self, links: Links):
-        self._prefix = links.prefixes[-1]
-        self._port = links.coordinator.rpartition(":")[2]  # which is free
-        self.address = f"{links.addresses[-1]}:{self._port}"
-
-    @property
-    def command(self) -> list[str]:
-        """The words that start it, to which options are added."""
-        return [*self._prefix, *SIGNAX_ELASTIC, "serve", "--listen", f"0.0.0.0:{self._port}"]
+    def __init__(self, links: Links, host: int):
+        self._prefix, self._port = links.prefixes[host], _port_of(links, host)
+        self.address = f"{links.addresses[host]}:{self._port}"
 
     def status(self) -> dict[str, Any]:
         """What the server says of itself."""
@@ -38,18 +32,37 @@ class VoteServer:
 
 @contextlib.contextmanager
 def serving(
-    links: Links, workers: int, folder: Path, *, quorum: int | None = None, deadline: str = "2s"
+    links: Links,
+    workers: int,
+    folder: Path,
+    *,
+    shards: int = 0,
+    quorum: int | None = None,
+    deadline: str = "2s",
 ) -> Iterator[VoteServer]:
-    """Run a server with its log in a folder. By default it waits for all workers."""
-    server = VoteServer(links)
-    options = {"--workers": workers, "--quorum": quorum or workers, "--deadline": deadline}
-    options |= {"--log": folder / "votes.db"}
-    words = [str(word) for option in options.items() for word in option]
-    with open(folder / "server.log", "w") as log:
-        command = [*server.command, *words, "--insecure"]
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    try:
-        yield server
-    finally:
-        process.terminate()
-        process.wait()
+    """Run a server with its log in a folder, and shards. By default it waits for all workers."""
+    first = len(links.prefixes) - 1 - shards
+    with contextlib.ExitStack() as stack:
+
+        def start(host: int, command: str, *options: Any) -> None:
+            listen = f"0.0.0.0:{_port_of(links, host)}"
+            words = [command, "--listen", listen, "--workers", workers, "--insecure", *options]
+            words += ["--log", folder / f"votes{host}.db"]
+            log = stack.enter_context(open(folder / f"server{host}.log", "w"))
+            full = [*links.prefixes[host], *SIGNAX_ELASTIC, *map(str, words)]
+            process = subprocess.Popen(full, stdout=log, stderr=log, start_new_session=True)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+
+        hosts = range(first + 1, first + 1 + shards)
+        for host in hosts:
+            start(host, "shard")
+        others = ",".join(f"{links.addresses[host]}:{_port_of(links, host)}" for host in hosts)
+        options = ["--quorum", quorum or workers, "--deadline", deadline]
+        start(first, "serve", *options, *(["--shards", others] if shards else []))
+        yield VoteServer(links, first)
+
+
+def _port_of(links: Links, host: int) -> int:
+    """A port that is free: the coordinator's, or one behind it for each server."""
+    return int(links.coordinator.rpartition(":")[2]) + len(links.prefixes) - 1 - host

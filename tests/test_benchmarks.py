@@ -168,10 +168,10 @@ def test_an_interrupted_run_leaves_no_namespaces(load, start, tmp_path, number):
     if reason := load("namespaces").unavailable():
         pytest.skip(reason)
     process = start("network.py", "--workers", 2, "--json", tmp_path / "network.json")
-    while len(namespaces_of(process)) < 4 and process.poll() is None:
+    while len(namespaces_of(process)) < 5 and process.poll() is None:
         time.sleep(0.05)
     time.sleep(0.5)  # until workers run inside
-    assert len(namespaces_of(process)) == 4  # the bridge, two workers and the vote server
+    assert len(namespaces_of(process)) == 5  # the bridge, two workers, the vote server and a shard
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode != 0
