@@ -222,7 +222,7 @@ class Connection:
 
     def _persist(self, attempt: Callable[[], T]) -> T:
         """Repeat an attempt until it succeeds, the server refuses it, or it is time to give up."""
-        start, pause, is_reported = time.monotonic(), SHORTEST_PAUSE, False
+        failed_at, pause, is_reported = None, SHORTEST_PAUSE, False
         while True:
             if self._is_closed:
                 raise VoteServerError("this exchange is closed: connect again to vote")
@@ -240,15 +240,15 @@ class Connection:
                     f"the vote server {self._address} sends an answer that cannot be read: {error}"
                 ) from error
             now = time.monotonic()
-            if now - began > SILENCE:
-                start, pause = now, SHORTEST_PAUSE
-            if now + pause > start + self._give_up:
+            if failed_at is None or now - began > SILENCE:
+                failed_at, pause = now, SHORTEST_PAUSE
+            if now + pause > failed_at + self._give_up:
                 raise VoteServerError(
                     f"the vote server {self._address} has not answered for give_up="
                     f"{self._give_up:g} seconds: {problem}. Restart it on its log, and this job "
                     "from its last checkpoint"
                 )
-            if now - start > PATIENCE and not is_reported:
+            if now - failed_at > PATIENCE and not is_reported:
                 is_reported = True
                 logger.warning("waiting for the vote server %s: %s", self._address, problem)
             time.sleep(pause * random.uniform(0.5, 1.0))

@@ -102,15 +102,16 @@ def test_raises_what_cannot_pass(connect, monkeypatch):
     assert raised.value.reason == "wrong-plan"
 
 
-def test_a_wait_for_the_others_does_not_count_as_silence(connect, monkeypatch):
-    monkeypatch.setattr(module, "SILENCE", 0.2)
+@pytest.mark.parametrize(("silence", "failures"), [(60.0, 1), (0.2, 3)])
+def test_a_wait_for_the_others_does_not_count_as_silence(connect, monkeypatch, silence, failures):
+    monkeypatch.setattr(module, "SILENCE", silence)
 
     def wait():
         time.sleep(0.5)
         raise FailedCall(grpc.StatusCode.UNAVAILABLE)
 
     connection = connect(give_up=0.3)
-    fail(connection, monkeypatch, wait)
+    fail(connection, monkeypatch, *[wait] * failures)
     assert connection.status()
 
 
