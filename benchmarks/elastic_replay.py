@@ -44,7 +44,7 @@ def main() -> None:
         with serving(links, 2, Path(folder), quorum=1, deadline="100ms") as server:
             trained, training = model.run(server.address, 0, train=True)
             replayed, replaying = model.run(server.address, 1, train=False)
-        log_bytes = sum(path.stat().st_size for path in Path(folder).glob("votes.db*"))
+        log_bytes = sum(path.stat().st_size for path in Path(folder).glob("votes*.db*"))
     if not all(jax.tree.leaves(jax.tree.map(np.array_equal, trained, replayed))):
         raise SystemExit("error: the replay has led to other parameters than the training")
     result = {

@@ -34,10 +34,13 @@ class Remote(abc.ABC):
     Attributes:
       num_workers: the number of workers, those that are away included.
       index: the number of this worker among them, from 0.
+      replays: whether programs that are traced now take past decisions, and this worker's values
+        count for nothing.
     """
 
     num_workers: int
     index: int
+    replays: bool = False
 
     @abc.abstractmethod
     def vote(self, sealed: jax.Array, step: jax.Array, form: VoteFormat) -> jax.Array:

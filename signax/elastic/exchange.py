@@ -63,7 +63,7 @@ class Exchange(Remote):
         self._connection = connection
         self._form: VoteFormat | None = None
         self._plan: Plan | None = None  # from the first call of `catch_up`
-        self._is_planning = self._is_replaying = False  # while `catch_up` traces
+        self._is_planning = False
         self._next: int | None = None  # the first undecided step, as far as known
         self._ask_at = 0.0  # when others may have gone on without this worker
         self._deadline = 0.0
@@ -95,7 +95,7 @@ class Exchange(Remote):
         self._form = form
         shape = sealed_words(form.down * form.words) // LANES, LANES
         reply = jax.ShapeDtypeStruct(shape, jnp.uint32)
-        if self._is_replaying:  # without a ballot, XLA leaves out all that leads to one
+        if self.replays:
             return io_callback(self._take_missed, reply, step)
         return io_callback(self._vote, reply, sealed, step)
 
@@ -201,7 +201,7 @@ class Exchange(Remote):
         self._missed.clear()
         before = params, state
         params, state = jax.tree.map(jnp.copy, before)  # which the replay overwrites
-        self._is_replaying = True
+        self.replays = True
         try:
             for decision, words in self._connection.follow(self.step):
                 self._missed[decision.sequence] = decision, words
@@ -210,7 +210,7 @@ class Exchange(Remote):
                 if decision.sequence % BATCH == 0:
                     jax.block_until_ready(params)
         finally:
-            self._is_replaying = False
+            self.replays = False
         if _step_of(state) != self.step:
             raise ValueError(
                 f"the replay of decision {self.step - 1} led to step {_step_of(state)}: an update "
