@@ -9,14 +9,22 @@ nothing touches the host's network. A token bucket (`tc ... tbf`) at the worker'
 traffic that the worker sends to the rate R. A token bucket at the bridge's end limits the traffic
 that the worker receives. Together they make a full-duplex link into a switch without a limit. Links
 and bridge disappear with the namespaces.
+
+Delays and losses are the kernel's, by `netem`. Where the kernel has none, a pair of tap devices can
+take the place of each veth pair, and forwarder.py delays and loses the packets between them.
 """
 
 import contextlib
+import fcntl
+import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
@@ -24,17 +32,21 @@ UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 # The longest time that a packet waits in a queue before it is dropped: 6 MB at 1 Gbit/s.
 LATENCY = "50ms"
 
+# From linux/if_tun.h: how to make a tap device, whose file carries bare Ethernet frames.
+TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
+
 
 class Links(NamedTuple):
     """The links that join some hosts: workers, and perhaps a server behind them.
 
     Attributes:
-      kind: `"namespaces"` or `"loopback"`.
+      kind: `"namespaces"`, `"taps"` or `"loopback"`.
       addresses: the IP address of each host.
       interface: the network interface that carries the exchange, in every worker.
       coordinator: address and port at which worker 0 gathers the others.
       prefixes: the words before each worker's command.
       burst_bytes: bytes that pass an idle link at once before its rate holds; 0 without a rate.
+      bridge: the namespace of the bridge.
     """
 
     kind: str
@@ -43,6 +55,15 @@ class Links(NamedTuple):
     coordinator: str
     prefixes: Sequence[Sequence[str]]
     burst_bytes: int
+    bridge: str = ""
+
+    def plug(self, worker: int) -> None:
+        """Join a worker's link to the switch."""
+        run("ip", "-n", self.bridge, "link", "set", "dev", f"port{worker}", "master", "switch")
+
+    def unplug(self, worker: int) -> None:
+        """Cut a worker off. Packets are lost silently: the worker's link stays up."""
+        run("ip", "-n", self.bridge, "link", "set", "dev", f"port{worker}", "nomaster")
 
 
 def bits_per_second(rate: str) -> float:
@@ -89,15 +110,30 @@ def unavailable() -> str | None:
     return None
 
 
+def has_netem() -> bool:
+    """Whether the kernel can delay and lose packets by itself."""
+    name = f"signax-{os.getpid()}-probe"
+    run("ip", "netns", "add", name)
+    try:
+        netem = ["tc", "-n", name, "qdisc", "add", "dev", "lo", "root", "netem"]
+        return subprocess.run(netem, capture_output=True).returncode == 0
+    finally:
+        run("ip", "netns", "delete", name)
+
+
 @contextlib.contextmanager
-def namespaces(workers: int, rate: str, delay: str) -> Iterator[Links]:
+def namespaces(
+    workers: int, rate: str, delay: str, loss: float = 0.0, *, taps: bool = False
+) -> Iterator[Links]:
     """Join workers by links of a rate, in namespaces that last as long as the context.
 
     Args:
       workers: the number of workers.
       rate: the rate of each link in each direction: `"1gbit"`, or `"unlimited"`.
       delay: the delay from each worker to the switch. `"2ms"` makes a round trip of 4 ms. A delay
-        above 0 needs a kernel with `netem`.
+        above 0 needs a kernel with `netem`, or taps.
+      loss: the probability that a packet from a worker is lost. It needs the same.
+      taps: whether a program forwards all packets between tap devices.
 
     Yields:
       The links.
@@ -107,19 +143,39 @@ def namespaces(workers: int, rate: str, delay: str) -> Iterator[Links]:
     """
     bridge, *names = [f"signax-{os.getpid()}-{name}" for name in ("bridge", *range(workers))]
     addresses = [f"10.0.0.{worker + 1}" for worker in range(workers)]
+    files: list[tuple[int, int]] = []
+    forwarder: subprocess.Popen | None = None
     try:
         run("ip", "netns", "add", bridge)
         run("ip", "-n", bridge, "link", "add", "switch", "type", "bridge")
         run("ip", "-n", bridge, "link", "set", "dev", "switch", "up")
         for worker, (name, address) in enumerate(zip(names, addresses, strict=True)):
             run("ip", "netns", "add", name)
+            if taps:
+                files.append((make_tap("link0", name), make_tap(f"port{worker}", bridge)))
+            else:
+                make_veth(name, bridge, f"port{worker}")
             connect(name, address, bridge, f"port{worker}")
-            limit(name, bridge, f"port{worker}", rate, delay)
+            netem = (0.0, 0.0) if taps else (milliseconds(delay), loss)
+            limit(name, bridge, f"port{worker}", rate, *netem)
+        if taps:
+            forwarder = forward(files, milliseconds(delay) / 1e3, loss)
         prefixes = [enter(name, address) for name, address in zip(names, addresses, strict=True)]
         yield Links(
-            "namespaces", addresses, "link0", f"{addresses[0]}:29500", prefixes, burst_bytes(rate)
+            "taps" if taps else "namespaces",
+            addresses,
+            "link0",
+            f"{addresses[0]}:29500",
+            prefixes,
+            burst_bytes(rate),
+            bridge,
         )
     finally:
+        if forwarder:
+            forwarder.kill()
+            forwarder.wait()
+        for file in (file for pair in files for file in pair):
+            os.close(file)
         for name in (bridge, *names):
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
@@ -133,21 +189,44 @@ def loopback(workers: int) -> Iterator[Links]:
     yield Links("loopback", addresses, "lo", f"127.0.0.1:{free_port}", [[]] * workers, 0)
 
 
-def connect(name: str, address: str, bridge: str, port: str) -> None:
-    """Join a worker's namespace to a port of the bridge."""
+def make_veth(name: str, bridge: str, port: str) -> None:
+    """Make a link between a worker's namespace and the bridge's, of two devices of the kernel."""
     peer = ["peer", "name", "link0", "netns", name]
     run("ip", "-n", bridge, "link", "add", port, "type", "veth", *peer)
+
+
+def make_tap(device: str, name: str) -> int:
+    """Make a tap device in a namespace, and return its file, which keeps it alive."""
+    file = os.open("/dev/net/tun", os.O_RDWR)
+    made = f"signax{file}"  # until it is in its namespace
+    fcntl.ioctl(file, TUNSETIFF, struct.pack("16sH", made.encode(), IFF_TAP | IFF_NO_PI))
+    run("ip", "link", "set", "dev", made, "netns", name, "name", device)
+    return file
+
+
+def forward(files: Sequence[tuple[int, int]], delay: float, loss: float) -> subprocess.Popen:
+    """Start to carry packets between pairs of taps."""
+    hosts, ports = zip(*files, strict=True)
+    task = {"hosts": hosts, "ports": ports, "delay": delay, "loss": loss, "seed": 0}
+    program = str(Path(__file__).with_name("forwarder.py"))
+    command = [sys.executable, program, json.dumps(task)]
+    return subprocess.Popen(command, pass_fds=(*hosts, *ports), start_new_session=True)
+
+
+def connect(name: str, address: str, bridge: str, port: str) -> None:
+    """Join a worker's link to a port of the bridge."""
     run("ip", "-n", bridge, "link", "set", "dev", port, "master", "switch", "up")
     run("ip", "-n", name, "address", "add", f"{address}/24", "dev", "link0")
     run("ip", "-n", name, "link", "set", "dev", "link0", "up")
     run("ip", "-n", name, "link", "set", "dev", "lo", "up")
 
 
-def limit(name: str, bridge: str, port: str, rate: str, delay: str) -> None:
-    """Limit a worker's link in both directions, and delay the packets that the worker sends."""
+def limit(name: str, bridge: str, port: str, rate: str, delay: float, loss: float) -> None:
+    """Limit a link in both directions. Delay, in milliseconds, and lose what the worker sends."""
     parent = ["root"]
-    if milliseconds(delay) > 0:
-        netem = ["root", "handle", "1:", "netem", "delay", delay, "limit", "100000"]
+    if delay or loss:
+        netem = ["root", "handle", "1:", "netem", "delay", f"{delay}ms"]
+        netem += ["loss", f"{100 * loss}%", "limit", "100000"]
         run("tc", "-n", name, "qdisc", "add", "dev", "link0", *netem)
         parent = ["parent", "1:1"]
     if burst := burst_bytes(rate):
