@@ -71,13 +71,13 @@ def main() -> None:
             batch = model.batch_of(step)
             start = time.monotonic()
             loss, grads = jax.block_until_ready(gradient(params, *batch))
+            time.sleep(pause)  # as of a larger model
             voted = time.monotonic()
             params, state = jax.block_until_ready(update(params, state, grads))
             end = time.monotonic()
             voters = int(jnp.asarray(signax.participation(state).voters))
             times = {"start": start, "voted": voted, "end": end}
             report(step=step, loss=float(loss), voters=voters, **times)
-            time.sleep(pause)
         report(step=exchange.step, parameters=example.digest(params), **model.quality(params))
 
 

@@ -20,9 +20,11 @@ Rules:
    ballot for a later round is refused: its sender knows a decision that the log does not have.
 3. A round closes once it is *due*: it has ballots from a quorum, and either all expected slots have
    sent one, or the deadline has passed since the first of them came. Without a quorum it waits.
-4. Expected are at first all slots. A slot that a round closes without is expected no longer, until
-   it sends a ballot again: for the round in hand, or for the one before it. Without the second
-   case a worker that is always a moment too late would never come back in.
+4. Expected are at first all slots. A slot that a round waited for in vain is expected no longer,
+   until it sends a ballot again: for the round in hand, or for the one before it. Without the
+   second case a worker that is always a moment too late would never come back in. A slot that is
+   waited for in vain again and again has to send more ballots each time, 1, 3, 7 and so on, so
+   the others wait less and less often. Each later ballot that comes in time makes up for one.
 5. A ballot may say that its worker does not participate, since its gradient is not finite. It
    belongs to the quorum and nobody waits for its slot, but it does not count in the vote.
 6. The voters of a step never grow: a slot that did not count in one exchange of a step counts in no
@@ -88,15 +90,36 @@ class Slot(NamedTuple):
       offered: the newest session number that `join` has offered.
       oldest: the oldest session that is not over; `base` before the first ballot of this start.
       received: its ballot in the round in hand, if there is one.
-      expected: whether the round waits for it.
       eligible: whether its ballot may count in this step.
+      owed: the ballots that it has to send before it is expected; 0 if it is expected.
+      debt: the ballots that it owed when a round last waited for it in vain, less those that it
+        has made up for.
     """
 
     offered: int
     oldest: int
     received: Received | None = None
-    expected: bool = True
     eligible: bool = True
+    owed: int = 0
+    debt: int = 0
+
+    @property
+    def expected(self) -> bool:
+        """Whether the round waits for it."""
+        return self.owed == 0
+
+    def show_up(self, *, is_in_time: bool) -> "Slot":
+        """The slot after a ballot for the round in hand, or for the one before it (rule 4)."""
+        if self.owed:
+            return self._replace(owed=self.owed - 1)
+        return self._replace(debt=max(0, self.debt - is_in_time))
+
+    def miss(self) -> "Slot":
+        """The slot after a round that closed without its ballot (rule 4)."""
+        if self.owed:
+            return self
+        debt = 2 * self.debt + 1
+        return self._replace(owed=debt, debt=debt)
 
 
 class Rounds(NamedTuple):
@@ -165,7 +188,8 @@ class Rounds(NamedTuple):
     def leave(self, slot: int, session: int) -> "Rounds":
         """End a session (rule 7)."""
         self.check_session(slot, session)
-        return self._replace_slot(slot, self._begin(slot, session + 1)._replace(expected=False))
+        one = self._begin(slot, session + 1)
+        return self._replace_slot(slot, one._replace(owed=max(1, one.owed)))
 
     def check_ballot(self, slot: int, session: int, sequence: int, digest: str) -> bool:
         """Raise if a ballot must be refused; return whether its bits are needed."""
@@ -197,16 +221,17 @@ class Rounds(NamedTuple):
         is_new = self.check_ballot(slot, session, sequence, digest)
         one = self._begin(slot, session)
         if is_new:
-            one = one._replace(received=Received(session, digest, participates, now))
-        if sequence >= self.sequence - 1:
-            one = one._replace(expected=True)
+            received = Received(session, digest, participates, now)
+            one = one.show_up(is_in_time=True)._replace(received=received)
+        elif one.received is None and sequence >= self.sequence - 1:
+            one = one.show_up(is_in_time=False)
         return self._replace_slot(slot, one)
 
     def close(self, now: float) -> "Rounds":
         """Fix the ballots of a round that is due. From now on, all others are late."""
         if not self.is_due(now):
             raise ValueError(f"round {self.sequence} is not due at {now}")
-        slots = [slot._replace(expected=slot.received is not None) for slot in self.slots]
+        slots = [slot if slot.received else slot.miss() for slot in self.slots]
         return self._replace(slots=tuple(slots), closed=True)
 
     def decide(self) -> "Rounds":
@@ -285,5 +310,5 @@ def begin(
     expected = set(every if present is None else present)
     eligible = set(voters if sequence % num_exchanges else every)
     base = starts * SESSIONS
-    slots = [Slot(base, base, expected=n in expected, eligible=n in eligible) for n in every]
+    slots = [Slot(base, base, None, n in eligible, owed=int(n not in expected)) for n in every]
     return Rounds(tuple(slots), num_exchanges, quorum, deadline, base, sequence)

@@ -106,6 +106,46 @@ def test_a_slot_that_is_late_by_more_is_not_waited_for():
     assert ballot(rounds, 2, sequence=0).is_due(0.0)
 
 
+def rounds_in_vain(show_up, votes):
+    """The votes in which others wait until the deadline for slot 2, which only then shows up."""
+    rounds, waited = make_rounds(), []
+    for sequence in range(votes):
+        if 2 in rounds.missing:
+            waited.append(sequence)
+        rounds = show_up(decide(rounds, 0, 1))
+    return waited
+
+
+def test_a_slot_that_is_late_again_and_again_is_waited_for_less_and_less_often():
+    waited = rounds_in_vain(lambda rounds: ballot(rounds, 2, sequence=rounds.sequence - 1), 100)
+    assert waited == [0, 1, 4, 11, 26, 57]
+
+
+def test_a_slot_that_is_in_time_in_every_other_vote_is_waited_for_less_and_less_often():
+    waited = rounds_in_vain(lambda rounds: decide(rounds, 0, 1, 2), 50)
+    assert waited == [0, 1, 4, 11, 26]
+
+
+def test_a_slot_makes_up_for_late_ballots_by_others_that_are_in_time():
+    late = decide(decide(decide(make_rounds(), 0, 1), 0, 1, 2), 0, 1)
+    assert late.slots[2].owed == late.slots[2].debt == 3
+    rounds = decide(decide(decide(late, 0, 1, 2), 0, 1, 2), 0, 1, 2)
+    assert (rounds.slots[2].owed, rounds.slots[2].debt) == (0, 3)
+    for debt in (2, 1, 0, 0):
+        rounds = decide(rounds, 0, 1, 2)
+        assert rounds.slots[2].debt == debt
+    assert decide(rounds, 0, 1).slots[2].owed == 1
+
+
+def test_a_repeated_ballot_makes_up_for_nothing():
+    late = decide(decide(decide(make_rounds(), 0, 1), 0, 1, 2), 0, 1)
+    once = ballot(late, 2)
+    assert once.slots[2].owed == 2
+    assert ballot(once, 2, now=1.0) == once
+    closed = ballots(once, 0, 1).close(DEADLINE)
+    assert ballot(closed, 2, now=DEADLINE) == closed
+
+
 def test_a_ballot_that_comes_while_others_are_counted_is_late():
     closed = ballots(make_rounds(), 0, 1).close(DEADLINE)
     late = ballot(closed, 2, now=DEADLINE)
