@@ -1,8 +1,9 @@
-"""Jobs of elastic_faults.py: processes that print JSON lines, and the log that they leave behind."""
+"""Jobs of elastic_faults.py: processes that print JSON lines, and the log that they leave."""
 
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from network import worker_environment
+from report import summary
 
 from signax.elastic.log import Log
 
@@ -119,6 +121,12 @@ def ends_of(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     if len(found) > 1 or None in found:
         sys.exit(f"error: the jobs hold different parameters: {found}")
     return ends
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """A summary with the 95th percentile."""
+    percentile = statistics.quantiles(times, n=20, method="inclusive")[-1]
+    return summary(times) | {"percentile_95": percentile}
 
 
 def voters_of(folder: Path) -> list[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""The part `kills` of elastic_faults.py: jobs and the server die at random steps, and start again."""
+"""The part `kills` of elastic_faults.py: jobs and the server die at random steps, and restart."""
 
 import argparse
 import random
@@ -11,13 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from elastic_faults_jobs import Job, ends_of, start_server, start_worker, steps_of, voters_of
-from report import summary
+from elastic_faults_jobs import (
+    Job,
+    ends_of,
+    spread,
+    start_server,
+    start_worker,
+    steps_of,
+    voters_of,
+)
 
 # For each model the steps of a run, and the pause of a worker after each step.
 RUNS: dict[str, dict[str, Any]] = {
-    "digits": {"steps": 500, "pause": 0.5, "batch_size": 64, "widths": (64, 128, 10)},
-    "language model": {"steps": 300, "pause": 0.8, "batch_size": 32, "validation_windows": 512},
+    "digits": {"steps": 300, "pause": 0.5, "batch_size": 64, "widths": (64, 128, 10)},
+    "language model": {"steps": 240, "pause": 0.6, "batch_size": 32, "validation_windows": 512},
 }
 WORKER_PAUSE = 1.0, 5.0  # seconds from a kill to the start of the next job, from and to
 SERVER_PAUSE = 0.5, 2.0
@@ -135,6 +142,7 @@ class Run:
 def run_model(args: argparse.Namespace, name: str, kills: Sequence[Kill]) -> dict[str, Any]:
     """Train a model with some kills, and measure."""
     task = RUNS[name] | {"model": name, "seed": args.seed}
+    task["steps"] = args.steps or task["steps"]
     with tempfile.TemporaryDirectory() as folder:
         run = Run(args, Path(folder), task, [*kills])
         began = time.monotonic()
@@ -150,47 +158,48 @@ def run_model(args: argparse.Namespace, name: str, kills: Sequence[Kill]) -> dic
         finally:
             run.end()
         voters = voters_of(Path(folder))
-    quality = {key: end for key, end in ends[-1].items() if key not in ("step", "parameters")}
+    (quality,) = set(ends[-1]) - {"step", "parameters"}
     return {
+        "steps": len(voters),
+        "pause": task["pause"],
         "seconds": seconds,
         "killed": run.killed,
         "kills_left": len(run.kills),
-        "ends": len(ends),
         "parameters": ends[-1]["parameters"],
-        **quality,
+        "jobs_with_these_parameters": len(ends),
+        "quality": {quality: ends[-1][quality]},
         "mean_voters": statistics.mean(map(len, voters)),
         **waits_of(run),
     }
 
 
 def waits_of(run: Run) -> dict[str, Any]:
-    """How long steps took on living workers, without and within outages of the server.
+    """How long workers waited for votes outside of outages, and how long outages were.
 
     An outage begins with the kill of the server. It is over with the first decision after that.
     """
-    steps = [[line for line in steps_of(jobs)] for jobs in run.jobs]
-    ends = sorted(line["end"] for lines in steps for line in lines)
+    steps = [line for jobs in run.jobs for line in steps_of(jobs)]
+    ends = sorted(line["end"] for line in steps)
     outages = [(died, next(end for end in ends if end > served)) for died, served in run.outages]
 
     def is_outside(line: dict[str, Any]) -> bool:
-        return all(line["end"] < died or line["start"] > over for died, over in outages)
+        return all(line["end"] < died or line["voted"] > over for died, over in outages)
 
-    outside = [line for lines in steps for line in lines if is_outside(line)]
-    inside = [line for lines in steps for line in lines if not is_outside(line)]
-    longest = sorted(outside, key=lambda line: line["start"] - line["end"])[:10]
-    backs = [
-        # from the start of a job to its first step
+    def wait_of(line: dict[str, Any]) -> float:
+        return line["end"] - line["voted"]
+
+    outside = [*filter(is_outside, steps)]
+    starts = [
         job.lines[0]["end"] - job.started
         for jobs in run.jobs
         for job in jobs[1:]
-        if job.lines and "end" in job.lines[0]
+        if steps_of([job])
     ]
     return {
-        "steps": summary([line["end"] - line["start"] for line in outside]),
-        "votes": summary([line["end"] - line["voted"] for line in outside]),
-        "num_steps": len(outside),
-        "longest": longest,
+        "waits": spread([*map(wait_of, outside)]),
+        "num_waits": len(outside),
+        "longest_waits": sorted(map(wait_of, outside))[:-21:-1],
         "outages": [over - died for died, over in outages],
-        "longest_in_outage": max((line["end"] - line["start"] for line in inside), default=None),
-        "seconds_to_first_vote": summary(backs) if backs else None,
+        "server_away": [served - died for died, served in run.outages],
+        "seconds_to_first_vote": spread(starts) if len(starts) > 1 else None,
     }

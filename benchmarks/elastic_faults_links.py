@@ -2,8 +2,8 @@
 
 import argparse
 import contextlib
+import itertools
 import signal
-import statistics
 import sys
 import tempfile
 import time
@@ -11,9 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic_faults_jobs import Job, ends_of, start_server, start_worker, steps_of, voters_of
+from elastic_faults_jobs import (
+    Job,
+    ends_of,
+    spread,
+    start_server,
+    start_worker,
+    steps_of,
+    voters_of,
+)
 from namespaces import Links, has_netem, namespaces, unavailable
-from report import summary
 
 RATE = "100mbit"
 PORT = 7443
@@ -21,15 +28,22 @@ WARMUP = 10  # first steps, in which workers are still starting, are not measure
 CUT_AT, CUT_SECONDS = 60, 10.0  # the step, and how long the link is cut
 TASK = {"model": "digits", "batch_size": 32, "widths": (256, 310, 10)}  # 99,420 parameters
 
-# `pause` stands for a larger model's computation, and `bad_pause` for the last worker's. A pause of
-# 1.75 s brings its ballot after the deadline, but before the round behind that is over.
+# A step has two parts: `input` seconds before the worker catches up, as of a slow disk, and `pause`
+# seconds from there to its ballot, as of a larger model. `bad` is for the last worker. Late by a
+# moment is a worker that takes a little longer than the others together with the deadline.
 CASES: dict[str, dict[str, Any]] = {
-    "undisturbed": {"steps": 200},
-    "2% of packets lost": {"steps": 200, "loss": 0.02},
+    "undisturbed": {"steps": 300},
+    "2% of packets lost": {"steps": 300, "loss": 0.02},
     "50 ms delay each way": {"steps": 200, "delay": "50ms"},
     "one worker cut off for 10 s": {"steps": 400, "cut": True},
-    "one worker 20 times slower": {"steps": 300, "bad_pause": 2.0},
-    "one worker late by a moment": {"steps": 60, "pause": 0.5, "bad_pause": 1.75},
+    "one worker 20 times slower": {"steps": 300, "bad": {"pause": 2.0}},
+    "one worker late by a moment": {"steps": 60, "pause": 0.5, "bad": {"pause": 1.52}},
+    "one worker with input 20 times slower": {
+        "steps": 300,
+        "pause": 0.0,
+        "input": 0.1,
+        "bad": {"input": 2.0},
+    },
 }
 
 
@@ -52,7 +66,7 @@ def join(args: argparse.Namespace, case: dict[str, Any]) -> Iterator[Links]:
 def run_case(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Train over the links of one case, and measure."""
     case = CASES[name]
-    bad = args.workers - 1 if "cut" in case or "bad_pause" in case else None
+    bad = args.workers - 1 if "cut" in case or "bad" in case else None
     pause = case.get("pause", 0.1)
     with tempfile.TemporaryDirectory() as name_of_folder, join(args, case) as links:
         folder = Path(name_of_folder)
@@ -61,9 +75,10 @@ def run_case(args: argparse.Namespace, name: str) -> dict[str, Any]:
         jobs: list[Job] = []
         try:
             for slot in range(args.workers):
-                mine = case.get("bad_pause", pause) if slot == bad else pause
-                task = TASK | {"slot": slot, "seed": args.seed, "pause": mine}
-                task["steps"] = case["steps"]
+                task = TASK | {"slot": slot, "seed": args.seed, "pause": pause}
+                task |= {"steps": args.steps or case["steps"], "input": case.get("input", 0.0)}
+                if slot == bad:
+                    task |= case.get("bad", {})
                 jobs.append(start_worker(folder, address, task, links.prefixes[slot]))
             cut = watch(server, jobs, links, bad if "cut" in case else None)
             ends = ends_of(jobs)
@@ -73,18 +88,18 @@ def run_case(args: argparse.Namespace, name: str) -> dict[str, Any]:
             server.end(signal.SIGTERM)
         voters = voters_of(folder)
     others = [steps_of([job])[WARMUP:] for slot, job in enumerate(jobs) if slot != bad]
+    missed = [sum(slot not in one for one in voters) for slot in range(args.workers)]
     result = {
         **case,
+        "steps": len(voters),
         "link": links.kind,
         "rate": RATE,
-        "pause": pause,
         "parameters": ends[0]["parameters"],
         "accuracy": ends[0]["accuracy"],
-        **times_of(others),
-        "votes_counted": [sum(slot in one for one in voters) for slot in range(args.workers)],
+        **times_of(others, args.deadline),
+        "missed_by_others": sum(missed[slot] for slot in range(args.workers) if slot != bad),
+        "missed": 0 if bad is None else missed[bad],
     }
-    if bad is not None:
-        result["bad_missed"] = sum(bad not in one for one in voters)
     if cut:
         result |= return_of(bad, cut, voters, others)
     return result
@@ -113,21 +128,20 @@ def watch(
     return (times[0], times[1]) if cut_off is not None else None
 
 
-def times_of(others: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+def times_of(others: Sequence[Sequence[dict[str, Any]]], deadline: float) -> dict[str, Any]:
     """The times from each step of some workers to their next step, and of votes alone."""
     periods = [
         after["start"] - line["start"]
         for lines in others
-        for line, after in zip(lines, lines[1:], strict=False)
+        for line, after in itertools.pairwise(lines)
     ]
-    votes = [line["end"] - line["voted"] for lines in others for line in lines]
-    return {"steps_of_others": spread(periods), "votes_of_others": spread(votes)}
-
-
-def spread(times: Sequence[float]) -> dict[str, float]:
-    """A summary with the 95th percentile, and the sum."""
-    percentile = statistics.quantiles(times, n=20, method="inclusive")[-1]
-    return summary(times) | {"percentile_95": percentile, "sum": sum(times)}
+    votes = [(line["step"], line["end"] - line["voted"]) for lines in others for line in lines]
+    return {
+        "steps_of_others": spread(periods),
+        "votes_of_others": spread([seconds for _, seconds in votes]),
+        # Somebody's ballot comes first, and its worker waits for all of the deadline.
+        "deadline_waits": len({step for step, seconds in votes if seconds >= deadline}),
+    }
 
 
 def return_of(

@@ -65,6 +65,7 @@ def main() -> None:
         gradient = gradient.lower(params, *model.batch_of(0)).compile()
         update = update.lower(params, state, params).compile()
         while True:
+            time.sleep(task.get("input", 0.0))  # as of a slow disk
             params, state = exchange.catch_up(model.tx, params, state)
             if (step := exchange.step) >= steps:
                 break
@@ -123,7 +124,9 @@ def make_language_model(task: dict[str, Any], exchange: Any) -> Model:
     def batch_of(step: int) -> tuple[Any, ...]:
         draw = np.random.default_rng((args.seed, step))
         starts = draw.integers(len(text) - args.context, size=args.batch_size)
-        return (example.windows(text, starts[exchange.index :: exchange.num_workers], args.context),)
+        return (
+            example.windows(text, starts[exchange.index :: exchange.num_workers], args.context),
+        )
 
     def quality(params: Any) -> dict[str, float]:
         starts = np.linspace(0, len(held_out) - args.context - 1, args.validation_windows)
