@@ -72,7 +72,8 @@ test-docs: docs .venv/test  ## open every page of the documentation in Chromium
 
 # Benchmarks, which are for developers, run at the newest jax.
 test-oldest: .venv-oldest/test
-	$(UNOPTIMISED) .venv-oldest/bin/python $(PYTEST) -m "$(QUICK)" --ignore=tests/test_benchmarks.py
+	$(UNOPTIMISED) .venv-oldest/bin/python $(PYTEST) -m "$(QUICK)" \
+		--ignore=tests/test_benchmarks.py --ignore=tests/test_elastic_faults.py
 
 test-accelerators: .venv-accelerators/accelerators  ## compile for TPU pods and GPUs, and read the programs
 	JAX_PLATFORMS=cpu SIGNAX_ACCELERATORS=1 .venv-accelerators/bin/python -m pytest -q \

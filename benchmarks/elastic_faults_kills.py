@@ -94,7 +94,8 @@ class Run:
             now, step = time.monotonic(), max(job.step for job in self.newest)
             for job in (self.server, *self.newest):
                 job.check()
-            if self.outages and len(self.outages[-1]) == 1 and self.server.is_serving:
+            is_served = self.server.is_alive and self.server.is_serving
+            if is_served and self.outages and len(self.outages[-1]) == 1:
                 self.outages[-1].append(now)
             for restart in [*self.waiting]:
                 if now >= restart[0]:
@@ -109,7 +110,7 @@ class Run:
     def may(self, kill: Kill, step: int) -> bool:
         """Whether a kill hits a job at work, and leaves a quorum."""
         if kill.slot is None:
-            return self.server.is_serving and self.has_decided_since_outage()
+            return self.server.is_alive and self.has_decided_since_outage()
         voting = [job.is_alive and job.step >= step - IN_STEP for job in self.newest]
         return voting[kill.slot] and sum(voting) > self.args.quorum
 

@@ -52,18 +52,16 @@ def main() -> None:
         model = make(task, exchange)
         params, state = model.params, model.tx.init(model.params)
 
-        # JAX's compilation cache keeps the gradient's program. It keeps no program with a vote,
-        # which calls back into Python, so that program is small.
-        gradient = jax.jit(jax.value_and_grad(model.loss_fn))
-
-        @jax.jit
         def update(params, state, grads):
             updates, state = model.tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
         # Both programs are compiled before the worker votes, so that its first ballot is in time.
-        gradient = gradient.lower(params, *model.batch_of(0)).compile()
-        update = update.lower(params, state, params).compile()
+        # JAX's compilation cache keeps the gradient's program. It keeps no program with a vote,
+        # which calls back into Python, so that program is small.
+        gradient = jax.jit(jax.value_and_grad(model.loss_fn))
+        compute = gradient.lower(params, *model.batch_of(0)).compile()
+        vote = jax.jit(update).lower(params, state, params).compile()
         while True:
             time.sleep(task.get("input", 0.0))  # as of a slow disk
             params, state = exchange.catch_up(model.tx, params, state)
@@ -71,10 +69,10 @@ def main() -> None:
                 break
             batch = model.batch_of(step)
             start = time.monotonic()
-            loss, grads = jax.block_until_ready(gradient(params, *batch))
+            loss, grads = jax.block_until_ready(compute(params, *batch))
             time.sleep(pause)  # as of a larger model
             voted = time.monotonic()
-            params, state = jax.block_until_ready(update(params, state, grads))
+            params, state = jax.block_until_ready(vote(params, state, grads))
             end = time.monotonic()
             voters = int(jnp.asarray(signax.participation(state).voters))
             times = {"start": start, "voted": voted, "end": end}

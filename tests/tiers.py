@@ -182,6 +182,11 @@ SLOW = {
         "scaling_reports_bytes_counting_and_compilation": "benchmarks/scaling.py as a command",
         "step_reports_ratios_to_momentum": "benchmarks/step.py as a command",
     },
+    "test_elastic_faults": {
+        "kills_are_survived_and_reported": "benchmarks/elastic_faults.py kills, end to end",
+        "links_report_the_steps_of_the_other_workers": "benchmarks/elastic_faults.py links",
+        "taps_delay_packets_and_a_worker_can_be_cut_off": "benchmarks/forwarder.py",
+    },
     "test_endurance": {
         "a_thousand_steps_with_an_excluded_worker_in_each": "slow drifts between replicas",
     },
