@@ -75,6 +75,47 @@ def test_the_parts_of_a_step_match_the_measurement():
     assert f"{measured['machine']['idle']:.0%} idle" in PAGES["performance"]
 
 
+def test_the_tables_of_faults_match_the_measurement():
+    found = json.loads((RESULTS / "elastic_faults.json").read_text())["results"]
+    page, rows = PAGES["elastic"], []
+
+    def milliseconds(seconds):
+        return f"{1e3 * seconds:,.0f} ms"
+
+    for model in ("digits", "language model"):
+        undisturbed, killed = (found["kills"][f"{model}, {run}"] for run in RUNS_OF_FAULTS)
+        assert killed["kills_left"] == 0
+        servers = sum(kill["slot"] is None for kill in killed["killed"])
+        assert (len(killed["killed"]) - servers, servers) == (30, 5)
+        cells = [milliseconds(run["waits"]["max"]) for run in (undisturbed, killed)]
+        for run in (undisturbed, killed):
+            ((name, value),) = run["quality"].items()
+            cells.append(f"{value:.1%}" if name == "accuracy" else f"{value:.3f}")
+        rows.append(row_of(model, *cells, f"{killed['mean_voters']:.1f}"))
+    for name, label in LINKS.items():
+        case = found["links"][name]
+        times = case["steps_of_others"]
+        cells = [milliseconds(times[key]) for key in ("median", "percentile_95", "max")]
+        missed = f"{case['missed']} of {case['steps']}" if "bad" in case or "cut" in case else "-"
+        rows.append(row_of(label, *cells, str(case["deadline_waits"]), missed))
+    printed = re.findall(r"^\|.*\d m?s \|.*\|$", page, re.MULTILINE)
+    assert printed == rows
+    back = found["links"]["one worker cut off for 10 s"]["seconds_to_return"]
+    assert f"voted again {back:.1f} s after the cut" in " ".join(page.split())
+
+
+RUNS_OF_FAULTS = ("undisturbed", "killed")
+LINKS = {
+    "undisturbed": "undisturbed",
+    "2% of packets lost": "2% of packets lost",
+    "50 ms delay each way": "50 ms delay each way",
+    "one worker cut off for 10 s": "one worker cut off for 10 s",
+    "one worker 20 times slower": "one worker computes 20 times longer",
+    "one worker with input 20 times slower": "one worker's input takes 20 times longer",
+    "one worker late by a moment": "one worker is late by the deadline and a moment",
+}
+
+
 def test_the_tables_of_schedules_match_the_compiled_programs():
     results = json.loads((RESULTS / "overlap.json").read_text())["results"]
     found = {(r["model"], r["exchange"], r["buckets"], r["target"]): r for r in results}
