@@ -77,11 +77,7 @@ def test_the_parts_of_a_step_match_the_measurement():
 
 def test_the_tables_of_faults_match_the_measurement():
     found = json.loads((RESULTS / "elastic_faults.json").read_text())["results"]
-    page, rows = PAGES["elastic"], []
-
-    def milliseconds(seconds):
-        return f"{1e3 * seconds:,.0f} ms"
-
+    page, rows = PAGES["elastic"].partition("### What a server costs")[0], []
     for model in ("digits", "language model"):
         undisturbed, killed = (found["kills"][f"{model}, {run}"] for run in RUNS_OF_FAULTS)
         assert killed["kills_left"] == 0
@@ -102,6 +98,28 @@ def test_the_tables_of_faults_match_the_measurement():
     assert printed == rows
     back = found["links"]["one worker cut off for 10 s"]["seconds_to_return"]
     assert f"voted again {back:.1f} s after the cut" in " ".join(page.split())
+
+
+def milliseconds(seconds):
+    return f"{1e3 * seconds:,.0f} ms"
+
+
+def test_the_costs_of_a_server_match_the_measurements():
+    page = " ".join(PAGES["elastic"].partition("### What a server costs")[2].split())
+    files = {"100 Mbit/s": "network-100mbit", "1 Gbit/s": "network", "10 Gbit/s": "network-10gbit"}
+    for rate, file in files.items():
+        [result] = json.loads((RESULTS / f"{file}.json").read_text())["results"]
+        candidates = result["candidates"]
+        cells = [milliseconds(candidates["vote"]["median"])]
+        for name in ("vote server", "vote server, 1 shard"):
+            times = candidates[name]
+            cells += [milliseconds(times["median"]), milliseconds(times["wire_seconds"])]
+        assert row_of(rate, *cells) in page
+    replay = json.loads((RESULTS / "elastic_replay.json").read_text())["results"]
+    assert replay["steps"] == 500
+    assert f"with {replay['parameters'] / 1e6:.1f} million parameters" in page
+    assert f"needs {replay['replay_seconds']:.1f} s, compiling included" in page
+    assert f"took {replay['training_seconds']:.0f} s" in page
 
 
 RUNS_OF_FAULTS = ("undisturbed", "killed")
