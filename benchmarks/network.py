@@ -147,7 +147,8 @@ def run_setting(setting: dict[str, Any]) -> dict[str, Any]:
     if together:
         runs.insert(0, ("jax", together))
     reports: list[dict[str, Any]] = [{} for _ in range(setting["workers"])]
-    with join(setting) as links:
+    servers = [1 + shards for name, shards in SERVERS.items() if name in setting["candidates"]]
+    with join(setting, max(servers, default=0)) as links:
         for library, names in runs:
             found = launch(library, links, setting | {"candidates": names})
             reports = [report | more for report, more in zip(reports, found, strict=True)]
@@ -177,10 +178,9 @@ def run_setting(setting: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def join(setting: dict[str, Any]) -> contextlib.AbstractContextManager[Links]:
+def join(setting: dict[str, Any], servers: int = 0) -> contextlib.AbstractContextManager[Links]:
     """The links of workers and server, in namespaces if possible, otherwise over loopback."""
-    servers = [1 + shards for name, shards in SERVERS.items() if name in setting["candidates"]]
-    reason, hosts = unavailable(), setting["workers"] + max(servers, default=0)
+    reason, hosts = unavailable(), setting["workers"] + servers
     if reason is None:
         return namespaces(hosts, setting["rate"], setting["delay"])
     print(
