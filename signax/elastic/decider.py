@@ -33,8 +33,7 @@ class Decider:
       options: how to decide.
 
     Raises:
-      ValueError: an option is out of range, or the log belongs to another number of workers or
-        servers.
+      ValueError: an option is out of range, or the log has another number of workers or servers.
     """
 
     def __init__(self, log: Log, snapshots: Snapshots, options: Options):
@@ -82,7 +81,7 @@ class Decider:
         return None
 
     def _own_plan(self, plan: Plan) -> Plan:
-        """The plan of what this server counts; raise `ValueError` if it is out of range."""
+        """Cut a plan to what this server counts; raise `ValueError` if it is out of range."""
         plan.check()
         return plan
 

@@ -176,8 +176,8 @@ class ShardedConnection(Connection):
     def vote(self, sequence: int, participates: bool, bits: memoryview) -> Decided:
         """Send a ballot, wait for the decision, and return it with its words.
 
-        With shards the decision is the main server's, whose `size` and `digest` are those of its
-        part, and the words are whole.
+        With shards the words are whole, but the decision is the main server's: its `size` and
+        `digest` describe the main server's part.
         """
         if not self._shards:
             return super().vote(sequence, participates, bits)

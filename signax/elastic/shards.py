@@ -59,7 +59,6 @@ class Link:
       address: its address.
       credentials: gRPC's credentials of the channel, or `None`.
       token: the main server's token, or `None`.
-
     """
 
     def __init__(self, server: int, address: str, credentials: Any, token: str | None):

@@ -1,4 +1,4 @@
-"""Runs with shards: decisions are those of one server, and all servers have the same voters."""
+"""Servers with shards decide what one server decides, and all of them count the same voters."""
 
 import itertools
 
