@@ -29,7 +29,7 @@ class Job:
     """
 
     def __init__(self, command: Sequence[str], folder: Path):
-        # Jobs that restart find their compiled programs, all but the programs with a vote in them.
+        # Jobs that restart find their compiled programs.
         cache = {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -21,12 +21,12 @@ from elastic_faults_jobs import (
     voters_of,
 )
 
-# For each model the steps of a run, and the pause of a worker after each step.
+# For each model the steps of a run, and the pause of a worker in each step.
 RUNS: dict[str, dict[str, Any]] = {
     "digits": {"steps": 300, "pause": 0.5, "batch_size": 64, "widths": (64, 128, 10)},
-    "language model": {"steps": 240, "pause": 0.6, "batch_size": 32, "validation_windows": 512},
+    "language model": {"steps": 240, "pause": 2.0, "batch_size": 32, "validation_windows": 512},
 }
-WORKER_PAUSE = 1.0, 5.0  # seconds from a kill to the start of the next job, from and to
+WORKER_PAUSE = 0.5, 3.0  # seconds from a kill to the start of the next job, from and to
 SERVER_PAUSE = 0.5, 2.0
 IN_STEP = 3  # a worker votes if its newest step is at most so old
 
