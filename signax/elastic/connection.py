@@ -32,7 +32,7 @@ from signax.elastic.protocol import (
 from signax.elastic.refusals import REASON_KEY, Reason
 from signax.elastic.status import logger
 
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between attempts
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 0.5  # seconds between attempts
 TIMEOUT = 10.0  # seconds of a call that the server answers at once
 SILENCE = 60.0  # seconds; a call that lasted longer had a server that answered gRPC's pings
 PATIENCE = 5.0  # seconds of attempts before the log mentions them
@@ -92,7 +92,7 @@ class Connection:
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.http2.max_pings_without_data", 0),  # no limit, since a vote may wait for long
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 2_000),
+            ("grpc.max_reconnect_backoff_ms", 500),
         ]
         self._channel: Any = (
             grpc.secure_channel(address, credentials, options)
