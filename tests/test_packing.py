@@ -66,7 +66,8 @@ def expected_words(values, rules, packer):
 
 @functools.partial(jax.jit, static_argnames=("packer", "rules"))
 def packed_by(array, packer, rules):
-    return packer(array, jnp.uint32(COIN), rule=rules)
+    planes, bad = packer(array, jnp.uint32(COIN), rule=rules)
+    return planes, ~jnp.any(bad)
 
 
 @every_cut

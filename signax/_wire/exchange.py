@@ -40,6 +40,7 @@ from signax._core.leaves import (
     varies,
 )
 from signax._core.remote import Remote, axis_size
+from signax._wire.pieces import in_rows
 from signax._wire.remote import ask_remote, check_groups
 from signax._wire.types import (
     Array,
@@ -309,9 +310,9 @@ def ask_server(
 ) -> Reply:
     """Send row k to server k, and return the reply of this worker as a server."""
     sealed = seal(rows, header)
-    # Under vmap a tiled all_to_all needs a batched operand: the sender's header makes it one.
     with jax.named_scope("signax.exchange"):
-        received = lax.all_to_all(sealed, axis_name, 0, 0, tiled=True)
+        # Under vmap a tiled all_to_all needs a batched operand: the sender's header makes it one.
+        received = lax.all_to_all(in_rows(sealed), axis_name, 0, 0, tiled=True)
     return combine(received, [row.shape[1] for row in rows])
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from signax._core.leaves import all_flags, common_dtype
+from signax._core.leaves import common_dtype
 from signax._wire.pieces import Cut, cut_alike, cut_apart
 from signax._wire.slabs import (
     SMALL,
@@ -69,10 +69,10 @@ def pack(
     packers = pack_consecutive, pack_slabs, pack_groups
     cpu, tpu, gpu = (partial(_pack_arrays, packer=packer, rule=rule) for packer in packers)
     if portable:
-        planes, flags = cpu(arrays, coin)
+        planes, finite = cpu(arrays, coin)
     else:
-        planes, flags = lax.platform_dependent(arrays, coin, cpu=cpu, tpu=tpu, default=gpu)
-    return planes, all_flags(flags)
+        planes, finite = lax.platform_dependent(arrays, coin, cpu=cpu, tpu=tpu, default=gpu)
+    return planes, finite
 
 
 def unpack(
@@ -90,9 +90,6 @@ def unpack(
       inverts_odd: whether to invert the bits of odd coordinates.
       portable: whether words were packed as CPUs pack them, on every platform.
     """
-    # Without the barrier every coordinate searches for its word.
-    planes = lax.optimization_barrier([*planes])
-
     unpack_all = partial(unpack_leaves, leaves=leaves, inverts_odd=inverts_odd)
     cpu = partial(unpack_all, unpacker=unpack_consecutive, cut=cut_alike)
     tpu = partial(unpack_all, unpacker=unpack_slabs, cut=cut_apart)
@@ -106,24 +103,25 @@ def unpack(
 
 def _pack_arrays(
     arrays: Sequence[Float[Array, "..."]], coin: UInt32[Array, ""], packer: Any, rule: BitRule
-) -> tuple[list[UInt32[Array, " words"]], list[Bool[Array, ""]]]:
-    """Pack arrays into planes, and find which of them are finite."""
-    packed, flags = [], []
+) -> tuple[list[UInt32[Array, " words"]], Bool[Array, ""]]:
+    """Pack arrays into planes, and find whether all their values are finite."""
+    packed = []
     for array in arrays:
-        planes, finite = _pack_array(array, coin, packer, rule)
+        planes, bad = _pack_array(array, coin, packer, rule)
         if packer is pack_groups:
             # XLA for GPUs would merge the packing of many arrays into a kernel that compiles
             # slowly. It cannot if each array waits for the one before.
             planes, coin = lax.optimization_barrier((planes, coin))
-        packed.append(planes)
-        flags.append(finite)
-    return [_join(plane) for plane in zip(*packed, strict=True)], flags
+        packed.append([*planes, bad])
+    *planes, bad = [_join(field) for field in zip(*packed, strict=True)]
+    # Without the barrier XLA copies this reduction into every use of its result.
+    return planes, ~jnp.any(lax.optimization_barrier(bad))
 
 
 @partial(jax.jit, static_argnums=(2, 3))  # one trace for all arrays of a shape
 def _pack_array(
     array: Float[Array, "..."], coin: UInt32[Array, ""], packer: Any, rule: BitRule
-) -> tuple[list[UInt32[Array, " words"]], Bool[Array, ""]]:
+) -> tuple[list[UInt32[Array, " words"]], Bool[Array, " flags"]]:
     return packer(array, coin, rule=rule)
 
 
@@ -136,20 +134,22 @@ def unpack_leaves(
 ) -> list[Bool[Array, "..."]]:
     """Unpack one plane: for each leaf a bool[shape]."""
     if inverts_odd and unpacker is unpack_consecutive:  # where words hold pairs of neighbours
-        plane, inverts_odd = lax.optimization_barrier(plane ^ ODD_BITS), False
+        plane, inverts_odd = plane ^ ODD_BITS, False
+    # Without the barrier every coordinate searches for its word.
+    plane = lax.optimization_barrier(plane)
     large, small = _by_size(leaves)
     shapes = [leaves[n].shape for n in large] + _bundle_shapes(leaves, small)
     arrays = [
         _unpack_array(words, shape, unpacker)
         for words, shape in zip(cut(plane, [fold(s).words for s in shapes]), shapes, strict=True)
     ]
+    if inverts_odd:
+        arrays = [_invert_odd(each) for each in arrays]
     bits = dict(zip(large, arrays, strict=False))
     if small:
         sizes = [math.prod(leaves[n].shape) for n in small]
         for n, size, flat in zip(small, sizes, cut(arrays[-1], map(_even, sizes)), strict=True):
-            bits[n] = flat[:size].reshape(leaves[n].shape)
-    if inverts_odd:
-        bits = {n: _invert_odd(each) for n, each in bits.items()}
+            bits[n] = (flat[:size] if size % 2 else flat).reshape(leaves[n].shape)
     return [
         bits[n] if n in bits else jnp.zeros(leaf.shape, jnp.bool_) for n, leaf in enumerate(leaves)
     ]
@@ -169,8 +169,12 @@ def _unpack_array(
 
 def pack_consecutive(
     array: Float[Array, "..."], coin: UInt32[Array, ""], *, rule: BitRule
-) -> tuple[list[UInt32[Array, " words"]], Bool[Array, ""]]:
-    """Pack for CPUs: bit b of word w belongs to coordinate 32 w + b."""
+) -> tuple[list[UInt32[Array, " words"]], Bool[Array, " flags"]]:
+    """Pack for CPUs: bit b of word w belongs to coordinate 32 w + b.
+
+    A flag is set if one of the 32 values of a word is not finite. The flags of all arrays are
+    reduced together, since XLA would reduce those of each large array in several kernels.
+    """
     flat = array.reshape(-1)
     rest = flat.size % WORD_BITS
     rows = flat[: flat.size - rest].reshape(-1, WORD_BITS)
@@ -182,7 +186,7 @@ def pack_consecutive(
     *planes, bad = (_join(piece) for piece in zip(*packed, strict=True))
     if spare := fold(array.shape).words - bad.size:
         planes = [jnp.pad(plane, (0, spare)) for plane in planes]
-    return planes, ~jnp.any(bad)
+    return planes, bad
 
 
 def _join(pieces: Sequence[Array]) -> Array:

@@ -92,16 +92,17 @@ def odd(shape: tuple[int, ...]) -> Bool[Array, "..."]:
 
 def pack_slabs(
     array: Float[Array, "..."], coin: UInt32[Array, ""], *, rule: BitRule
-) -> tuple[list[UInt32[Array, " words"]], Bool[Array, ""]]:
+) -> tuple[list[UInt32[Array, " words"]], Bool[Array, "1"]]:
     """Pack for TPUs: bit b of word w belongs to coordinate w of slab b.
 
     The bits of a coordinate are first written as one byte, so XLA fuses the computation of the
-    values with that write, in any layout. Values that come in slabs need no such byte.
+    values with that write, in any layout. Values that come in slabs need no such byte. The flag is
+    set if a value is not finite.
     """
     cut = fold(array.shape)
     array = array.reshape(cut.shape)
     *planes, bad = join_slabs(find_fields(array, odd(array.shape), coin, rule), cut)
-    return [_by_tiles(plane, cut.word_shape) for plane in planes], ~jnp.any(bad)
+    return [_by_tiles(plane, cut.word_shape) for plane in planes], jnp.any(bad)[None]
 
 
 def join_slabs(fields: Sequence[Bool[Array, "..."]], cut: Fold, flags: int = 1) -> Sequence[Array]:
@@ -119,11 +120,12 @@ def join_slabs(fields: Sequence[Bool[Array, "..."]], cut: Fold, flags: int = 1) 
 
 def pack_groups(
     array: Float[Array, "..."], coin: UInt32[Array, ""], *, rule: BitRule
-) -> tuple[list[UInt32[Array, " words"]], Bool[Array, ""]]:
+) -> tuple[list[UInt32[Array, " words"]], Bool[Array, "1"]]:
     """Pack for GPUs: the words of `pack_slabs`, by ORs of groups of slabs.
 
     A reduction over slabs would first write every bit as a byte. XLA for GPUs makes one kernel of
-    elementwise operations instead, which reads each value once and writes words and flags.
+    elementwise operations instead, which reads each value once and writes words and flags. The flag
+    returned is set if a value is not finite.
     """
     cut = fold(array.shape)
     axis, length, size = cut.axis, cut.length, cut.shape[cut.axis]
@@ -158,7 +160,7 @@ def pack_groups(
     # another pass over the array.
     fields = [_by_tiles(field, cut.word_shape) for field in join(rows)]
     *planes, bad = lax.optimization_barrier(fields)
-    return planes, ~jnp.any(bad)
+    return planes, jnp.any(bad)[None]
 
 
 def find_fields(values: Array, odd: Array, coin: Array, rule: BitRule) -> list[Array]:

@@ -293,18 +293,13 @@ def seal(
     planes: Sequence[UInt32[Array, "n _"]], header: UInt32[Array, ""]
 ) -> UInt32[Array, "n rows 128"]:
     """Lay planes end to end and append the header; a header of 0 blanks the planes."""
-    flat = jnp.concatenate(planes, axis=1)
-    row, lane = divmod(flat.shape[1], LANES)
-    if lane:
-        flat = jnp.pad(flat, ((0, 0), (0, LANES - lane)))
-    sealed = flat.reshape(len(flat), -1, LANES)
-    sealed = jnp.pad(sealed, ((0, 0), (0, row + 1 - sealed.shape[1]), (0, 0)))
-    rows, lanes = (lax.broadcasted_iota(jnp.int32, sealed.shape, axis) for axis in (1, 2))
-    is_header = (rows == row) & (lanes == lane)
-    sealed = jnp.where(is_header, header, jnp.where(header > 0, sealed, 0))
+    flat = jnp.where(header > 0, jnp.concatenate(planes, axis=1), 0)
+    words = flat.shape[1]
+    flat = jnp.pad(flat, ((0, 0), (0, sealed_words(words) - words)))
+    sealed = jnp.where(lax.broadcasted_iota(jnp.int32, flat.shape, 1) == words, header, flat)
     # For an all_to_all, XLA for CPUs and GPUs takes a slice for each worker. Without the barrier
     # it would seal the message again in each slice.
-    return lax.optimization_barrier(sealed)
+    return lax.optimization_barrier(sealed.reshape(len(sealed), -1, LANES))
 
 
 def unseal(
