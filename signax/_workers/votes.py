@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from signax._core.leaves import check_votable, is_like_tree, spec_axes, specs_like
+from signax._core.leaves import check_votable
 from signax._core.remote import Remote, axis_size, find_workers
 from signax._transforms.participation import (
     NO_EXTRAS,
@@ -21,7 +20,6 @@ from signax._transforms.participation import (
 )
 from signax._wire.exchange import exchange, take_part
 from signax._wire.signs import DitherMemory, Majority, Rules, Ties, Zeros
-from signax._wire.slabs import in_slabs
 from signax._wire.types import Outcome, Route, Transport, make_route
 from signax._wire.weights import Weighing, Weights, is_by_agreement, make_majority
 from signax._wire.words import LEAST_VOTERS
@@ -31,6 +29,7 @@ from signax._workers.agreement import (
     next_agreement,
     next_reputation,
 )
+from signax._workers.arrangement import Arrangement
 from signax._workers.vote_state import (
     NEVER,
     MajorityVoteState,
@@ -287,10 +286,11 @@ def voted(signs: optax.GradientTransformation, vote: Vote) -> optax.GradientTran
         old_state, vote_state = state
         _, new_state = signs.update(updates, old_state)
         # The same computation again for packing: XLA would store a momentum with two uses.
-        slabs, old_slabs = _in_slabs(updates, old_state, signax.param_specs)
-        new_updates, new_slabs = signs.update(slabs, old_slabs)
+        layout = Arrangement(updates, old_state, signax.param_specs)
+        arranged = layout.arrange(updates)
+        new_arranged, arranged_state = signs.update(arranged, layout.arrange_state(old_state))
         outcome = _exchange(
-            mark_nonfinite(new_updates, slabs, new_slabs),
+            layout.restore(mark_nonfinite(new_arranged, arranged, arranged_state)),
             vote_state,
             vote,
             active if elsewhere is None else take_part(elsewhere, active),
@@ -316,24 +316,3 @@ def own_updates(axis_name: Hashable) -> optax.GradientTransformation:
         return updates, state
 
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
-
-
-def _in_slabs(updates: Any, state: Any, param_specs: Any) -> tuple[Any, Any]:
-    """View updates, and state of their shapes, in slabs where the view costs nothing.
-
-    The barriers hide from XLA that the arrays are equal, and keep the reshape before the rest.
-    """
-    specs = specs_like(updates, param_specs)
-    is_like = is_like_tree(updates)
-
-    def slabs(leaf: jax.Array, spec: PartitionSpec):
-        slabbed = leaf if spec_axes(spec) else in_slabs(leaf)
-        if slabbed is leaf:  # with an axis in front, TPUs need not copy DataParallel's rows
-            return lax.optimization_barrier(leaf[None])[0]
-        return lax.optimization_barrier(slabbed)
-
-    def tree_slabs(tree: Any):
-        return jax.tree.map(slabs, tree, specs)
-
-    state = jax.tree.map(lambda n: tree_slabs(n) if is_like(n) else n, state, is_leaf=is_like)
-    return tree_slabs(updates), state
