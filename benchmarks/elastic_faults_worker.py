@@ -56,8 +56,8 @@ def main() -> None:
             updates, state = model.tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
-        # The worker replays most of the log before it compiles the vote, and the rest afterwards, so
-        # its first ballot is in time. JAX's compilation cache shortens all of this.
+        # The worker replays most of the log before it compiles the vote, and the rest afterwards,
+        # so its first ballot is in time. JAX's compilation cache shortens all of this.
         gradient = jax.jit(jax.value_and_grad(model.loss_fn))
         compute = gradient.lower(params, *model.batch_of(0)).compile()
         params, state = exchange.catch_up(model.tx, params, state)
