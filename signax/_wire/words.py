@@ -293,13 +293,32 @@ def seal(
     planes: Sequence[UInt32[Array, "n _"]], header: UInt32[Array, ""]
 ) -> UInt32[Array, "n rows 128"]:
     """Lay planes end to end and append the header; a header of 0 blanks the planes."""
-    flat = jnp.where(header > 0, jnp.concatenate(planes, axis=1), 0)
-    words = flat.shape[1]
-    flat = jnp.pad(flat, ((0, 0), (0, sealed_words(words) - words)))
-    sealed = jnp.where(lax.broadcasted_iota(jnp.int32, flat.shape, 1) == words, header, flat)
+    flat = jnp.concatenate(planes, axis=1)
+    sealed = lax.platform_dependent(flat, header, cpu=_seal_flat, default=_seal_rows)
     # For an all_to_all, XLA for CPUs and GPUs takes a slice for each worker. Without the barrier
     # it would seal the message again in each slice.
-    return lax.optimization_barrier(sealed.reshape(len(sealed), -1, LANES))
+    return lax.optimization_barrier(sealed)
+
+
+def _seal_flat(flat: UInt32[Array, "n words"], header: Array) -> UInt32[Array, "n rows 128"]:
+    """Seal words end to end: XLA for CPUs compiles padding of rows slowly."""
+    words = flat.shape[1]
+    padded = jnp.pad(flat, ((0, 0), (0, sealed_words(words) - words)))
+    is_header = lax.broadcasted_iota(jnp.int32, padded.shape, 1) == words
+    sealed = jnp.where(is_header, header, jnp.where(header > 0, padded, 0))
+    return sealed.reshape(len(flat), -1, LANES)
+
+
+def _seal_rows(flat: UInt32[Array, "n words"], header: Array) -> UInt32[Array, "n rows 128"]:
+    """Seal words in rows: XLA for TPUs would copy words that lie end to end once more."""
+    row, lane = divmod(flat.shape[1], LANES)
+    if lane:
+        flat = jnp.pad(flat, ((0, 0), (0, LANES - lane)))
+    rows = flat.reshape(len(flat), -1, LANES)
+    rows = jnp.pad(rows, ((0, 0), (0, row + 1 - rows.shape[1]), (0, 0)))
+    row_of, lane_of = (lax.broadcasted_iota(jnp.int32, rows.shape, axis) for axis in (1, 2))
+    is_header = (row_of == row) & (lane_of == lane)
+    return jnp.where(is_header, header, jnp.where(header > 0, rows, 0))
 
 
 def unseal(
