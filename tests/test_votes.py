@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import references
+from jax.sharding import PartitionSpec
 from workers import AXIS, auto_mesh, on_workers
 
 import signax
@@ -79,6 +80,20 @@ def test_rejects_updates_that_are_replicated_by_type(make, mesh):
     update = jax.shard_map(apply(make("data")), mesh=mesh, in_specs=whole, out_specs=whole)
     with pytest.raises(ValueError, match=r"updates\['w'\] does not vary over axis 'data'"):
         jax.eval_shape(update, {"w": jnp.ones(3)})
+
+
+def test_names_the_leaf_that_differs_over_the_axis_of_a_split():
+    """Leaves that are joined for the vote have one type, so they are checked before."""
+    tx = signax.signum(0.1, axis_name="data", split_over="chip")
+    specs = {"a": PartitionSpec("data"), "b": PartitionSpec(("data", "chip"))}
+    mapped = jax.shard_map(
+        apply(tx),
+        mesh=auto_mesh({"data": 2, "chip": 2}),
+        in_specs=(specs,),
+        out_specs=PartitionSpec(),
+    )
+    with pytest.raises(ValueError, match=r"updates\['b'\] varies over split_over='chip'"):
+        jax.eval_shape(mapped, {"a": jnp.ones(8), "b": jnp.ones(8)})
 
 
 @pytest.mark.parametrize("option", ["zeros", "ties", "transport"])

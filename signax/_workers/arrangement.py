@@ -19,10 +19,10 @@ from signax._wire.types import Array
 
 
 class Arrangement:
-    """The layout of trees like some updates: first the large leaves, then the joined leaves.
+    """The layout of trees like some updates: first leaves on their own, then runs of joined leaves.
 
-    Small leaves are joined if they have the same dtype, in the updates and in the state, and are
-    whole on each device.
+    Small leaves are joined if they have the same dtypes, in the updates and in the state, and are
+    whole on each device. If no leaves are joined, the tree keeps its structure.
     """
 
     def __init__(self, updates: Any, state: Any, param_specs: Any):

@@ -263,8 +263,9 @@ def _next_state(state: Any, outcome: Outcome, vote: Vote) -> VoteState:
 def voted(signs: optax.GradientTransformation, vote: Vote) -> optax.GradientTransformationExtraArgs:
     """`chain(hold_if_nonfinite(signs), majority_vote(...))` in fewer passes over memory.
 
-    The signs must be elementwise. They are then computed on arrays in slabs and packed in the same
-    pass, which also finds values that are not finite and so decides whether the state is held.
+    The signs must be elementwise. They are computed a second time, in the layout of `Arrangement`,
+    and packed in the same pass. That pass also finds values that are not finite, and so decides
+    whether the state is held.
     """
 
     def init_fn(params: optax.Params):
@@ -281,8 +282,9 @@ def voted(signs: optax.GradientTransformation, vote: Vote) -> optax.GradientTran
     ):
         del params, extra_args
         elsewhere = signax.finite_elsewhere(updates)
-        # After a momentum, varying types can no longer reveal a reduced gradient.
-        check_votable(updates, vote.route.axis_name)
+        # After a momentum, varying types can no longer reveal a reduced gradient, and joined leaves
+        # have one type.
+        check_votable(updates, vote.route.axis_name, vote.route.split_over)
         old_state, vote_state = state
         _, new_state = signs.update(updates, old_state)
         # The same computation again for packing: XLA would store a momentum with two uses.
