@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import references
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from workers import AXIS, auto_mesh, on_workers
 
 import signax
@@ -215,6 +215,57 @@ def test_an_optimizer_under_data_parallel_equals_the_chain(optimizer, signs):
         assert_bitwise_equal(found, expected)
         # The optimiser's state nests a chain in a chain.
         assert_bitwise_equal(jax.tree.leaves(states[0]), jax.tree.leaves(states[1]))
+
+
+# Shapes, dtypes and specs: runs of leaves that a vote joins, between leaves that stay alone.
+MIXED = {
+    "a": ((4, 3), jnp.float32, PartitionSpec("model")),
+    "b": ((5,), jnp.float32, PartitionSpec()),
+    "c": ((3, 2), jnp.bfloat16, PartitionSpec()),
+    "d": ((), jnp.float32, PartitionSpec()),
+    "e": ((0, 3), jnp.float32, PartitionSpec()),
+    "f": ((6,), jnp.bfloat16, PartitionSpec("model")),
+    "g": ((2, 2), jnp.bfloat16, PartitionSpec()),
+}
+
+
+def test_a_vote_joins_only_small_leaves_of_equal_dtypes_that_are_whole():
+    """JAX would reject any other join, by strict promotion and by the types of Explicit axes."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    signum = signax.signum(1.0, 0.5, axis_name="data", zeros="plus", ties="plus")
+    specs = {name: spec for name, (_, _, spec) in MIXED.items()}
+    tx = signax.DataParallel(signum, mesh, param_specs=specs)
+    update = jax.jit(jax.numpy_dtype_promotion("strict")(tx.update))
+    params = {
+        name: jax.device_put(jnp.zeros(shape, dtype), NamedSharding(mesh, spec))
+        for name, (shape, dtype, spec) in MIXED.items()
+    }
+    state = tx.init(params)
+    momenta = {name: np.zeros((2, *shape)) for name, (shape, _, _) in MIXED.items()}
+    rng = np.random.default_rng(0)
+    for step in range(2):
+        rows = {name: rng.integers(-2, 3, m.shape).astype(float) for name, m in momenta.items()}
+        voters = [0, 1]
+        if step == 1:
+            rows["g"][1, 0, 0], voters = np.nan, [0]
+        gradients = {
+            name: jax.device_put(
+                jnp.asarray(row, MIXED[name][1]),
+                NamedSharding(mesh, PartitionSpec("data", *specs[name])),
+            )
+            for name, row in rows.items()
+        }
+        updates, state = update(gradients, state, params)
+        for name, row in rows.items():
+            momentum = momenta[name]
+            momentum[voters] = 0.5 * momentum[voters] + 0.5 * row[voters]
+            ballots = np.where(momentum[voters] >= 0, 1, -1)
+            expected = np.where(ballots.sum(axis=0) >= 0, -1, 1)
+            assert updates[name].dtype == MIXED[name][1]
+            np.testing.assert_array_equal(updates[name].astype(jnp.float32), expected)
+    found = optax.tree.get(state, "momentum")
+    for name, momentum in momenta.items():
+        np.testing.assert_array_equal(found[name].astype(jnp.float32), momentum)
 
 
 @pytest.mark.parametrize("agreement", [False, True])
