@@ -19,8 +19,8 @@ class SkipOnSpikeState(NamedTuple):
     Attributes:
       inner: the state of the inner transformation.
       mean: f32[], the running mean of the norms of accepted steps; f64[] if a parameter is f64.
-      weight: f32[], the weight of accepted steps in the mean, which corrects its bias. It rises
-        from 0 towards 1.
+      weight: the weight of accepted steps in the mean, in its dtype, which corrects its bias. It
+        rises from 0 towards 1.
       accepted: int32[], the number of accepted steps since the mean was started.
       in_a_row: int32[], the number of steps that were skipped since the last accepted step.
       skipped: int32[], the number of all skipped steps.

@@ -44,10 +44,11 @@ class ScaledSignsMemory(NamedTuple):
       worker: this worker's own memory, a tree like the values, in their dtypes or in the given one;
         `None` without error feedback.
       server: this worker's memory as the server of its part of each leaf: a tree like the values,
-        in the dtypes of `worker`, of parts [32, S] with S an M-th of d / 32, rounded up. `None` if
-        means come down in full precision. The layout is the same on every platform. If a leaf is
-        sharded within a worker, a server has a part of each device's block, and its memory of the
-        leaf is [n1, n2, ..., 32, S] with n1 x n2 x ... blocks along the leaf's dimensions.
+        in the dtypes of `worker`, of parts [32, S]. S is an M-th of d / 32, rounded up to an even
+        number, and d may be padded by up to a 64th before. `None` if means come down in full
+        precision. The layout is the same on every platform. If a leaf is sharded within a worker,
+        a server has a part of each device's block, and its memory of the leaf is
+        [n1, n2, ..., 32, S] with n1 x n2 x ... blocks along the leaf's dimensions.
     """
 
     worker: Any

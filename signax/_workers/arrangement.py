@@ -44,7 +44,8 @@ class Arrangement:
     def arrange(self, tree: Any) -> Any:
         """A tree in this layout.
 
-        The barriers hide from XLA that the arrays are equal, and keep the reshape before the rest.
+        The barriers hide from XLA that the tree itself has the same values, and keep the reshape
+        before the rest.
         """
         leaves = jax.tree.leaves(tree)
         arrays = [_slabs(leaves[n], self._specs[n]) for n in self._alone]
