@@ -12,7 +12,7 @@ from workers import AXIS, MAPS, on_workers
 from signax._wire import words as wire
 from signax._wire.exchange import send, take_part
 from signax._wire.signs import Majority, Rules
-from signax._wire.types import Context, Leaves, Route, Worker
+from signax._wire.types import Context, Leaves, Reply, Route, Worker
 from signax._wire.words import LARGE_PART, add_up
 
 
@@ -75,6 +75,26 @@ def test_transports_agree_around_the_size_of_large_parts(words):
         )
         assert voters == 2
         np.testing.assert_array_equal(decided, message[0, 0] | message[1, 0])  # ties are set
+
+
+@pytest.mark.parametrize("count", [7, 2**31 + 2**20])
+def test_counts_of_all_servers_may_exceed_32_bits(count):
+    """As of agreement on more than 2^32 coordinates, which no test can hold."""
+    num_workers = 4
+
+    def local(message, worker):
+        counts = jnp.uint32(count) - worker[None, None, None] + jnp.arange(8).reshape(1, 2, 4)
+        reply = Reply([message[:4]], 2 * jnp.uint32(num_workers), [counts.astype(jnp.uint32)], [])
+        header = wire.make_header(worker, worker & 1, worker & 0, worker >= 0)
+        codec = Majority(Rules("dither", "dither"))
+        route = Route(AXIS, "packed")
+        found = send([message], header, codec, route, lambda *_: reply, jnp.int32(0))
+        return add_up(found.counts[0][:, :, 1])
+
+    message = jnp.ones((num_workers, 16), jnp.uint32)
+    found = on_workers("vmap", local, num_workers)(message, jnp.arange(4, dtype=jnp.uint32))
+    expected = [sum(count - server + more for server in range(4)) for more in (1, 5)]
+    np.testing.assert_array_equal(found, np.asarray(expected, np.float32))
 
 
 def test_counts_of_several_devices_may_exceed_32_bits():

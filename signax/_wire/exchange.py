@@ -204,7 +204,7 @@ class _Result(NamedTuple):
     Attributes:
       updates: the updates of its leaves.
       verdict: u32[devices, 2], the number of voters and the decision on dead coordinates.
-      counts: at most one u32[devices, k].
+      counts: at most one u32[n, k], of n addends on each device.
       memory: the server's new memory.
     """
 
@@ -237,7 +237,7 @@ def _settle_group(
             with jax.named_scope("signax.unpack"):
                 updates, counts = cast(Summable, codec).decode_sums(sums, message, leaves)
             verdict = jnp.stack([sums.voters, sums.dead])
-            return _Result(updates, verdict[None], [count[None] for count in counts], memory)
+            return _Result(updates, verdict[None], counts, memory)
         combine = jax.named_scope("signax.count")(codec.combine)
         combine = partial(combine, context=Context(leaves, worker, memory))
         if isinstance(route.axis_name, Remote):
@@ -245,7 +245,7 @@ def _settle_group(
         else:
             reply = send(message, header, codec, route, combine, position[0])
         # A worker that does not take part reads the counts of another one, and ignores them.
-        counts = [count[:, worker_of(header)][None] for count in reply.counts]
+        counts = [count[:, :, worker_of(header)] for count in reply.counts]
         verdict = jnp.stack([reply.header >> 1, reply.header & 1])
         updates = jax.named_scope("signax.unpack")(codec.decode)(reply, leaves)
         return _Result(updates, verdict[None], counts, reply.memory)
@@ -326,12 +326,12 @@ def _collect(reply: Reply, axis_name: Hashable, words: int | None = None) -> Rep
     received = gather(sealed[0], axis_name)
     with jax.named_scope("signax.unpack"):
         fields, headers = unseal(received, [row.shape[1] for row in rows])
-        planes, added = fields[: len(reply.planes)], fields[len(reply.planes) :]
+        planes, counted = fields[: len(reply.planes)], fields[len(reply.planes) :]
         if words is not None:
             planes = [plane.reshape(-1)[:words] for plane in planes]
         counts = [
-            jnp.sum(count, axis=0).reshape(one.shape)
-            for count, one in zip(added, reply.counts, strict=True)
+            count.reshape(-1, *one.shape[1:])
+            for count, one in zip(counted, reply.counts, strict=True)
         ]
     return Reply(planes, headers[0], counts, reply.memory)
 

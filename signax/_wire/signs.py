@@ -288,7 +288,7 @@ class Majority(_Signs):
             ballots = [signs & opinions, opinions & ~signs]  # both 0 for an excluded worker
             plus, minus = (words.count(rows) for rows in ballots)
         if self.agreement:
-            counts = [words.compare(ballots[0], ballots[1], plus, minus)]
+            counts = [words.compare(ballots[0], ballots[1], plus, minus)[None]]
         return Reply(decided, 2 * headers.voters + headers.dead, counts, [])
 
     def decode(self, reply: Reply, leaves: Leaves) -> list[Array]:

@@ -190,7 +190,9 @@ class Reply(NamedTuple):
         end to end where messages were planes.
       header: u32[], 2 * voters + dead, with the number of workers that took part, and the decision
         where every ballot was a dithered zero.
-      counts: at most one u32[k, M], of k numbers about each worker, added up over servers.
+      counts: at most one u32[n, k, M], of k numbers about each worker, each a sum of n addends. A
+        server has one, and once the replies of all servers are together n is their number: a sum
+        of all might exceed 32 bits.
       memory: the server's memory of its part of each leaf, or nothing.
     """
 
@@ -267,8 +269,8 @@ class Summable(Codec, Protocol):
     def decode_sums(
         self, sums: Sums, integers: Sequence[Array], leaves: Leaves
     ) -> tuple[list[Array], list[Array]]:
-        """Updates like `leaves.like`, and at most one u32[k] of counts about this worker.
+        """Updates like `leaves.like`, and at most one u32[n, k] of counts about this worker.
 
-        `integers` are this worker's own.
+        `integers` are this worker's own. Counts have n addends.
         """
         ...

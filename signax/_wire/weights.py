@@ -171,7 +171,7 @@ class WeightedMajority(Majority):
             counts.append(words.compare(plus, minus, words.count(plus), words.count(minus)))
         if self.by_agreement:
             counts.append(_compare(plus, minus, weights))
-        return [jnp.concatenate(counts)]
+        return [jnp.concatenate(counts)[None]]
 
 
 def _is_plus(total: Array, tie: Array) -> Array:

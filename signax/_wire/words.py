@@ -139,25 +139,26 @@ def _lead(plus: Sequence[Array], minus: Sequence[Array], least: int) -> tuple[Ar
     return leads(plus, minus), leads(minus, plus)
 
 
-def compare_sums(own: Sequence[Array], totals: Sequence[Array]) -> UInt32[Array, "2"]:
-    """Count the coordinates on which this worker agrees and disagrees with the others.
+def compare_sums(own: Sequence[Array], totals: Sequence[Array]) -> UInt32[Array, "n 2"]:
+    """Count the coordinates of each leaf on which this worker agrees and disagrees with the others.
 
     Args:
-      own: this worker's ballots, integers of -1, 0 and +1.
+      own: this worker's ballots on n leaves, integers of -1, 0 and +1.
       totals: the sums of all workers' ballots, in the same shapes.
     """
-    counts = jnp.zeros(2, jnp.uint32)
+    counts = []
     for ballot, total in zip(own, totals, strict=True):
         others = total - ballot
         clear = jnp.abs(others) >= MARGIN
         same, opposite = (ballot * jnp.sign(others) == sign for sign in (1, -1))
-        counts += jnp.stack([jnp.sum(clear & x, dtype=jnp.uint32) for x in (same, opposite)])
-    return counts
+        counts.append([jnp.sum(clear & x, dtype=jnp.uint32) for x in (same, opposite)])
+    return jnp.stack([jnp.stack(pair) for pair in counts])
 
 
 def add_up(counts: UInt32[Array, "n k"]) -> Array:
-    """The sum over devices, f32[k], of counts whose sum may exceed 32 bits."""
+    """The sums, f32[k], of n < 2^16 counts each, which may exceed 32 bits."""
     low, high = (jnp.sum(half, axis=0) for half in (counts & 0xFFFF, counts >> 16))
+    high, low = high + (low >> 16), low & 0xFFFF  # so that only the last sum is rounded
     return high.astype(jnp.float32) * 2**16 + low.astype(jnp.float32)
 
 
