@@ -5,14 +5,15 @@ drops old steps, that is every `keep` / 2 steps, so a job that comes late need n
 upload.
 
 The file holds the message `Snapshot` of its upload, and then the payload. It is replaced as a whole
-once an upload is complete and has the digest that it claims.
+once an upload is complete and has the digest that it claims. Until then an upload has a file of its
+own, which the next start removes if a server dies in the meantime.
 """
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import os
-import struct
 import tempfile
 import threading
 import time
@@ -20,33 +21,65 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from signax.elastic.protocol import PIECE_BYTES, ProtocolError, Snapshot, from_bytes, to_bytes
+from signax.elastic.protocol import (
+    MAX_HEADER_BYTES,
+    PIECE_BYTES,
+    ProtocolError,
+    Snapshot,
+    from_bytes,
+    to_bytes,
+)
 from signax.elastic.refusals import Reason, RefusedError
+from signax.elastic.status import log_event
 
 MAX_BYTES = 1 << 36
-PATIENCE = 30.0  # seconds in which a member that was asked begins its upload
+PATIENCE = 30.0  # seconds without a piece of an upload, after which another member is asked
 
-_LENGTH = struct.Struct("<I")
+_UPLOAD = ".upload"  # ends the names of files of uploads
 
 
 class Snapshots:
     """The newest snapshot.
 
+    Args:
+      path: its file, which need not exist.
+
     Attributes:
       newest: its message; `None` without a snapshot.
+
+    Raises:
+      ValueError: the file holds something else.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.newest: Snapshot | None = None
-        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
-            self.newest = _read_message(file)
+        for upload in self.path.parent.glob(f"{glob.escape(self.path.name)}.*{_UPLOAD}"):
+            upload.unlink(missing_ok=True)
+        self.newest = self._find_newest()
         self._lock = threading.Lock()
         self._is_wanted, self._asked, self._asked_at = False, -1, -PATIENCE
 
+    def _find_newest(self) -> Snapshot | None:
+        try:
+            with self.path.open("rb") as file:
+                return _read_message(file)
+        except FileNotFoundError:
+            return None
+        except ProtocolError as error:
+            raise ValueError(
+                f"{self.path} holds no snapshot: {error}. Move the file away, and a member will "
+                "upload another snapshot"
+            ) from error
+
     def drop_beyond(self, step: int) -> None:
-        """Forget a snapshot of steps that the log does not have: it belongs to another run."""
+        """Put a snapshot of steps that the log does not have aside: it belongs to another run.
+
+        In its place it would look like this run's snapshot once the log has as many steps.
+        """
         if self.newest is not None and self.newest.step > step:
+            aside = self.path.with_name(f"{self.path.name}.unused")
+            os.replace(self.path, aside)
+            log_event("snapshot unused", step=self.newest.step, log_steps=step, file=str(aside))
             self.newest = None
 
     def check(self, step: int) -> None:
@@ -80,13 +113,14 @@ class Snapshots:
         """Store an upload; raise `ProtocolError` if it is not what its message says."""
         if snapshot.size > MAX_BYTES:
             raise ProtocolError(f"size={snapshot.size} exceeds the limit, {MAX_BYTES} bytes")
-        self._asked_at = time.monotonic()  # the upload has begun
         hashed, size = hashlib.sha256(), 0
-        folder, name = self.path.parent, f"{self.path.name}."
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=name, delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=self.path.parent, prefix=f"{self.path.name}.", suffix=_UPLOAD, delete=False
+        ) as file:
             try:
                 file.write(to_bytes(snapshot))
                 for piece in itertools.chain([first], pieces):
+                    self._asked_at = time.monotonic()  # the upload goes on: ask nobody else
                     size += len(piece)
                     if size > snapshot.size:
                         raise ProtocolError(f"more than size={snapshot.size} bytes follow")
@@ -120,7 +154,7 @@ class Snapshots:
 
 
 def _read_message(file: Any) -> Snapshot:
-    length = file.read(_LENGTH.size)
-    header = file.read(*_LENGTH.unpack(length)) if len(length) == _LENGTH.size else b""
+    length = file.read(4)
+    header = file.read(min(int.from_bytes(length, "little"), MAX_HEADER_BYTES))
     snapshot, _ = from_bytes(length + header, Snapshot)
     return snapshot

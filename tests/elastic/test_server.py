@@ -232,6 +232,13 @@ def test_a_snapshot_of_another_run_is_forgotten(start):
     host.start()
     assert clients[0].join().snapshot is None
     refused("no-snapshot", clients[0].get_snapshot)
+    clients = host.clients()
+    for sequence in range(4):  # the log has as many steps as the snapshot now
+        vote_all(clients, sequence)
+    host.stop()
+    host.start()
+    assert clients[0].join().snapshot is None
+    assert (host.folder / "snapshot.unused").exists()
 
 
 def test_the_status_counts_refusals_votes_and_bytes(start):
