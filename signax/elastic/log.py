@@ -140,7 +140,7 @@ class Log:
             self._set_about("plan", json.dumps(to_json(plan)))
             if part is not None:
                 self._set_about("part", json.dumps(to_json(part)))
-            self.plan, self.part = plan, part
+        self.plan, self.part = plan, part
 
     def append(self, decision: Decision, words: Any, *, turn: int | None = None) -> None:
         """Write a decision, durably. Its sequence must be `next`.
@@ -219,10 +219,11 @@ class Log:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # after some errors SQLite has rolled back by itself
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     @contextlib.contextmanager
     def _explains(self) -> Generator[None]:

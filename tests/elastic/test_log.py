@@ -82,6 +82,42 @@ def test_a_server_that_was_replaced_writes_nothing(path):
     new.close()
 
 
+class FullDisk:
+    """A database whose next commit fails."""
+
+    def __init__(self, db, *, rolls_back):
+        self._db, self._rolls_back, self._is_full = db, rolls_back, True
+
+    def __getattr__(self, name):
+        return getattr(self._db, name)
+
+    def execute(self, statement, *values):
+        if statement == "COMMIT" and self._is_full:
+            self._is_full = False
+            if self._rolls_back:
+                self._db.execute("ROLLBACK")
+            raise sqlite3.OperationalError("database or disk is full")
+        return self._db.execute(statement, *values)
+
+
+@pytest.mark.parametrize("rolls_back", [False, True])
+def test_a_write_that_fails_as_it_is_committed_changes_nothing(path, rolls_back):
+    log = Log(path)
+    db = log._db
+    log._db = FullDisk(db, rolls_back=rolls_back)
+    with pytest.raises(LogError, match=r"votes\.db.*disk is full"):
+        log.set_plan(PLAN)
+    assert log.plan is None
+    log.set_plan(PLAN)
+    log._db = FullDisk(db, rolls_back=rolls_back)
+    with pytest.raises(LogError, match="disk is full"):
+        log.append(*make_entry(0))
+    assert (log.next, log.read(0)) == (0, None)
+    log.append(*make_entry(0))
+    assert (log.plan, log.read(0)) == (PLAN, make_entry(0))
+    log.close()
+
+
 def test_rejects_a_log_with_a_gap(path):
     open_log(path, decisions=4).close()
     with sqlite3.connect(path) as db:
