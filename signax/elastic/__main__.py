@@ -46,6 +46,7 @@ from signax.elastic.credentials import (
     check_exposure,
     is_loopback,
     make_token,
+    read_token,
     read_tokens,
     split_address,
 )
@@ -137,7 +138,13 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _slot(text: str) -> int:
-    return MAIN if text == "main" else int(text)
+    if text == "main":
+        return MAIN
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no slot: write a worker's number, from 0, or main"
+        )
+    return int(text)
 
 
 def _read_tls(options: argparse.Namespace) -> Tls | None:
@@ -161,7 +168,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Credentials, Tls | None]:
     host, _ = split_address(options.listen)
     tls = _read_tls(options)
     tokens = options.tokens and read_tokens(options.tokens, options.workers)
-    credentials = Credentials(tokens or None, by_certificate=options.tls_clients is not None)
+    credentials = Credentials(tokens, by_certificate=options.tls_clients is not None)
     check_exposure(
         host, has_tls=tls is not None, credentials=credentials, insecure=options.insecure
     )
@@ -177,7 +184,7 @@ def _read_shards(options: argparse.Namespace, log: Log, tls: Tls | None) -> Shar
             f"--shards {options.shards} is beyond this machine, and without TLS requests travel in "
             "plain text: give --tls-cert and --tls-key, or --insecure if the network is yours alone"
         )
-    token = options.shards_token and options.shards_token.read_text().split()[0]
+    token = options.shards_token and read_token(options.shards_token)
     credentials = None
     if tls is not None:
         authority = options.shards_ca and options.shards_ca.read_bytes()
@@ -240,7 +247,7 @@ def fetch_status(options: argparse.Namespace) -> dict[str, Any]:
     host, _ = split_address(options.address)
     metadata = []
     if options.token_file:
-        metadata = [("authorization", f"Bearer {options.token_file.read_text().strip()}")]
+        metadata = [("authorization", f"Bearer {read_token(options.token_file)}")]
     if is_loopback(host) and options.tls_ca is None:
         channel: Any = grpc.insecure_channel(options.address)
     else:

@@ -92,6 +92,16 @@ def make_token(slot: int) -> tuple[str, str]:
     return token, f"{'main' if slot == MAIN else slot} {hash_token(token)}"
 
 
+def read_token(path: str | Path) -> str:
+    """Read the token from a file of what `make_token` returns, or of a token alone."""
+    words = Path(path).read_text().split()
+    if not words:
+        raise ValueError(
+            f"{path} is empty: write the token to it that `python -m signax.elastic token` prints"
+        )
+    return words[0]
+
+
 def read_tokens(path: str | Path, num_workers: int) -> dict[int, str]:
     """Read a file of tokens: lines of a slot and the SHA-256 of its token; `#` begins a comment."""
     tokens: dict[int, str] = {}
@@ -113,6 +123,11 @@ def read_tokens(path: str | Path, num_workers: int) -> dict[int, str]:
                 f"{where}: slot {match[1]} or its token is there twice; give each one line"
             )
         tokens[slot] = hashed
+    if not tokens:
+        raise ValueError(
+            f"{path} has no line of a token, so nobody could vote: add a line for each slot by "
+            "`python -m signax.elastic token SLOT`"
+        )
     return tokens
 
 

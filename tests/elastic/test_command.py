@@ -82,8 +82,9 @@ def test_tokens_are_made_read_and_asked_for(serve, tmp_path, capsys):
     with pytest.raises(grpc.RpcError) as raised:
         Client(server.address, 1, plan=PLAN, token=tokens[0]).join()
     assert reason_of(raised.value) == "wrong-slot"
-    (tmp_path / "token").write_text(tokens[0] + "\n")
-    assert main(["status", server.address, "--token-file", str(tmp_path / "token")]) == 0
+    for text in (tokens[0], f"{tokens[0]}\n{lines[1]}\n"):  # as `token 0 > token` writes it
+        (tmp_path / "token").write_text(text)
+        assert main(["status", server.address, "--token-file", str(tmp_path / "token")]) == 0
 
 
 def credentials_of(folder, name=None):
@@ -135,12 +136,15 @@ def test_a_certificate_is_the_credential_of_a_slot(serve, certificates, capsys):
         (["--tls-cert", "server.pem"], "--tls-key"),
         (["--tls-clients", "ca.pem"], "--tls-clients needs"),
         (["--tokens", "tokens"], "No such file"),
+        (["--tokens", "empty"], "empty has no line of a token"),
+        (["--shards", "127.0.0.1:1", "--shards-token", "empty"], "empty is empty: write the token"),
         (["--tokens", "a", "--tls-clients", "b"], "exclude one another"),
         (["--log", "no such folder/votes.db"], "no such folder/votes.db"),
     ],
 )
 def test_rejects_options_with_a_remedy(tmp_path, monkeypatch, capsys, arguments, match):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").write_text("\n")
     given = ["--listen", "127.0.0.1:0", "--workers", "2", "--log", "votes.db"]
     assert main(["serve", *given, *arguments]) == 2
     assert match in capsys.readouterr().err
@@ -152,6 +156,13 @@ def test_rejects_what_is_no_time(capsys, deadline):
     with pytest.raises(SystemExit):
         main(["serve", *arguments, f"--deadline={deadline}"])
     assert "is no time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("slot", ["-1", "first", "1.0"])
+def test_rejects_tokens_for_what_is_no_slot(capsys, slot):
+    with pytest.raises(SystemExit):
+        main(["token", slot])
+    assert f"{slot!r} is no slot" in capsys.readouterr().err
 
 
 def test_an_address_in_use_is_an_error(serve, tmp_path, capsys):
