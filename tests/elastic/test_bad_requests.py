@@ -77,9 +77,8 @@ def bad_requests(client, count):
                 Join(0, PLAN),
                 Join(1, PLAN._replace(digest=f"digest {draw.random()}")),
                 Leave(1, client.session + 9),
-                Follow(1, client.session, draw.randrange(3, 99))
-                if draw.random() < 0
-                else Leave(0, 1),
+                Leave(0, 1),
+                Follow(1, client.session + 9, draw.randrange(99)),
                 Fetch(1, client.session + 9, 0),
                 Snapshot(1, client.session, 1, 5, "digest"),
                 Snapshot(1, client.session, 77, 0, "digest"),

@@ -191,7 +191,8 @@ def test_a_message_with_a_changed_field_is_a_message_or_an_error(data, message):
         found, _ = from_bytes(pack(changed), type(message))
     except ProtocolError:
         return
-    assert protocol.to_json(found) == {key: changed[key] for key in found._fields}
+    del changed["type"]  # fields with defaults may be left out
+    assert {key: protocol.to_json(getattr(found, key)) for key in changed} == changed
 
 
 @given(st.data(), st.sampled_from(MESSAGES))
