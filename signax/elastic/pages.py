@@ -5,12 +5,15 @@ They are read only, and served without TLS by the standard library.
 
 import html
 import http.server
+import logging
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from signax.elastic.credentials import split_address
-from signax.elastic.status import to_text
+from signax.elastic.status import log_event, to_text
 
 Status = dict[str, Any]
 
@@ -31,6 +34,19 @@ th, td {{ padding: 0.2em 0.8em; text-align: right; border-bottom: 1px solid #ccc
 """
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    """Listens on IPv6 where the host is an address of IPv6, and logs errors as events."""
+
+    def __init__(self, host: str, port: int, handler: Any):
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        del request
+        error = repr(sys.exc_info()[1])  # such as a browser that has gone
+        log_event("page", logging.WARNING, peer=str(client_address), error=error)
+
+
 class Pages:
     """Serves the pages on an address until it is stopped.
 
@@ -38,6 +54,9 @@ class Pages:
       address: HOST:PORT; port 0 takes a free one.
       status: returns the status of the server.
       is_healthy: whether the server serves.
+
+    Raises:
+      OSError: the address cannot be listened on.
     """
 
     def __init__(self, address: str, status: Callable[[], Status], is_healthy: Callable[[], bool]):
@@ -69,8 +88,14 @@ class Pages:
                 del format, args  # the server has its own log
 
         host, port = split_address(address)
-        self._server = http.server.ThreadingHTTPServer((host, port), Handler)
-        self.address = f"{host}:{self._server.server_address[1]}"
+        try:
+            self._server = _Server(host, port, Handler)
+        except OSError as error:
+            raise OSError(
+                f"the status page cannot listen on {address}: {error}. Give --status another "
+                "address"
+            ) from error
+        self.address = f"{address.rpartition(':')[0]}:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, name="pages", daemon=True).start()
 
     def stop(self) -> None:
@@ -148,9 +173,10 @@ def _ago(seconds: float | None) -> str:
 
 
 def _rounds_table(status: Status) -> str:
+    first, last = status["first"], status["sequence"] - 1
     rows = [
         ["rounds since the start", status["rounds"]],
-        ["decisions in the log", f"{status['first']} to {status['sequence'] - 1}"],
+        ["decisions in the log", f"{first} to {last}" if first <= last else "none"],
         ["snapshot after step", "none" if status["snapshot"] is None else status["snapshot"]],
         ["payload received", f"{status['bytes_in'] / 1e6:.1f} MB"],
         ["payload sent", f"{status['bytes_out'] / 1e6:.1f} MB"],
