@@ -22,6 +22,7 @@ from signax.elastic.plan import Exchange as PlannedVote
 from signax.elastic.plan import Plan
 from signax.elastic.protocol import Decision, Joined
 from signax.elastic.refusals import Reason
+from signax.elastic.tree_bytes import tree_from_bytes, tree_to_bytes
 
 BATCH = 16  # replayed steps that may be on their way to the device
 Decided = tuple[Decision, memoryview]
@@ -139,7 +140,7 @@ class Exchange(Remote):
                 params, state = self._take_snapshot(params, state)
         if self._wants_snapshot:
             self._wants_snapshot = False
-            self._connection.put_snapshot(self.step, _to_bytes((params, state)))
+            self._connection.put_snapshot(self.step, tree_to_bytes((params, state)))
         while self._next is not None and self.step < self._next:
             try:
                 return self._replay_missed(tx, params, state)
@@ -191,7 +192,7 @@ class Exchange(Remote):
         """Parameters and state of another worker."""
         snapshot, payload = self._connection.get_snapshot(self.step)
         self.step = snapshot.step
-        return _from_bytes(payload, (params, state))
+        return tree_from_bytes(payload, (params, state))
 
     def _replay_missed(self, tx: Any, params: Any, state: Any) -> tuple[Any, Any]:
         """Apply the decisions of the log."""
@@ -311,42 +312,3 @@ def _describe(form: VoteFormat | None) -> str:
     leaves = [f"{dtype}{[*shape]}" for shape, dtype in form.leaves]
     shown = ", ".join(leaves if len(leaves) <= 5 else [*leaves[:4], "..."])
     return f"{len(leaves)} leaves ({shown}) with zeros={form.zeros!r}"
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _data_of(leaf: Any) -> jax.Array:
-    """A leaf as an array of numbers: the bits of a typed key, otherwise the leaf."""
-    leaf = jnp.asarray(leaf)
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _to_bytes(tree: Any) -> memoryview:
-    """The leaves of a tree, one after the other."""
-    leaves = jax.device_get([*map(_data_of, jax.tree.leaves(tree))])
-    return memoryview(b"".join([np.asarray(leaf).tobytes() for leaf in leaves]))
-
-
-def _from_bytes(payload: memoryview, like: Any) -> Any:
-    """Invert `_to_bytes` for a tree like another one."""
-    leaves, structure = jax.tree.flatten(like)
-    likes = [*map(_data_of, leaves)]
-    size = sum([one.nbytes for one in likes])
-    if size != len(payload):
-        raise ValueError(
-            f"the snapshot has {len(payload)} bytes, and parameters and state have {size}: all "
-            "jobs must have the same optimiser"
-        )
-    found, start = [], 0
-    for leaf, one in zip(leaves, likes, strict=True):
-        numbers = np.frombuffer(payload[start : start + one.nbytes], one.dtype).reshape(one.shape)
-        array = jax.device_put(numbers, one.sharding)
-        found.append(_as_key(array, leaf) if _is_key(jnp.asarray(leaf)) else array)
-        start += one.nbytes
-    return structure.unflatten(found)
-
-
-def _as_key(data: jax.Array, like: Any) -> jax.Array:
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))

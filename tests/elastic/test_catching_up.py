@@ -10,7 +10,7 @@ import pytest
 from jobs import PARAMS, Job, assert_same, gradient, run_together, servers_in
 
 import signax
-from signax.elastic.exchange import _from_bytes, _to_bytes
+from signax.elastic.tree_bytes import tree_from_bytes, tree_to_bytes
 
 
 @pytest.fixture
@@ -119,12 +119,12 @@ def test_a_snapshot_holds_all_kinds_of_leaves():
         "half": np.zeros(3, jnp.bfloat16),
         "key": jax.random.key(0),
     }
-    found = _from_bytes(_to_bytes(tree), like)
+    found = tree_from_bytes(tree_to_bytes(tree), like)
     assert jax.random.key_data(found.pop("key")).tolist() == [0, 3]
     assert_same(found, {name: leaf for name, leaf in tree.items() if name != "key"})
     assert [leaf.dtype for leaf in found.values()] == [tree[name].dtype for name in found]
     with pytest.raises(ValueError, match="must have the same optimiser"):
-        _from_bytes(_to_bytes(tree), {"half": like["half"]})
+        tree_from_bytes(tree_to_bytes(tree), {"half": like["half"]})
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
