@@ -31,6 +31,7 @@ from signax.elastic.shard_messages import Count, Counted, Lead
 from signax.elastic.status import log_event
 
 INTERVAL = 1.0  # seconds between calls that ask whether a shard is there
+TIMEOUT = 60.0  # seconds of a call; after them the shard hangs, as on a disk that does not write
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between attempts to have a shard count
 
 Counts = concurrent.futures.Future[tuple[int, ...] | None]
@@ -78,7 +79,7 @@ class Link:
         call = self._channel.stream_stream(f"/{SERVICE}/{name}")
         answer, problem = None, None
         try:
-            pieces = call(iter([to_bytes(message)]), metadata=self._metadata)
+            pieces = call(iter([to_bytes(message)]), metadata=self._metadata, timeout=TIMEOUT)
             answer, _ = from_bytes(next(pieces), kind)
         except grpc.RpcError as error:
             status: Any = error

@@ -22,6 +22,7 @@ from sharded_run import (
 )
 
 from signax.elastic import shard as shard_module
+from signax.elastic import shards as shards_module
 from signax.elastic.credentials import MAIN, Credentials, hash_token
 from signax.elastic.decider import Decider
 from signax.elastic.log import Log
@@ -213,6 +214,28 @@ def test_a_main_server_stops_although_a_shard_cannot_count(start, monkeypatch):
         run.stop()
         monkeypatch.undo()
         run.start()
+        check_decision(run, 0, (0, 1, 2), results_of(votes))
+
+
+def test_a_shard_that_hangs_is_named_and_counts_once_it_goes_on(start, monkeypatch):
+    monkeypatch.setattr(shards_module, "TIMEOUT", 0.3)
+    run = start()
+    connections, log, goes_on = run.connect_all(), run.shards[0].log, threading.Event()
+    append = log.append
+
+    def hang(*args, **kwargs):
+        assert goes_on.wait(20)
+        append(*args, **kwargs)
+
+    monkeypatch.setattr(log, "append", hang)
+    with ThreadPoolExecutor(3) as pool:
+        votes = begin_votes(pool, connections)
+        wait_for(lambda: "EXCEEDED" in (run.decider.status()["shards"][0]["problem"] or ""))
+        began = time.monotonic()
+        run.stop()
+        assert time.monotonic() - began < 10
+        run.start()
+        goes_on.set()
         check_decision(run, 0, (0, 1, 2), results_of(votes))
 
 
