@@ -11,6 +11,7 @@ of the program, whose values the fingerprint does not contain.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import optax
 from jax.extend import core
 
+_ADDRESS = re.compile(r"\b0x[0-9a-f]+")  # of an object in memory, another one in each process
 _DECISION = hashlib.sha256(b"decision").digest()
 
 
@@ -60,4 +62,5 @@ def _hash_outputs(program: Any, inputs: Sequence[bytes]) -> list[bytes]:
 
 
 def _hash(*parts: Any) -> bytes:
-    return hashlib.sha256(repr([*map(str, parts)]).encode()).digest()
+    text = _ADDRESS.sub("", repr([*map(str, parts)]))
+    return hashlib.sha256(text.encode()).digest()

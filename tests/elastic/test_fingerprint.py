@@ -1,5 +1,7 @@
 """The fingerprint of an update stands for what follows the vote, and for nothing else."""
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from jax.experimental import io_callback
 
 import signax
+import signax.elastic.fingerprint as module
 from signax._core.remote import Remote
 from signax.elastic.fingerprint import find_fingerprint
 
@@ -72,6 +75,34 @@ def test_what_follows_the_vote_is_told_apart(jit):
     found = [fingerprint(one, jit=jit) for one in after]
     assert len({*found}) == len(after)
     assert found == [fingerprint(one, jit=jit) for one in after]
+
+
+@jax.custom_vjp
+def halve(value):
+    return value / 2
+
+
+halve.defvjp(lambda value: (halve(value), None), lambda _, cotangent: (cotangent / 2,))
+
+
+def add_noise(value):
+    return value + jax.random.normal(jax.random.key(0), value.shape)
+
+
+@pytest.mark.parametrize("function", [add_noise, halve, jax.nn.silu])
+def test_no_address_in_memory_is_hashed(monkeypatch, function):
+    hashed = []
+
+    class Hashlib:
+        @staticmethod
+        def sha256(data):
+            hashed.append(data)
+            return hashlib.sha256(data)
+
+    monkeypatch.setattr(module, "hashlib", Hashlib)
+    fingerprint(optax.stateless(lambda updates, _: jax.tree.map(function, updates)))
+    assert any(b"float32" in data for data in hashed)
+    assert not [data for data in hashed if b" at 0x" in data]
 
 
 def test_a_number_in_the_state_is_left_out():
