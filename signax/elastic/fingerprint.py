@@ -17,9 +17,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.extend import core
+
+from signax.elastic.tree_bytes import tree_to_bytes
 
 _ADDRESS = re.compile(r"\b0x[0-9a-f]+")  # of an object in memory, another one in each process
 _DECISION = hashlib.sha256(b"decision").digest()
@@ -42,7 +43,7 @@ def _hash_outputs(program: Any, inputs: Sequence[bytes]) -> list[bytes]:
     opened, consts = getattr(program, "jaxpr", program), getattr(program, "consts", ())
     hashes = dict(zip(opened.invars, inputs, strict=True))
     for variable, const in zip(opened.constvars, consts, strict=True):
-        hashes[variable] = _hash(variable.aval, np.asarray(const).tobytes())
+        hashes[variable] = _hash(variable.aval, tree_to_bytes(const).tobytes())
 
     def read(atom: Any) -> bytes:
         return _hash(atom.aval, atom.val) if isinstance(atom, core.Literal) else hashes[atom]

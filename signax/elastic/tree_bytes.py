@@ -1,4 +1,4 @@
-"""The bytes of a snapshot: the leaves of parameters and state, one after the other."""
+"""Trees as bytes, for snapshots: their leaves, one after the other."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def tree_to_bytes(tree: Any) -> memoryview:
-    """The leaves of a tree, one after the other."""
+    """The bytes of all leaves, end to end."""
     leaves = jax.device_get([*map(_data_of, jax.tree.leaves(tree))])
     return memoryview(b"".join([np.asarray(leaf).tobytes() for leaf in leaves]))
 

@@ -105,6 +105,16 @@ def test_no_address_in_memory_is_hashed(monkeypatch, function):
     assert not [data for data in hashed if b" at 0x" in data]
 
 
+def test_typed_keys_that_an_update_captures_are_told_apart():
+    def noise(seed):
+        key = jax.random.key(seed)
+        return optax.stateless(
+            lambda updates, _: jax.tree.map(lambda u: u + jax.random.normal(key, u.shape), updates)
+        )
+
+    assert fingerprint(noise(0)) == fingerprint(noise(0)) != fingerprint(noise(1))
+
+
 def test_a_number_in_the_state_is_left_out():
     def inject(size):
         return optax.inject_hyperparams(optax.sgd)(learning_rate=size)
