@@ -52,6 +52,7 @@ from signax.elastic.credentials import (
 )
 from signax.elastic.decider import Decider
 from signax.elastic.log import Log, LogError
+from signax.elastic.plan import MAX_WORKERS
 from signax.elastic.protocol import SERVICE, Ask, Status, from_bytes, read_payload, to_bytes
 from signax.elastic.rounds import Options
 from signax.elastic.server import Tls, VoteServer
@@ -160,6 +161,8 @@ def _read_tls(options: argparse.Namespace) -> Tls | None:
 
 def _prepare(options: argparse.Namespace) -> tuple[Credentials, Tls | None]:
     """Check and read who may call, and the files of TLS."""
+    if not 1 <= options.workers <= MAX_WORKERS:
+        raise ValueError(f"--workers {options.workers} must be from 1 to {MAX_WORKERS}")
     if options.tokens and options.tls_clients:
         raise ValueError(
             "--tokens and --tls-clients exclude one another: a slot has one credential"

@@ -267,8 +267,7 @@ class Decider:
                     return True
                 if self._is_stopping and (rounds.closed or due_at is None or now >= due_at):
                     return False
-                waits = due_at is not None and now < due_at
-                self._may_be_due.wait(due_at - now if waits and due_at else None)
+                self._may_be_due.wait(None if due_at is None or now >= due_at else due_at - now)
 
     def _decide(self) -> None:
         """Count the closed round, write the decision to the log, and open the next round."""

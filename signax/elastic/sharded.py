@@ -228,7 +228,7 @@ class ShardedConnection(Connection):
         # A shard may hear of the newest decision later than the main server's workers.
         parts = [shard.follow(sequence, has_end=False) for shard in self._shards]
         with contextlib.ExitStack() as stack:
-            for stream in parts:
+            for stream in (whole, *parts):
                 stack.enter_context(contextlib.closing(stream))
             for decided in whole:
                 others = [next(stream) for stream in parts]

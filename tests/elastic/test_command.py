@@ -131,7 +131,8 @@ def test_a_certificate_is_the_credential_of_a_slot(serve, certificates, capsys):
         (["--listen", "0.0.0.0:0"], "--tls-cert"),
         (["--listen", "votes.example:0"], "--insecure"),
         (["--quorum", "3"], "quorum=3"),
-        (["--workers", "0"], "num_workers=0"),
+        (["--workers", "0"], "--workers 0 must be from 1 to 1024"),
+        (["--workers", "1025"], "--workers 1025"),
         (["--keep", "0"], "keep=0"),
         (["--tls-cert", "server.pem"], "--tls-key"),
         (["--tls-clients", "ca.pem"], "--tls-clients needs"),
@@ -148,6 +149,12 @@ def test_rejects_options_with_a_remedy(tmp_path, monkeypatch, capsys, arguments,
     given = ["--listen", "127.0.0.1:0", "--workers", "2", "--log", "votes.db"]
     assert main(["serve", *given, *arguments]) == 2
     assert match in capsys.readouterr().err
+
+
+def test_a_shard_without_workers_is_an_error(tmp_path, capsys):
+    arguments = ["--listen", "127.0.0.1:0", "--workers", "0", "--log", str(tmp_path / "part1.db")]
+    assert main(["shard", *arguments]) == 2
+    assert "--workers 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("deadline", ["2", "0s", "-1s", "2 hours", "1.2.3s"])
