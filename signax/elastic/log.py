@@ -18,9 +18,10 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from signax.elastic.fields import ProtocolError, from_json, to_json
 from signax.elastic.parts import Part
 from signax.elastic.plan import Plan
-from signax.elastic.protocol import Decision, ProtocolError, digest_of, from_json, to_json
+from signax.elastic.protocol import Decision, digest_of
 
 VERSION = 1  # of the tables
 APPLICATION_ID = 0x5349474E  # "SIGN", which tells this file from other databases

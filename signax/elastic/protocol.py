@@ -25,19 +25,15 @@ A message is a length (u32, little-endian), a header of that length (JSON, UTF-8
 of its payload, if it has one: little-endian u32 words, or the bytes of a snapshot. A payload of
 more than `PIECE_BYTES` continues in further gRPC messages, each of which is a bare piece. The
 field `size` of the header counts the bytes of the whole payload, and `digest` is their SHA-256.
-
-The reader is strict: every field must be there, once, with the right type, and no other. A field
-with a default is left out where it has the default.
 """
 
 import hashlib
 import json
-import math
 import struct
-import types
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar
 
+from signax.elastic.fields import ProtocolError, from_json, parse, shorten, to_json
 from signax.elastic.plan import Plan
 from signax.elastic.shard_messages import Count, Counted, Lead
 
@@ -49,14 +45,8 @@ SHARD_CALLS = ("Vote", "Decisions", "Lead", "Count", "Status")
 PIECE_BYTES = 1 << 19  # short enough that one is read while the next is on its way
 MAX_HEADER_BYTES = 1 << 17
 MAX_MESSAGE_BYTES = 4 + MAX_HEADER_BYTES + PIECE_BYTES
-MAX_TEXT = 128  # characters of a digest
-MAX_NUMBER = (1 << 63) - 1  # SQLite's integers
 
 _LENGTH = struct.Struct("<I")
-
-
-class ProtocolError(ValueError):
-    """Bytes that are no message: the text names the field and its value."""
 
 
 class Join(NamedTuple):
@@ -226,17 +216,9 @@ def from_bytes(data: bytes, kind: type[M]) -> tuple[M, memoryview]:
             f"{len(data)} bytes"
         )
     stop = _LENGTH.size + length
-    try:
-        fields = json.loads(
-            data[_LENGTH.size : stop].decode(),
-            object_pairs_hook=_to_fields,
-            parse_constant=_reject_constant,
-        )
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"the header is no JSON text: {error}") from None
-    name = kind.__name__
+    fields, name = parse(data[_LENGTH.size : stop]), kind.__name__
     if not isinstance(fields, dict) or fields.pop("type", None) != name:
-        raise ProtocolError(f"the header is no {name}, but {_short(fields)}")
+        raise ProtocolError(f"the header is no {name}, but {shorten(fields)}")
     payload = memoryview(data)[stop:]
     if payload and "size" not in kind._fields:
         raise ProtocolError(f"a {name} has no payload, but {len(payload)} bytes follow its header")
@@ -276,66 +258,3 @@ def read_payload(
     if hashed.hexdigest() != message.digest:
         raise ProtocolError(f"digest={message.digest!r} is not the digest of the payload")
     return payload
-
-
-def to_json(value: Any) -> Any:
-    """A message or a plan as a value of JSON."""
-    if hasattr(value, "_asdict"):
-        defaults = value._field_defaults
-        return {
-            name: to_json(field)
-            for name, field in value._asdict().items()
-            if name not in defaults or field != defaults[name]
-        }
-    return [*map(to_json, value)] if isinstance(value, tuple) else value
-
-
-def from_json(kind: Any, value: Any, name: str) -> Any:
-    """Check that a value of JSON has a type, and return it as a value of this type."""
-    if hasattr(kind, "_fields"):
-        return _read_fields(kind, value, name)
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise ProtocolError(f"{name}={_short(value)} must be a list")
-        return tuple(
-            [from_json(get_args(kind)[0], item, f"{name}[{n}]") for n, item in enumerate(value)]
-        )
-    if get_origin(kind) is types.UnionType:  # an optional field
-        return None if value is None else from_json(get_args(kind)[0], value, name)
-    if type(value) is not kind:
-        raise ProtocolError(f"{name}={_short(value)} must be of type {kind.__name__}")
-    if kind is int and not 0 <= value <= MAX_NUMBER:
-        raise ProtocolError(f"{name}={_short(value)} must be from 0 to {MAX_NUMBER}")
-    if kind is float and not math.isfinite(value):
-        raise ProtocolError(f"{name}={value} must be finite")
-    if kind is str and not 0 < len(value) <= MAX_TEXT:
-        raise ProtocolError(f"{name}={_short(value)} must have 1 to {MAX_TEXT} characters")
-    return value
-
-
-def _read_fields(kind: Any, value: Any, name: str) -> Any:
-    found = set(value) if isinstance(value, dict) else set()
-    if not set(kind._fields) - set(kind._field_defaults) <= found <= set(kind._fields):
-        raise ProtocolError(
-            f"{name}={_short(value)} must have the fields {', '.join(kind._fields)}"
-        )
-    hints: dict[str, Any] = get_type_hints(kind)
-    return kind(**{n: from_json(hints[n], value[n], f"{name}.{n}") for n in found})
-
-
-def _to_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ProtocolError(
-            f"the header names a field twice: {_short([name for name, _ in pairs])}"
-        )
-    return fields
-
-
-def _reject_constant(text: str) -> NoReturn:
-    raise ProtocolError(f"the header holds the number {text}, which is not finite")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from signax.elastic import protocol
+from signax.elastic.fields import ProtocolError, to_json
 from signax.elastic.parts import Part
 from signax.elastic.plan import MAX_WORKERS, Exchange, Plan
 from signax.elastic.protocol import (
@@ -22,14 +22,12 @@ from signax.elastic.protocol import (
     Join,
     Joined,
     Leave,
-    ProtocolError,
     Snapshot,
     Status,
     digest_of,
     from_bytes,
     read_payload,
     to_bytes,
-    to_json,
     to_pieces,
 )
 from signax.elastic.shard_messages import Count, Counted, Lead
@@ -184,7 +182,7 @@ JSON = st.recursive(
 
 @given(st.data(), st.sampled_from(MESSAGES))
 def test_a_message_with_a_changed_field_is_a_message_or_an_error(data, message):
-    changed = {"type": type(message).__name__, **protocol.to_json(message)}
+    changed = {"type": type(message).__name__, **to_json(message)}
     name = data.draw(st.sampled_from([*changed]))
     changed[name] = data.draw(JSON)
     try:
@@ -192,7 +190,7 @@ def test_a_message_with_a_changed_field_is_a_message_or_an_error(data, message):
     except ProtocolError:
         return
     del changed["type"]  # fields with defaults may be left out
-    assert {key: protocol.to_json(getattr(found, key)) for key in changed} == changed
+    assert {key: to_json(getattr(found, key)) for key in changed} == changed
 
 
 @given(st.data(), st.sampled_from(MESSAGES))
