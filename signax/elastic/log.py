@@ -5,7 +5,7 @@ each append is one fsync. A sequence number is written once. Nothing in the log 
 `keep`, the oldest steps are dropped.
 
 Every start of a server is counted in the log. A server whose count is no longer the newest has been
-replaced by another one on the same log, and its next append fails instead of mixing two histories.
+replaced by another one on the same log, and its next write fails instead of mixing two histories.
 
 In the log of a shard the last decision may be tentative, and is then written again, see `commits`.
 """
@@ -138,6 +138,7 @@ class Log:
     def set_plan(self, plan: Plan, part: Part | None = None) -> None:
         """Write the plan of a run that begins, and which part of it the log has."""
         with self._lock, self._explains(), self._transaction():
+            self._check_newest()
             self._set_about("plan", json.dumps(to_json(plan)))
             if part is not None:
                 self._set_about("part", json.dumps(to_json(part)))
@@ -160,8 +161,7 @@ class Log:
             step, _ = self.plan.locate(decision.sequence)
             first = max(first, (step + 1 - self.keep) * len(self.plan.exchanges))
         with self._lock, self._explains(), self._transaction():
-            if self._about("starts") != str(self.starts + 1):
-                raise LogError(f"another server has started on {self.path}: this one has to stop")
+            self._check_newest()
             present, voters = json.dumps(decision.present), json.dumps(decision.voters)
             row = decision.sequence, decision.header, present, voters, decision.digest, words
             if replaces:
@@ -172,6 +172,10 @@ class Log:
             if first > self.first:
                 self._db.execute("DELETE FROM decisions WHERE sequence < ?", (first,))
         self.first, self.next = first, decision.sequence + 1
+
+    def _check_newest(self) -> None:
+        if self._about("starts") != str(self.starts + 1):
+            raise LogError(f"another server has started on {self.path}: this one has to stop")
 
     def read(self, sequence: int) -> Entry | None:
         """A decision; `None` if the log does not have it, or has dropped it."""

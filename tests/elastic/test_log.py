@@ -118,6 +118,19 @@ def test_a_write_that_fails_as_it_is_committed_changes_nothing(path, rolls_back)
     log.close()
 
 
+def test_a_server_that_was_replaced_before_its_first_job_writes_no_plan(path):
+    old, new = Log(path), Log(path)
+    new.set_plan(PLAN)
+    with pytest.raises(LogError, match="another server has started"):
+        old.set_plan(PLAN._replace(digest="another digest"))
+    assert old.plan is None
+    old.close()
+    new.close()
+    log = Log(path)
+    assert log.plan == PLAN
+    log.close()
+
+
 def test_rejects_a_log_with_a_gap(path):
     open_log(path, decisions=4).close()
     with sqlite3.connect(path) as db:
