@@ -187,6 +187,11 @@ def _read_shards(options: argparse.Namespace, log: Log, tls: Tls | None) -> Shar
             f"--shards {options.shards} is beyond this machine, and without TLS requests travel in "
             "plain text: give --tls-cert and --tls-key, or --insecure if the network is yours alone"
         )
+    if tls is None and options.shards_ca is not None:
+        raise ValueError(
+            "--shards-ca needs --tls-cert and --tls-key: without them shards are called in plain "
+            "text"
+        )
     token = options.shards_token and read_token(options.shards_token)
     credentials = None
     if tls is not None:

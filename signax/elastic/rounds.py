@@ -72,7 +72,7 @@ class Received(NamedTuple):
 
     Attributes:
       session: its session.
-      digest: the digest of its bits.
+      digest: the digest of its bits; with shards, of the digests of all its parts.
       participates: whether its worker wants to take part.
       time: when it came.
     """

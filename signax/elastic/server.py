@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from signax.elastic.credentials import Credentials
+from signax.elastic.credentials import MAIN, Credentials
 from signax.elastic.decider import Decider
 from signax.elastic.log import LogError
 from signax.elastic.protocol import (
@@ -161,9 +161,10 @@ class VoteServer:
         message, payload = from_bytes(data, kind)
         named, num_workers = getattr(message, "slot", None), self._decider.num_workers
         if named is not None and slot not in (None, named):
+            owner = "the main server" if slot == MAIN else f"slot {slot}"
             raise RefusedError(
                 Reason.WRONG_SLOT,
-                f"slot={named} in a call with the credential of slot {slot}: each job has the "
+                f"slot={named} in a call with the credential of {owner}: each job has the "
                 "credential of its own slot",
             )
         if named is not None and named >= num_workers:

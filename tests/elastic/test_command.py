@@ -140,6 +140,7 @@ def test_a_certificate_is_the_credential_of_a_slot(serve, certificates, capsys):
         (["--tokens", "empty"], "empty has no line of a token"),
         (["--shards", "127.0.0.1:1", "--shards-token", "empty"], "empty is empty: write the token"),
         (["--tokens", "a", "--tls-clients", "b"], "exclude one another"),
+        (["--shards", "127.0.0.1:1", "--shards-ca", "ca.pem"], "--shards-ca needs --tls-cert"),
         (["--log", "no such folder/votes.db"], "no such folder/votes.db"),
     ],
 )

@@ -323,7 +323,7 @@ def test_only_the_main_server_has_a_shard_count(tmp_path):
     assert host.log.next == 1
     ballot = to_bytes(Ballot(1, 0, 0, False, 0, digest_of(b"")))
     refused("wrong-slot", callers[0].call, "Vote", [ballot])
-    refused("wrong-slot", callers[MAIN].call, "Vote", [ballot])
+    refused("wrong-slot", callers[MAIN].call, "Vote", [ballot], match="of the main server")
     older, other = count._replace(turn=8), count._replace(run="other", turn=10)
     refused("repeated", callers[MAIN].call, "Count", [to_bytes(older)], match="newer request")
     refused("unready", callers[MAIN].call, "Count", [to_bytes(other)], match="this run")
