@@ -185,7 +185,7 @@ class Connection:
             logger.warning("the snapshot of step %d was not uploaded: %s", step, error)
 
     def get_snapshot(self, step: int) -> tuple[Snapshot, memoryview]:
-        """Download parameters after at least `step` updates, once a member has uploaded them."""
+        """Download parameters after at least `step` updates, once a worker has uploaded them."""
 
         def attempt() -> tuple[Snapshot, memoryview]:
             fetch = Fetch(self._slot, self._session, step)

@@ -229,7 +229,7 @@ class Decider:
         log_event("snapshot", slot=snapshot.slot, step=snapshot.step)
 
     def get_snapshot(self, fetch: Fetch) -> Iterator[bytes]:
-        """The gRPC messages of a snapshot; raise, and ask a member, if there is none."""
+        """The gRPC messages of a snapshot; raise, and ask a worker, if there is none."""
         log, num_exchanges = self._log, self._rounds.num_exchanges
         least = max(min(fetch.step, log.next // num_exchanges), -(-log.first // num_exchanges))
         self.snapshots.check(least)

@@ -150,7 +150,7 @@ class Snapshot(NamedTuple):
 class Fetch(NamedTuple):
     """Ask for the newest snapshot, of parameters after at least `step` updates.
 
-    If there is none, or the log does not reach back to it, the server refuses and asks a member to
+    If there is none, or the log does not reach back to it, the server refuses and asks a worker to
     upload one.
     """
 

@@ -33,7 +33,7 @@ from signax.elastic.refusals import Reason, RefusedError
 from signax.elastic.status import log_event
 
 MAX_BYTES = 1 << 36
-PATIENCE = 30.0  # seconds without a piece of an upload, after which another member is asked
+PATIENCE = 30.0  # seconds without a piece of an upload, after which another worker is asked
 
 _UPLOAD = ".upload"  # ends the names of files of uploads
 
@@ -67,7 +67,7 @@ class Snapshots:
             return None
         except ProtocolError as error:
             raise ValueError(
-                f"{self.path} holds no snapshot: {error}. Move the file away, and a member will "
+                f"{self.path} holds no snapshot: {error}. Move the file away, and a worker will "
                 "upload another snapshot"
             ) from error
 
@@ -89,7 +89,7 @@ class Snapshots:
         self.want()
         raise RefusedError(
             Reason.NO_SNAPSHOT,
-            f"there is no snapshot of at least {step} updates yet: a member is asked for one with "
+            f"there is no snapshot of at least {step} updates yet: a worker is asked for one with "
             "its next decision, so try again in a while",
         )
 
