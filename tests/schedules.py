@@ -36,7 +36,6 @@ class Model(NamedTuple):
     layers: int
     width: int
     batch: int
-    tied: bool = True
 
 
 MODELS = {
