@@ -9,7 +9,7 @@ from scaled_rows import PARAMS, assert_updates, follow, random_rows, reference
 from workers import AXIS, auto_mesh
 
 import signax
-from signax._wire import messages, parts, pieces, scaled_signs
+from signax._wire import exchange, messages, parts, pieces, scaled_signs, words
 
 
 @pytest.mark.parametrize("feedback", ["both", "worker", "none"])
@@ -81,13 +81,21 @@ def test_the_workers_memory_stays_within_the_papers_bound():
         assert 0 < largest <= 4 * (1 - delta) * sigma / delta**2
 
 
-def test_memories_do_not_depend_on_the_platform(monkeypatch):
-    """A checkpoint from CPUs continues on other platforms: these differ in how arrays are cut only.
+def seal_rows(planes, header):
+    """`seal` on TPUs and GPUs."""
+    return words._seal_rows(jnp.concatenate(planes, axis=1), header)
 
-    `test_packing.py` compares both ways to cut with NumPy.
+
+def test_memories_do_not_depend_on_the_platform(monkeypatch):
+    """A checkpoint from CPUs continues on other platforms.
+
+    These differ in how arrays are cut and messages are sealed only. `test_packing.py` and
+    `test_words.py` compare both ways with NumPy.
     """
     for module in (messages, parts, scaled_signs):
         monkeypatch.setattr(module, "cut", pieces.cut_apart)
+    monkeypatch.setattr(exchange, "in_rows", lambda array: array)
+    monkeypatch.setattr(exchange, "seal", seal_rows)
     tx = signax.DataParallel(signax.mean_scaled_signs("data"), auto_mesh({"data": 4}))
     rows = jax.tree.map(lambda leaf: leaf[0], random_rows(1, 4))
     state = tx.init(PARAMS)

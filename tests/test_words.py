@@ -136,6 +136,18 @@ def test_unseal_inverts_seal(share, planes):
     np.testing.assert_array_equal(headers, [7, 7, 7])
 
 
+@pytest.mark.parametrize("header", [0, 7])
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 256])
+def test_every_platform_seals_alike(size, header):
+    """A header of 0 blanks the message."""
+    flat = np.random.default_rng(size).integers(1, 2**32, (3, size), dtype=np.uint32)
+    expected = np.zeros((3, sealed_words(size)), np.uint32)
+    expected[:, :size], expected[:, size] = flat * np.uint32(header > 0), header
+    for seal in (words._seal_flat, words._seal_rows):
+        found = seal(jnp.asarray(flat), jnp.uint32(header))
+        np.testing.assert_array_equal(found, expected.reshape(3, -1, LANES))
+
+
 def test_messages_on_explicit_axes_are_sealed_like_others():
     planes = np.random.default_rng(0).integers(1, 2**32, (4, 256), dtype=np.uint32)
     expected = words.seal([jnp.asarray(planes)], jnp.uint32(7))

@@ -116,7 +116,8 @@ class Connection:
 
     def _join(self) -> Joined:
         assert self._plan is not None  # nothing else begins a session
-        joined, _ = self._read("Join", [to_bytes(Join(self._slot, self._plan))], Joined)
+        request = to_bytes(Join(self._slot, self._plan))
+        joined, _ = self._read("Join", [request], Joined, timeout=None)
         self._session, self._is_forgotten = joined.session, False
         return joined
 

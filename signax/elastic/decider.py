@@ -16,6 +16,7 @@ from signax.elastic.answers import Answers
 from signax.elastic.counting import Counted, Counter, make_decision
 from signax.elastic.log import Entry, Log
 from signax.elastic.parts import Part, describe_part
+from signax.elastic.phase import Phase
 from signax.elastic.plan import Plan
 from signax.elastic.protocol import Ballot, Decision, Fetch, Follow, Joined, Snapshot, to_pieces
 from signax.elastic.refusals import Reason, RefusedError
@@ -44,6 +45,7 @@ class Decider:
         self._may_be_due = threading.Condition(self._lock)
         self._has_changed = threading.Condition(self._lock)
         self._joining = threading.Lock()
+        self._phase = Phase(options.quorum, options.deadline)
         self._counter: Counter | None = None  # until a job has brought the plan
         self._answers = Answers(log)
         self._is_stopping = self._has_stopped = False
@@ -97,10 +99,17 @@ class Decider:
             self._rounds.check_session(slot, session)
 
     def join(self, slot: int, plan: Plan) -> Joined:
-        """Offer a session to a job whose plan is the run's."""
+        """Offer a session to a job whose plan is the run's, once it should begin a step."""
         self._check_plan(plan)
         with self._lock:
-            self._check_running()
+            self._phase.drop(slot)
+            self._has_changed.notify_all()
+            sequence = self._rounds.sequence
+            while self._rounds.sequence == sequence:
+                self._check_running()
+                if not (wait := self._phase.wait(time.monotonic())):
+                    break
+                self._has_changed.wait(wait)
             self._rounds, session = self._rounds.join(slot)
             newest = self.snapshots.newest
             joined = Joined(
@@ -144,6 +153,7 @@ class Decider:
         """End a session."""
         with self._lock:
             self._rounds = self._rounds.leave(slot, session)
+            self._phase.drop(slot)
             self._may_be_due.notify()
             self._has_changed.notify_all()
         log_event("left", slot=slot)
@@ -286,6 +296,7 @@ class Decider:
         self._answers.set_newest(decision, words)
         with self._lock:
             self._rounds = self._rounds.decide()
+            self._phase.open(decision.present, time.monotonic())
             self._has_changed.notify_all()
         gathering = closed_at - rounds.due_at + rounds.deadline
         times = RoundTimes(gathering, counted_at - closed_at, logged_at - counted_at)

@@ -185,6 +185,7 @@ def test_a_shard_that_dies_after_it_has_counted_tells_the_decision(start, monkey
         has_written.set()
 
     monkeypatch.setattr(run.log, "append", wait)
+    wait_for(lambda: run.shards[0].log.plan)
     if is_written:  # and the shard does not hear of it
         monkeypatch.setattr(run.shards[0].shard, "lead", lambda _: time.sleep(0.1))
     with ThreadPoolExecutor(3) as pool:
