@@ -53,13 +53,19 @@ def test_nobody_waits_before_two_decisions():
     assert phase.wait(12.0) == 0
 
 
+def vote_all(pool, clients, sequence):
+    """All clients vote at once."""
+    calls = [pool.submit(one.vote, sequence, make_bits(one.slot)) for one in clients]
+    return [call.result(20) for call in calls]
+
+
 def start_with_long_rounds(start):
     """Three clients, and a server that has decided two votes and expects rounds of a minute."""
     host = start(plan=make_plan(3), deadline=0.1)
     clients = host.clients()
     with ThreadPoolExecutor(3) as pool:
         for sequence in range(2):
-            [*pool.map(lambda one: one.vote(sequence, make_bits(one.slot)), clients)]
+            vote_all(pool, clients, sequence)
     host.decider._phase._length = 60.0
     time.sleep(0.2)  # the workers compute
     return clients
@@ -71,7 +77,7 @@ def test_a_late_job_joins_with_the_next_decision(start):
         joining = pool.submit(clients[2].join)
         time.sleep(0.3)
         assert not joining.done()
-        [*pool.map(lambda one: one.vote(2, make_bits(one.slot)), clients[:2])]
+        vote_all(pool, clients[:2], 2)
         assert joining.result(10).sequence == 3
 
 
