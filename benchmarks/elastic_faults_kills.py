@@ -24,7 +24,7 @@ from elastic_faults_jobs import (
 # For each model the steps of a run, and the pause of a worker in each step.
 RUNS: dict[str, dict[str, Any]] = {
     "digits": {"steps": 300, "pause": 1.0, "batch_size": 64, "widths": (64, 128, 10)},
-    "language model": {"steps": 240, "pause": 4.0, "batch_size": 32, "validation_windows": 512},
+    "language model": {"steps": 240, "pause": 2.0, "batch_size": 32, "validation_windows": 512},
 }
 WORKER_PAUSE = 0.5, 3.0  # seconds from a kill to the start of the next job, from and to
 SERVER_PAUSE = 0.5, 2.0

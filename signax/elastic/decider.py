@@ -104,12 +104,7 @@ class Decider:
         with self._lock:
             self._phase.drop(slot)
             self._has_changed.notify_all()
-            sequence = self._rounds.sequence
-            while self._rounds.sequence == sequence:
-                self._check_running()
-                if not (wait := self._phase.wait(time.monotonic())):
-                    break
-                self._has_changed.wait(wait)
+            self._wait_to_begin()
             self._rounds, session = self._rounds.join(slot)
             newest = self.snapshots.newest
             joined = Joined(
@@ -123,6 +118,17 @@ class Decider:
         self.statistics.see(slot, joined=True)
         log_event("joined", slot=slot, sequence=joined.sequence)
         return joined
+
+    def _wait_to_begin(self) -> None:
+        """Wait for the next decision, if a job that began a step now would vote too late."""
+        sequence = self._rounds.sequence
+        while self._rounds.sequence == sequence:
+            self._check_running()
+            now = time.monotonic()
+            wait = self._phase.wait(now)
+            if not wait or self._rounds.lacks_quorum(now):
+                return
+            self._has_changed.wait(min(wait, self.options.deadline))
 
     def _check_plan(self, plan: Plan) -> None:
         with self._joining:  # one job brings the plan, and the others wait until it is compiled

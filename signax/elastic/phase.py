@@ -12,6 +12,8 @@ up. Such a job should begin with the next decision instead:
 
 from collections.abc import Iterable
 
+SPARE = 1  # workers that may die unnoticed before the others need the job that waits
+
 
 class Phase:
     """Who computes for the round in hand since it was opened.
@@ -40,9 +42,9 @@ class Phase:
     def wait(self, now: float) -> float:
         """The seconds that a job should wait for the next decision, at most; 0 if it may begin.
 
-        The others need a quorum without it, and twice the time of the round before.
+        It waits only if a quorum and a spare compute, for twice the time of the round before.
         """
-        if self._opened_at is None or len(self._together) < self._quorum:
+        if self._opened_at is None or len(self._together) < self._quorum + SPARE:
             return 0.0
         age = now - self._opened_at
         return max(0.0, 2 * self._length - age) if age > self._deadline else 0.0

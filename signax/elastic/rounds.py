@@ -179,6 +179,11 @@ class Rounds(NamedTuple):
             return False
         return not self.missing or now >= due_at
 
+    def lacks_quorum(self, now: float) -> bool:
+        """Whether the deadline has passed, and the round waits for a quorum."""
+        due_at = self.due_at
+        return due_at is not None and now >= due_at and len(self.present) < self.quorum
+
     def join(self, slot: int) -> tuple["Rounds", int]:
         """Offer a session number (rule 7)."""
         one = self._slot(slot)
