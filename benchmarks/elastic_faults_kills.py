@@ -28,7 +28,6 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 WORKER_PAUSE = 0.5, 3.0  # seconds from a kill to the start of the next job, from and to
 SERVER_PAUSE = 0.5, 2.0
-IN_STEP = 3  # a worker votes if its newest step is at most so old
 
 
 class Kill(NamedTuple):
@@ -111,7 +110,7 @@ class Run:
         """Whether a kill hits a job at work, and leaves a quorum."""
         if kill.slot is None:
             return self.server.is_alive and self.has_decided_since_outage()
-        voting = [job.is_alive and job.step >= step - IN_STEP for job in self.newest]
+        voting = [job.is_alive and is_in_step(job, step) for job in self.newest]
         return voting[kill.slot] and sum(voting) > self.args.quorum
 
     def has_decided_since_outage(self) -> bool:
@@ -138,6 +137,12 @@ class Run:
         """End all processes."""
         for job in (self.server, *self.newest):
             job.end()
+
+
+def is_in_step(job: Job, step: int) -> bool:
+    """Whether a worker has voted in the newest step or the one before it, and in the one before."""
+    last = [line["step"] for line in job.lines[-2:]]
+    return len(last) == 2 and last[0] + 1 == last[1] >= step - 1
 
 
 def run_model(args: argparse.Namespace, name: str, kills: Sequence[Kill]) -> dict[str, Any]:
