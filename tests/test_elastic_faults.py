@@ -74,20 +74,26 @@ def test_kills_are_drawn_by_the_seed_and_leave_the_first_and_last_steps_alone(lo
 def test_a_kill_waits_for_its_victim_and_for_a_quorum(load):
     kills = load("elastic_faults_kills")
 
-    def make_run(steps):
-        """A run of three workers with a quorum of two, at step 10."""
+    def make_run(*voted):
+        """A run of three workers with a quorum of two; each has voted in some steps, or is dead."""
         found = object.__new__(kills.Run)
         found.args = SimpleNamespace(quorum=2)
-        found.jobs = [[SimpleNamespace(is_alive=step is not None, step=step)] for step in steps]
+        lines = [[{"step": n} for n in steps or ()] for steps in voted]
+        found.jobs = [
+            [SimpleNamespace(is_alive=steps is not None, lines=own)]
+            for steps, own in zip(voted, lines, strict=True)
+        ]
         return found
 
-    first = kills.Kill(5, 0, 1.0)
-    assert make_run([10, 10, 10]).may(first, 10)
-    assert make_run([8, 10, 9]).may(first, 10)
-    assert not make_run([10, 10, None]).may(first, 10)  # one voter would be left
-    assert not make_run([10, 10, 3]).may(first, 10)  # the last worker is still starting
-    assert not make_run([3, 10, 10]).may(first, 10)
-    assert not make_run([None, 10, 10]).may(first, 10)
+    first, in_step = kills.Kill(5, 0, 1.0), (8, 9, 10)
+    assert make_run(in_step, in_step, in_step).may(first, 10)
+    assert make_run((8, 9), in_step, (8, 9)).may(first, 10)
+    assert not make_run(in_step, in_step, None).may(first, 10)  # one voter would be left
+    assert not make_run(in_step, in_step, ()).may(first, 10)  # the last worker is still starting
+    assert not make_run(in_step, in_step, (8, 10)).may(first, 10)  # it missed a vote
+    assert not make_run(in_step, in_step, (7, 8)).may(first, 10)  # it is late
+    assert not make_run((2, 3), in_step, in_step).may(first, 10)
+    assert not make_run(None, in_step, in_step).may(first, 10)
 
 
 def test_waits_within_an_outage_are_told_apart(load):
