@@ -5,7 +5,7 @@ the step, the loss, and who is alive. A worker that was killed starts again afte
 replays the server's log, and votes again. At the end all workers must hold the same parameters, bit
 for bit, and so must a job that only replays the log. A run takes a few minutes.
 
-    pip install 'signax[elastic]' scikit-learn
+    pip install '.[elastic]' scikit-learn  # from a checkout
     python examples/elastic.py
     python examples/elastic.py --workers 8 --kill-every 5s --kill-server-every 30s --steps 3000
 """
