@@ -172,8 +172,8 @@ def pack_consecutive(
 ) -> tuple[list[UInt32[Array, " words"]], Bool[Array, " flags"]]:
     """Pack for CPUs: bit b of word w belongs to coordinate 32 w + b.
 
-    A flag is set if one of the 32 values of a word is not finite. The flags of all arrays are
-    reduced together, since XLA would reduce those of each large array in several kernels.
+    A flag is set if one of the 32 values of a word is not finite. `_pack_arrays` reduces the flags
+    of all arrays at once: XLA would split the reduction of each large array into several kernels.
     """
     flat = array.reshape(-1)
     rest = flat.size % WORD_BITS

@@ -49,9 +49,10 @@ def cut_alike(array: Array, sizes: Iterable[int], axis: int = 0) -> list[Array]:
 
 
 def in_rows(array: Array) -> Array:
-    """The same array, for an operation that takes it apart into rows, such as an `all_to_all`.
+    """Join an array again from its rows, for an operation that cuts it, such as an `all_to_all`.
 
-    XLA for CPUs then finds rows that were cut alike, and takes no slices with constant starts.
+    XLA for CPUs then uses these rows, which were cut alike, and takes no slices with constant
+    starts.
     """
 
     def on_cpu(array: Array):

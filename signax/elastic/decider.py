@@ -34,7 +34,8 @@ class Decider:
       options: how to decide.
 
     Raises:
-      ValueError: an option is out of range, or the log has another number of workers or servers.
+      ValueError: an option is out of range, or the log belongs to another number of workers or
+        servers.
     """
 
     def __init__(self, log: Log, snapshots: Snapshots, options: Options):
@@ -83,7 +84,10 @@ class Decider:
         return None
 
     def _own_plan(self, plan: Plan) -> Plan:
-        """Cut a plan to what this server counts; raise `ValueError` if it is out of range."""
+        """Return the part of a plan that this server counts.
+
+        Raise `ValueError` if the plan exceeds a limit.
+        """
         plan.check()
         return plan
 

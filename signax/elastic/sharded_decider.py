@@ -46,7 +46,8 @@ class ShardedDecider(Decider):
       shards: the shards, on the same log.
 
     Raises:
-      ValueError: an option is out of range, or the log has another number of workers or servers.
+      ValueError: an option is out of range, or the log belongs to another number of workers or
+        servers.
     """
 
     def __init__(self, log: Log, snapshots: Snapshots, options: Options, shards: Shards):
