@@ -69,10 +69,8 @@ def pack(
     packers = pack_consecutive, pack_slabs, pack_groups
     cpu, tpu, gpu = (partial(_pack_arrays, packer=packer, rule=rule) for packer in packers)
     if portable:
-        planes, finite = cpu(arrays, coin)
-    else:
-        planes, finite = lax.platform_dependent(arrays, coin, cpu=cpu, tpu=tpu, default=gpu)
-    return planes, finite
+        return cpu(arrays, coin)
+    return lax.platform_dependent(arrays, coin, cpu=cpu, tpu=tpu, default=gpu)
 
 
 def unpack(

@@ -190,9 +190,9 @@ class Reply(NamedTuple):
         end to end where messages were planes.
       header: u32[], 2 * voters + dead, with the number of workers that took part, and the decision
         where every ballot was a dithered zero.
-      counts: at most one u32[n, k, M], of k numbers about each worker, each a sum of n addends. A
-        server has one, and once the replies of all servers are together n is their number: a sum
-        of all might exceed 32 bits.
+      counts: at most one u32[n, k, M]: k numbers about each worker, in n addends each, since their
+        sum might exceed 32 bits. A server's reply has one addend. The replies of all servers
+        together have one for each server.
       memory: the server's memory of its part of each leaf, or nothing.
     """
 
