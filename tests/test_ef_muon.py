@@ -42,6 +42,7 @@ def test_steps_are_the_polar_factors_of_mean_scaled_signs(num_workers, feedback,
         0.5,
         0.8,
         consistent_rms=0.25,
+        others_rms=0.125,
         others=signax.scale_by_signum(0.6),
         decay=decay,
         feedback=feedback,
@@ -59,7 +60,7 @@ def test_steps_are_the_polar_factors_of_mean_scaled_signs(num_workers, feedback,
     options = {"decay": decay, "feedback": feedback}
     sent = references.mean_of_scaled_signs(list(zip(signs, polar, strict=True)), **options)
     for step, ((b, *_), (w, *_)) in enumerate(sent):
-        expected = {"b": -0.5 * 0.25 * b, "w": -0.5 * 0.25 * references.polar(w.reshape(4, 6))}
+        expected = {"b": -0.5 * 0.125 * b, "w": -0.5 * 0.25 * references.polar(w.reshape(4, 6))}
         for name, update in expected.items():
             for worker in range(num_workers):
                 np.testing.assert_allclose(found[name][step, worker], update, atol=1e-4)
@@ -118,6 +119,7 @@ def test_one_bit_per_coordinate_travels_each_way_in_one_exchange():
     [
         ({"beta": 1.0}, ValueError, "beta"),
         ({"consistent_rms": -0.1}, ValueError, "consistent_rms"),
+        ({"others_rms": -0.1}, ValueError, "others_rms"),
         ({"ns_steps": 0}, ValueError, "ns_steps"),
         ({"decay": 1.5}, ValueError, "decay"),
         ({"others": "adam"}, TypeError, "others"),

@@ -50,6 +50,7 @@ def test_steps_follow_the_majority_of_polar_factors_signs(num_workers, nesterov)
         0.8,
         nesterov=nesterov,
         consistent_rms=0.25,
+        others_rms=0.125,
         others=optax.scale_by_lion(0.6, 0.9),
         axis_name=AXIS,
     )
@@ -65,7 +66,7 @@ def test_steps_follow_the_majority_of_polar_factors_signs(num_workers, nesterov)
         ]
         leaves = np.split(np.array(directions), [7], axis=1)  # coins count within a leaf
         b, w = (references.vote(leaf, step=step) for leaf in leaves)
-        np.testing.assert_array_equal(found["b"][step], -0.5 * 0.25 * b)
+        np.testing.assert_array_equal(found["b"][step], -0.5 * 0.125 * b)
         np.testing.assert_array_equal(found["w"][step].ravel(), -0.5 * 0.25 * w)
 
 
@@ -89,9 +90,9 @@ def test_without_an_axis_matrices_take_the_steps_of_optax(nesterov):
     )
     found, expected = along(ours, gradients, params), along(theirs, gradients, params)
     np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-5, atol=1e-6)
-    others = signax.lion(schedule, weight_decay=0.5)  # 0.2 of its decay is 0.1
+    others = signax.lion(schedule, weight_decay=1.0)  # a tenth of its decay is 0.1
     lion = along(others, {"b": gradients["b"]}, {"b": params["b"]})
-    np.testing.assert_allclose(found["b"], 0.2 * lion["b"], rtol=1e-5)
+    np.testing.assert_allclose(found["b"], 0.1 * lion["b"], rtol=1e-5)
 
 
 def test_one_bit_per_coordinate_travels_for_all_leaves_in_one_exchange():
@@ -170,7 +171,7 @@ def test_others_may_be_any_direction_of_one_worker():
         "w": jnp.asarray(normal((STEPS, 3, 2, 2))),
         "b": jnp.asarray(normal((STEPS, 3, 9))),
     }
-    tx = signax.muon(0.5, others=signax.scale_by_signum(0.7), axis_name=AXIS, consistent_rms=1.0)
+    tx = signax.muon(0.5, others=signax.scale_by_signum(0.7), axis_name=AXIS, others_rms=1.0)
     signum = voted(signax.signum(0.5, 0.7, axis_name=AXIS), {"b": gradients["b"]})
     np.testing.assert_array_equal(voted(tx, gradients)["b"], signum["b"])
 
@@ -189,6 +190,7 @@ def test_momentum_may_be_wider_than_gradients():
     [
         ({"beta": 1.0}, ValueError, "beta"),
         ({"consistent_rms": -0.1}, ValueError, "consistent_rms"),
+        ({"others_rms": "half"}, TypeError, "others_rms"),
         ({"ns_steps": 0}, ValueError, "ns_steps"),
         ({"after_vote": "polar"}, ValueError, "after_vote"),
         ({"others": "lion"}, TypeError, "others"),

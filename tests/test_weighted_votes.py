@@ -212,7 +212,7 @@ OPTIMIZERS = {
     "signum": functools.partial(signax.signum, beta=0.0),
     "lion": functools.partial(signax.lion, b1=0.0, weight_decay=0.0),
     "muon": functools.partial(
-        signax.muon, consistent_rms=1.0, weight_dimension_numbers=lambda params: None
+        signax.muon, others_rms=1.0, weight_dimension_numbers=lambda params: None
     ),
 }
 

@@ -5,9 +5,8 @@ from typing import Any, Literal
 
 import optax
 
-from signax._core.checks import check_number
 from signax._optimizers.descend import Mask, descend
-from signax._optimizers.muon import muon_momentum
+from signax._optimizers.muon import muon_momentum, scale_steps
 from signax._transforms.compressors import scale_by_scaled_sign
 from signax._transforms.memory import error_feedback
 from signax._transforms.orthogonal import DimensionNumbers, orthogonalize
@@ -26,6 +25,7 @@ def ef_muon(
     weight_dimension_numbers: DimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
     consistent_rms: float = 0.2,
+    others_rms: float = 0.1,
     ns_steps: int = 5,
     block: Literal["leaf"] | int = "leaf",
     decay: float = 0.5,
@@ -68,7 +68,8 @@ def ef_muon(
         :func:`signax.orthogonalize`. By default all leaves of two axes.
       others: a transformation of one worker for the other leaves; its updates are compressed. By
         default the signs of `optax.scale_by_lion`.
-      consistent_rms: the root mean square :math:`\rho` of a step relative to the step size.
+      consistent_rms: see :func:`signax.muon`.
+      others_rms: see :func:`signax.muon`.
       ns_steps: the number of Newton-Schulz iterations.
       block: see :func:`signax.mean_scaled_signs`.
       decay: the share of the memories that is added, in [0, 1].
@@ -93,7 +94,7 @@ def ef_muon(
 
     Examples:
       >>> import jax.numpy as jnp, optax, signax
-      >>> tx = signax.ef_muon(0.5, consistent_rms=1.0)
+      >>> tx = signax.ef_muon(0.5, consistent_rms=1.0, others_rms=1.0)
       >>> params = {"w": jnp.zeros((2, 2)), "b": jnp.zeros(2)}
       >>> gradients = {"w": jnp.array([[3.0, -4.0], [4.0, 3.0]]), "b": jnp.array([2.0, -1.0])}
       >>> updates, state = tx.update(gradients, tx.init(params))
@@ -107,7 +108,7 @@ def ef_muon(
       layers in neural networks <https://kellerjordan.github.io/posts/muon/>`_, 2024; Liu et al.,
       `Muon is Scalable for LLM Training <https://arxiv.org/abs/2502.16982>`_, 2025
     """
-    check_number("consistent_rms", consistent_rms, low=0)
+    scale = scale_steps(consistent_rms, others_rms, weight_dimension_numbers)
     momentum = muon_momentum(beta, nesterov, mu_dtype, weight_dimension_numbers, others)
     orthogonal = orthogonalize(weight_dimension_numbers=weight_dimension_numbers, ns_steps=ns_steps)
     direction = optax.chain(momentum, orthogonal)
@@ -131,5 +132,5 @@ def ef_muon(
         compressed = scale_by_scaled_sign(block=block)
         memory = error_feedback(compressed, decay=decay, accumulator_dtype=accumulator_dtype)
         direction = optax.chain(direction, memory)
-    direction = optax.chain(direction, orthogonal, optax.scale(consistent_rms))
+    direction = optax.chain(direction, orthogonal, scale)
     return descend(direction, learning_rate, weight_decay, mask)

@@ -23,7 +23,9 @@ OPTIMIZERS = {
     "signum": lambda **workers: signax.signum(SCHEDULE, weight_decay=0.125, **workers),
     "lion": lambda **workers: signax.lion(2.0**-7, weight_decay=2.0**-6, **workers),
     "abstain": lambda **workers: signax.signum(2.0**-7, zeros="abstain", **workers),
-    "muon": lambda **workers: signax.muon(2.0**-7, consistent_rms=0.25, **workers),
+    "muon": lambda **workers: signax.muon(
+        2.0**-7, consistent_rms=0.25, others_rms=0.125, **workers
+    ),
     "chain": lambda **workers: optax.chain(
         optax.clip(1.0), signax.majority_vote(**workers), optax.trace(0.5), optax.scale(-(2.0**-7))
     ),
