@@ -146,6 +146,21 @@ def test_sharded_matrices_take_the_steps_of_whole_matrices(kind, after_vote):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found)
 
 
+@pytest.mark.parametrize("optimizer", [signax.muon, signax.ef_muon])
+def test_dimension_numbers_may_be_a_tree_where_matrices_are_sharded(optimizer):
+    numbers = {"stack": MuonDimensionNumbers(1, 2), "embed": None}
+    params = {"stack": jnp.zeros((2, 4, 3)), "embed": jnp.zeros((4, 2))}
+    specs = {"stack": PartitionSpec(None, "model"), "embed": PartitionSpec()}
+    tx = signax.DataParallel(
+        optimizer(0.1, weight_dimension_numbers=numbers, axis_name="data"),
+        auto_mesh({"data": 2, "model": 2}),
+        param_specs=specs,
+    )
+    momentum = optax.tree.get(tx.init(params), "momentum")["stack"]
+    assert momentum.shape == (2, 2, 4, 3)
+    assert momentum.sharding.spec == PartitionSpec("data", None, "model")
+
+
 def test_a_worker_with_a_nan_does_not_vote_and_keeps_its_momentum():
     gradients = normal((3, 4, 6))
     gradients[1, 2, 3] = np.nan

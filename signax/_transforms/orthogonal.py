@@ -92,6 +92,8 @@ def orthogonalize(
 
 def dimension_numbers(tree: Any, wanted: DimensionNumbers) -> list[MuonDimensionNumbers | None]:
     """The dimension numbers of the leaves of a tree; `None` for leaves that are not matrices."""
+    if not jax.tree.leaves(tree):
+        return []  # optax.tree.map_params asks for the structure of a state
     resolved = wanted(tree) if callable(wanted) else wanted
     if wanted is None:
         return [_by_rank(path, leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
