@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
+from optax.contrib import MuonDimensionNumbers
 from workers import auto_mesh
 
 import signax
@@ -83,6 +84,10 @@ LOSSES = {f.__name__: f for f in (unrolled, scanned, checkpointed, dropped, comp
 def optimizer(name):
     if name == "signum":
         return signax.signum(0.1, axis_name="data", weight_decay=0.1, transport="packed")
+    if name == "sums":
+        return signax.signum(0.1, axis_name="data", transport="sum")
+    if name == "mean":
+        return optax.chain(signax.average_updates("data"), optax.sgd(0.1))
     return signax.ef_sign_sgd(0.1, 0.9, axis_name="data", num_workers=NUM_WORKERS)
 
 
@@ -255,14 +260,8 @@ def test_faults_exclude_the_same_workers():
         assert [*map(int, voters)] == [8, 8, 7]
 
 
-@pytest.mark.parametrize(
-    ("name", "chunk"),
-    [pytest.param("signum", CHUNK, marks=thorough), ("signum", 2), ("ef_sign_sgd", CHUNK)],
-)
-def test_train_step_equals_a_gradient_and_an_update_bit_for_bit(name, chunk, monkeypatch):
-    monkeypatch.setattr(words, "CHUNK", chunk)  # with more workers than 2 * CHUNK a loop counts
-    mesh = auto_mesh({"data": NUM_WORKERS})
-    tx = signax.DataParallel(signax.in_buckets(optimizer(name), BUCKETS), mesh)
+def check_train_step(tx):
+    """Assert that a step in one map equals a gradient and an update in a map each."""
     gradient, step = tx.value_and_grad(dropped), tx.train_step(dropped)
     batch = [make_batch(n) for n in range(3)]
 
@@ -279,6 +278,45 @@ def test_train_step_equals_a_gradient_and_an_update_bit_for_bit(name, chunk, mon
         expected = plain(*expected[:2], own, key)
         found = step(*found[:2], own, key=key)
     assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk"),
+    [
+        pytest.param("signum", CHUNK, marks=thorough),
+        ("signum", 2),
+        ("ef_sign_sgd", CHUNK),
+        ("mean", CHUNK),
+        pytest.param("sums", CHUNK, marks=thorough),
+    ],
+)
+def test_train_step_equals_a_gradient_and_an_update_bit_for_bit(name, chunk, monkeypatch):
+    monkeypatch.setattr(words, "CHUNK", chunk)  # with more workers than 2 * CHUNK a loop counts
+    mesh = auto_mesh({"data": NUM_WORKERS})
+    tx = signax.DataParallel(signax.in_buckets(optimizer(name), BUCKETS), mesh)
+    check_train_step(tx)
+
+
+MATRICES = {"first": MuonDimensionNumbers(), "layers": MuonDimensionNumbers(1, 2), "last": None}
+WITHIN_WORKERS = {
+    "muon": lambda: signax.muon(0.1, axis_name="data", weight_dimension_numbers=MATRICES),
+    "ef_sign_sgd": lambda: signax.ef_sign_sgd(0.1, 0.9, axis_name="data"),
+    "sums": lambda: optimizer("sums"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "muon" else pytest.param(n, marks=thorough) for n in WITHIN_WORKERS]
+)
+def test_train_step_takes_parameters_that_are_sharded_within_a_worker(name):
+    specs = {
+        "first": PartitionSpec("model"),
+        "layers": PartitionSpec(None, None, "model"),
+        "last": {"w": SHARED, "b": SHARED},
+    }
+    mesh = auto_mesh({"data": 4, "model": 2})
+    tx = signax.in_buckets(WITHIN_WORKERS[name](), BUCKETS)
+    check_train_step(signax.DataParallel(tx, mesh, param_specs=specs))
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def run_joined(
         mesh=first["mesh"],
         in_specs=([*first["in_specs"]], [second["in_specs"][n] for n in own]),
         out_specs=([*first["out_specs"]], [*second["out_specs"]]),
-        axis_names={*_axes(gradient)},
+        axis_names={*_axes(first)},
         check_vma=False,  # the types of both maps were checked when each of them was traced
     )
     waiting = _descendants(operations, {joined.gradient, joined.update})
@@ -87,8 +87,8 @@ def _is_map(operation: Operation) -> bool:
     return operation.name == "shard_map"
 
 
-def _axes(operation: Operation) -> Any:
-    params = operation.params
+def _axes(params: dict[str, Any]) -> Any:
+    """The axes over which a map with these parameters is."""
     # JAX 0.12 renamed them.
     return params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
 
@@ -96,7 +96,7 @@ def _axes(operation: Operation) -> Any:
 def _are_alike(one: Operation, other: Operation) -> bool:
     """Whether two maps are over the same axes of the same mesh."""
     same_mesh = one.params["mesh"] == other.params["mesh"]
-    return same_mesh and _axes(one) == _axes(other)
+    return same_mesh and _axes(one.params) == _axes(other.params)
 
 
 def _passed(gradient: Operation, update: Operation) -> dict[int, int]:
@@ -137,7 +137,7 @@ def _descendants(operations: list[Operation], roots: set[int]) -> set[int]:
 
 def _call(operation: Operation, inputs: Sequence[Any]) -> list[Any]:
     """The outputs of a map's function for one worker's inputs."""
-    return _evaluate(_untyped(operation.params["jaxpr"]), [], inputs)
+    return _evaluate(operation.params["jaxpr"], [], inputs)
 
 
 def _evaluate(jaxpr: Any, constants: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
@@ -157,18 +157,22 @@ def _evaluate(jaxpr: Any, constants: Sequence[Any], inputs: Sequence[Any]) -> li
             shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in closed.in_avals]
             untyped = jax.make_jaxpr(lambda *xs, body=body: body(xs))(*shapes)
             outputs = equation.primitive.bind(*found, **{**equation.params, "jaxpr": untyped})
+        elif equation.primitive.name == "shard_map":
+            outputs = _map_over_further_axes(equation, found)
         else:
             outputs = run_equation(equation, jaxpr, (), *found)
         values.update(zip(equation.outvars, outputs, strict=True))
     return [*map(read, jaxpr.outvars)]
 
 
-def _untyped(jaxpr: Any) -> Any:
-    """A jaxpr in which maps over further axes check no types either."""
-    equations = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "shard_map":
-            inner = {"jaxpr": _untyped(equation.params["jaxpr"]), "check_vma": False}
-            equation = equation.replace(params={**equation.params, **inner})
-        equations.append(equation)
-    return jaxpr.replace(eqns=equations)
+def _map_over_further_axes(equation: Any, inputs: Sequence[Any]) -> list[Any]:
+    """The outputs of a map over the devices of a worker, which checks no types either."""
+    params = equation.params
+    mapped = jax.shard_map(
+        lambda *blocks: _evaluate(params["jaxpr"], [], blocks),
+        in_specs=tuple(params["in_specs"]),
+        out_specs=[*params["out_specs"]],
+        axis_names={*_axes(params)},
+        check_vma=False,
+    )
+    return mapped(*inputs)
