@@ -123,6 +123,34 @@ def test_updates_keep_the_gradients_dtype_when_the_momentum_is_wider(name, optio
     np.testing.assert_array_equal(updates, -0.5 * jnp.sign(gradient))
 
 
+NUMBERS = {
+    "NumPy": np.float32(0.5),
+    "JAX": jnp.float32(0.5),
+    "schedule": lambda _: jnp.float32(0.5),
+}
+USES = [("signum", "learning_rate"), ("signum", "weight_decay")]
+USES_OF_CONSTANTS = [("muon", "consistent_rms"), ("ef_muon", "consistent_rms")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "option"),
+    [
+        (kind, *use)
+        for kind in NUMBERS
+        for use in (USES if kind == "schedule" else USES + USES_OF_CONSTANTS)
+    ],
+)
+def test_numbers_of_any_dtype_leave_updates_their_dtype(kind, name, option):
+    tx = getattr(signax, name)(**{"learning_rate": 1.0, option: NUMBERS[kind]})
+    params = {"half": jnp.full(2, 4.0, jnp.bfloat16), "full": jnp.full(2, 4.0)}
+    with jax.numpy_dtype_promotion("strict"):
+        updates, _ = tx.update(params, tx.init(params), params)
+    expected = -3.0 if option == "weight_decay" else -0.5  # -(1 + 0.5 * 4), or half a sign
+    for leaf, dtype in (("half", jnp.bfloat16), ("full", jnp.float32)):
+        assert updates[leaf].dtype == dtype
+        np.testing.assert_array_equal(updates[leaf].astype(jnp.float32), expected)
+
+
 # --- one worker: the papers ------------------------------------------------------------------
 
 GRADIENTS = normal((60, 12), seed=2)

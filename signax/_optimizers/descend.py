@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from signax._core.checks import check_number
+from signax._transforms.memory import checked
 
 Mask = Any | Callable[[optax.Params], Any] | None
 
@@ -19,7 +20,10 @@ def descend(
     weight_decay: optax.ScalarOrSchedule,
     mask: Mask,
 ) -> optax.GradientTransformationExtraArgs:
-    """Chain a direction, decoupled weight decay and the learning rate."""
+    """Chain a direction, decoupled weight decay and the learning rate.
+
+    Leaves keep their dtypes, whatever the dtype of a rate.
+    """
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, low=-math.inf)
     if isinstance(mask, (bool, jax.Array)):  # A mask function returned it for a step count.
@@ -33,8 +37,8 @@ def descend(
         check_number("weight_decay", weight_decay, low=0)
         decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
     # `optax.add_decayed_weights` raises without parameters, even if the decay is 0.
-    decay = _add_decay(weight_decay, mask) if decays else optax.identity()
-    return optax.chain(direction, decay, optax.scale_by_learning_rate(learning_rate))
+    decay = checked(_add_decay(weight_decay, mask)) if decays else optax.identity()
+    return optax.chain(direction, decay, checked(optax.scale_by_learning_rate(learning_rate)))
 
 
 def _add_decay(weight_decay: Any, mask: Mask) -> optax.GradientTransformation:

@@ -220,7 +220,7 @@ def scale_steps(
         ]
         return jax.tree.structure(updates).unflatten(scaled)
 
-    return optax.stateless(scale)
+    return checked(optax.stateless(scale))
 
 
 def _check_inputs() -> optax.GradientTransformation:
