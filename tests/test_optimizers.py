@@ -381,6 +381,11 @@ def test_rejects_a_learning_rate_that_is_not_a_number(name):
     # Python multiplies strings by -1 silently.
     with pytest.raises(TypeError, match=r"learning_rate='0\.1' is"):
         getattr(signax, name)("0.1")
+    with pytest.raises(TypeError, match=r"learning_rate=.*0\.1.* is not a number"):
+        getattr(signax, name)(np.complex64(0.1))
+    for learning_rate in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match=rf"learning_rate={learning_rate!r} is outside"):
+            getattr(signax, name)(learning_rate)
 
 
 @pytest.mark.parametrize("factory", [signax.sign_sgd, signax.signum, signax.lion])

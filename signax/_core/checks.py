@@ -54,7 +54,8 @@ def check_number(
     """
     if is_traced(value):
         return
-    if isinstance(value, str) or not hasattr(value, "__float__") or jnp.ndim(value) != 0:
+    is_real = hasattr(value, "__float__") and not np.iscomplexobj(value)
+    if isinstance(value, str) or not is_real or jnp.ndim(value) != 0:
         raise TypeError(f"{name}={value!r} is not a number")
     number = float(value)
     above = number >= low if ends[0] == "[" else number > low
@@ -133,7 +134,7 @@ def check_axis_name(axis_name: Hashable) -> None:
 def check_learning_rate(learning_rate: Any) -> None:
     """Raise if a learning rate is neither a number nor a schedule, nor `None`."""
     if learning_rate is not None and not callable(learning_rate):
-        check_number("learning_rate", learning_rate, low=-float("inf"))
+        check_number("learning_rate", learning_rate, low=-float("inf"), ends="()")
 
 
 def check_transformation(name: str, value: Any) -> None:

@@ -25,7 +25,7 @@ def descend(
     Leaves keep their dtypes, whatever the dtype of a rate.
     """
     if not callable(learning_rate):
-        check_number("learning_rate", learning_rate, low=-math.inf)
+        check_number("learning_rate", learning_rate, low=-math.inf, ends="()")
     if isinstance(mask, (bool, jax.Array)):  # A mask function returned it for a step count.
         raise TypeError(
             f"mask={mask!r} must be a tree of booleans like the parameters, or a function: list "
