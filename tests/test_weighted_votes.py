@@ -525,6 +525,8 @@ def test_inverting_workers_lose_their_weight_and_the_run_learns():
         ((), ValueError, r"weights=\(\) are all 0"),
         ("often", ValueError, "weights='often' is unknown: use 'agreement'"),
         (3.0, TypeError, "weights=3.0 must be 'agreement', or one number for each worker"),
+        ({0: 2.0, 1: 1.0}, TypeError, "one number for each worker"),
+        ({1.0, 2.0}, TypeError, "one number for each worker"),
         (("a", 1.0), TypeError, "one number for each worker"),
         ((1.0, (2.0,)), TypeError, "one number for each worker"),
         ((1j, 1.0), TypeError, "one number for each worker"),

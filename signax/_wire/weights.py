@@ -9,7 +9,7 @@ Without weights nothing of this runs: `Majority` counts packed words.
 
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -73,7 +73,8 @@ def _check_numbers(weights: Any) -> tuple[float, ...]:
             "optax.inject_hyperparams"
         )
     try:
-        given = [*weights]
+        # The numbers of a mapping are its keys, and a set has no order.
+        given = None if isinstance(weights, (Mapping, Set, bytes)) else [*weights]
     except TypeError:
         given = None
     if given is None or not all(_is_number(weight) for weight in given):
