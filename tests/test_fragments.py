@@ -162,6 +162,10 @@ def test_sync_brings_all_fragments_or_one_up_to_date():
         tx.sync(one, fragment=1)
     with pytest.raises(ValueError, match="fragment=3 is not one of the 3 fragments"):
         tx.sync(state, fragment=3)
+    for fragment in (1.0, True, "1"):
+        with pytest.raises(TypeError, match=f"fragment={fragment!r} must be a whole number"):
+            tx.sync(state, fragment=fragment)
+    assert_trees_equal(tx.sync(state, fragment=jnp.int32(1)), one)
 
 
 def test_a_worker_is_excluded_from_every_fragment_until_all_its_parameters_are_finite():

@@ -1,5 +1,6 @@
 """DiLoCo: local steps across calls, and an exchange of the workers' progress from time to time."""
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -159,7 +160,7 @@ class DiLoCo(DiLoCoOnMesh):
         Raises:
           ValueError: outside `jax.jit`, there was no local step since the last exchange; or there
             is no such fragment, or the state belongs to another number of workers or fragments.
-          TypeError: `active` is not an array of M booleans.
+          TypeError: `active` is not an array of M booleans, or `fragment` is not a whole number.
 
         Examples:
           >>> import jax, jax.numpy as jnp, optax, signax
@@ -172,15 +173,9 @@ class DiLoCo(DiLoCoOnMesh):
           0.0 0.5
         """
         self._workers.check_active(active)
-        if fragment is None:
-            numbers = tuple(range(self.num_fragments))
-        elif fragment in range(self.num_fragments):
-            numbers = (fragment,)
-        else:
-            raise ValueError(
-                f"fragment={fragment!r} is not one of the {self.num_fragments} fragments: count "
-                "them from 0, or leave the argument out to exchange all"
-            )
+        numbers = tuple(range(self.num_fragments))
+        if fragment is not None:
+            numbers = (self._checked_number(fragment),)
         self._checked_rows(state)
         if is_traced_call((state, active)):
             return self._sync(numbers, state, active)
@@ -239,6 +234,21 @@ class DiLoCo(DiLoCoOnMesh):
         rows = OwnRows(state.own, state.inner)
         check_state(rows, self._layout(state.params), self.num_workers)
         return rows
+
+    def _checked_number(self, fragment: Any) -> int:
+        """The number of a fragment. Raises if there is no such fragment."""
+        try:
+            number = operator.index(fragment)
+        except TypeError:
+            number = None
+        if number is None or isinstance(fragment, bool):
+            raise TypeError(f"fragment={fragment!r} must be a whole number")
+        if number not in range(self.num_fragments):
+            raise ValueError(
+                f"fragment={fragment!r} is not one of the {self.num_fragments} fragments: count "
+                "them from 0, or leave the argument out to exchange all"
+            )
+        return number
 
     def _sync(self, numbers: tuple[int, ...], state: DiLoCoState, active: Any) -> DiLoCoState:
         """Exchange fragments that have moved since the last time."""
