@@ -99,7 +99,8 @@ def adversary(
 
     def init_fn(params: optax.Params):
         del params
-        return AdversaryState(key=jax.random.key(0) if key is None else key)
+        own = jax.random.key(0) if key is None else jnp.copy(key)  # a step may donate the state
+        return AdversaryState(key=own)
 
     def update_fn(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any):
         del params, extra_args

@@ -218,6 +218,17 @@ def test_scan_can_carry_the_state(name):
 
 
 @every
+def test_a_step_may_donate_the_state(name):
+    """No array is in a state twice, and none belongs to the caller or to the transformation."""
+    tx, params = REGISTRY[name].make(), small_tree()
+    leaves = jax.tree.leaves(tx.init(params))
+    assert len({*map(id, leaves)}) == len(leaves)
+    for leaf in leaves:
+        leaf.delete()  # as a donation does
+    jax.block_until_ready((params, tx.init(params)))
+
+
+@every
 def test_both_branches_of_cond_can_return_the_state(name):
     tx, params = REGISTRY[name].make(), small_tree()
 

@@ -176,7 +176,7 @@ def scale_by_stochastic_sign(
 
     def init_fn(params: optax.Params):
         del params
-        return ScaleByStochasticSignState(key=key)
+        return ScaleByStochasticSignState(key=jnp.copy(key))  # a step may donate the state
 
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
@@ -305,7 +305,7 @@ def scale_by_random_k(fraction: float, key: jax.Array) -> optax.GradientTransfor
 
     def init_fn(params: optax.Params):
         del params
-        return ScaleByRandomKState(key=key)
+        return ScaleByRandomKState(key=jnp.copy(key))  # a step may donate the state
 
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any

@@ -105,8 +105,10 @@ def skip_on_spike(
 
     def init_fn(params: optax.Params):
         dtype = _norm_dtype(params)
-        zero, none = jnp.zeros([], dtype), jnp.zeros([], jnp.int32)
-        return SkipOnSpikeState(inner.init(params), zero, zero, none, none, none)
+        # An array for each field: JAX refuses to donate one array twice.
+        mean, weight = (jnp.zeros([], dtype) for _ in range(2))
+        counts = (jnp.zeros([], jnp.int32) for _ in range(3))
+        return SkipOnSpikeState(inner.init(params), mean, weight, *counts)
 
     def update_fn(
         updates: optax.Updates,
