@@ -56,7 +56,8 @@ def ef_muon(
 
     Compared with :func:`signax.muon`, two memories per parameter buy a loss nearer to Muon's in
     full precision. A worker whose gradient is not finite is excluded, and keeps its momentum and
-    memory. Without an axis there is one worker, which compresses its own direction.
+    memory. Without an axis there is one worker, which compresses its own direction and is never
+    excluded: a NaN enters its state, as in Optax.
 
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule. AdamW's is a starting
@@ -67,7 +68,8 @@ def ef_muon(
       weight_dimension_numbers: the leaves that are matrices, and their axes, see
         :func:`signax.orthogonalize`. By default all leaves of two axes.
       others: a transformation of one worker for the other leaves; its updates are compressed. By
-        default the signs of `optax.scale_by_lion`.
+        default the signs of `optax.scale_by_lion`. Do not pass an optimiser, whose learning
+        rate reverses the sign.
       consistent_rms: see :func:`signax.muon`.
       others_rms: see :func:`signax.muon`.
       ns_steps: the number of Newton-Schulz iterations.

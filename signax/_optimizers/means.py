@@ -42,8 +42,9 @@ def ssdm(
 
     Each worker draws random signs :math:`s_i` from its own momentum. Their mean is unbiased. The
     norm is taken over a leaf. A worker whose gradient is not finite is excluded from S, and keeps
-    its momentum. The paper's revised analysis requires that all workers' gradients are unbiased for
-    one objective.
+    its momentum. Without an axis there is one worker, which is never excluded: a NaN enters its
+    state, as in Optax. The paper's revised analysis requires that all workers' gradients are
+    unbiased for one objective.
 
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule.
@@ -123,9 +124,10 @@ def ef_sign_sgd(
       u = \frac{\lVert p \rVert_1}{d} \operatorname{sign}(p), \quad
       e \leftarrow p - u, \quad x \leftarrow x - \alpha (u + \lambda x)
 
-    The formulas are for one worker. With an axis each worker compresses its own p. Servers have
-    memories too, and compress the mean of the messages: see :func:`signax.mean_scaled_signs`. A
-    worker whose gradient is not finite is excluded, and keeps its momentum and memory.
+    The formulas are for one worker, which is never excluded: a NaN enters its state, as in Optax.
+    With an axis each worker compresses its own p. Servers have memories too, and compress the mean
+    of the messages: see :func:`signax.mean_scaled_signs`. A worker whose gradient is not finite is
+    then excluded, and keeps its momentum and memory.
 
     Unlike signs alone, signs with feedback converge like gradient descent. Use learning rates of
     gradient descent, not of signSGD. The paper's memory contains the learning rate. Here the memory

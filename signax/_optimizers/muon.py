@@ -82,8 +82,9 @@ def muon(
     language model than the same distance or a quarter of it. Embeddings have two axes but train
     better as other leaves: give them `None` in `weight_dimension_numbers`.
 
-    Without an axis, matrices take the steps of `optax.contrib.muon` with this `consistent_rms`. A
-    worker whose gradient is not finite is excluded from the vote, and keeps its momentum.
+    A worker whose gradient is not finite is excluded from the vote, and keeps its momentum. Without
+    an axis or an exchange there is no vote, and matrices take the steps of `optax.contrib.muon`
+    with this `consistent_rms`.
 
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule.
@@ -94,9 +95,9 @@ def muon(
       weight_dimension_numbers: the leaves that are matrices, and their axes, see
         :func:`signax.orthogonalize`. By default all leaves of two axes.
       others: a transformation of one worker for the other leaves; the signs of its updates are
-        voted on. By default `optax.scale_by_lion`.
-      consistent_rms: the root mean square :math:`\rho` of a matrix's step, relative to the step
-        size.
+        voted on. By default `optax.scale_by_lion`. Do not pass an optimiser, whose learning rate
+        reverses the sign.
+      consistent_rms: the root mean square :math:`\rho` of a matrix's step, relative to the step size.
       others_rms: the same for the other leaves.
       ns_steps: the number of Newton-Schulz iterations.
       after_vote: `"signs"` applies the majority's signs. `"orthogonalize"` applies their polar

@@ -96,7 +96,8 @@ def one_bit_adam(
     A worker whose gradient is not finite is excluded: m and v do not contain its gradient, and it
     keeps its memory. If no worker takes part, m and v stay and u is 0. During the warm-up, mean
     gradients are clipped where their square exceeds the dtype of v, from 1.8e19 in f32 and from 254
-    in f16. Without an axis there is one worker, which compresses its own momentum.
+    in f16. Without an axis there is one worker, which compresses its own momentum and is never
+    excluded: a NaN enters its state, as in Optax.
 
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule. Use AdamW's.
@@ -106,7 +107,7 @@ def one_bit_adam(
       warmup_steps: T, the number of steps in full precision, at least 1. A step in which no worker
         takes part does not count. v should be stable by then, so T should exceed the warm-up of the
         learning rate. A fifth of all steps is a start. T must be below the number of all steps, or
-        nothing is ever compressed; no schedule tells its length, so this is not checked.
+        nothing is ever compressed. A schedule does not tell its length, so this is not checked.
       block: the coordinates that share a scale: `"leaf"` or the most in a block, see
         :func:`signax.mean_scaled_signs`.
       decay: the share of the memories that is added, see :func:`signax.mean_scaled_signs`. The

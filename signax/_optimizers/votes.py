@@ -141,8 +141,9 @@ def signum(
       x \leftarrow x - \alpha \left( \operatorname{sign} \sum_i \operatorname{sign}(m_i)
       + \lambda x \right)
 
-    Each worker keeps its own momentum. Without an axis the updates equal `optax.signum`'s. A
-    worker whose gradient is not finite is excluded from the vote, and keeps its momentum.
+    Each worker keeps its own momentum. A worker whose gradient is not finite is excluded from the
+    vote, and keeps its momentum. Without an axis or an exchange there is no vote, and the updates
+    equal `optax.signum`'s.
 
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule.
@@ -229,8 +230,9 @@ def lion(
       x \leftarrow x - \alpha \left( \operatorname{sign} \sum_i \operatorname{sign}(c_i)
       + \lambda x \right)
 
-    Each worker keeps its own momentum. Without an axis the updates equal `optax.lion`'s. A
-    worker whose gradient is not finite is excluded from the vote, and keeps its momentum.
+    Each worker keeps its own momentum. A worker whose gradient is not finite is excluded from the
+    vote, and keeps its momentum. Without an axis or an exchange there is no vote, and the updates
+    equal `optax.lion`'s.
 
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule.
