@@ -119,11 +119,22 @@ def test_rejects_dimension_numbers_that_do_not_fit(shape, numbers, words):
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize("axes", [(np.int64(1), np.int64(2)), ([1], [2]), (-2, (-1,))])
+def test_axes_may_be_any_integers(axes):
+    stack = normal((2, 3, 4))
+    found = orthogonalized({"w": jnp.asarray(stack)}, {"w": MuonDimensionNumbers(*axes)})["w"]
+    expected = [references.polar(matrix.astype(np.float64)) for matrix in stack]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_rejects_other_trees_and_entries():
     with pytest.raises(ValueError, match="differ in structure"):
         orthogonalized({"w": jnp.eye(2)}, {"v": MuonDimensionNumbers()})
     with pytest.raises(TypeError, match="'rows'"):
         orthogonalized({"w": jnp.eye(2)}, {"w": "rows"})
+    for axis in (1.0, "1"):
+        with pytest.raises(TypeError, match=r"params\['w'\] has .* axes must be integers"):
+            orthogonalized({"w": jnp.eye(2)}, {"w": MuonDimensionNumbers(0, axis)})
     with pytest.raises(ValueError, match="ns_steps"):
         signax.orthogonalize(ns_steps=0)
 

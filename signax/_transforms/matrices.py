@@ -58,12 +58,14 @@ class Stack(NamedTuple):
         return matrices.reshape(self.shape).transpose(back)
 
 
+def given_axes(entry: Sequence[int] | int) -> tuple[int, ...]:
+    """The axes in one entry of dimension numbers, which is an integer or several."""
+    return tuple(entry) if isinstance(entry, Sequence) else (entry,)
+
+
 def matrix_axes(rank: int, numbers: MuonDimensionNumbers) -> tuple[list[int], list[int]]:
     """The row axes and the column axes of an array of a given rank, as non-negative numbers."""
-    rows, columns = (
-        [axis % rank for axis in ((entry,) if isinstance(entry, int) else entry)]
-        for entry in numbers
-    )
+    rows, columns = ([int(axis) % rank for axis in given_axes(entry)] for entry in numbers)
     return rows, columns
 
 

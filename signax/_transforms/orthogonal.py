@@ -1,8 +1,9 @@
 """Orthogonalisation: matrices become their polar factors, whose singular values are all equal."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from signax._core.checks import check_count
 from signax._core.leaves import check_floating, is_masked, relative_to_peak, specs_like
-from signax._transforms.matrices import map_matrices, matrix_axes
+from signax._transforms.matrices import given_axes, map_matrices, matrix_axes
 from signax._transforms.participation import NO_EXTRAS, Extras
 
 DimensionNumbers = Any | Callable[[optax.Params], Any] | None
@@ -54,7 +55,8 @@ def orthogonalize(
     Raises:
       ValueError: `ns_steps` is below 1; at the update, a leaf has more than two axes and no
         dimension numbers, or dimension numbers do not fit their leaf.
-      TypeError: `ns_steps` is not a whole number; at the update, a leaf is not floating-point.
+      TypeError: `ns_steps` is not a whole number; at the update, a leaf is not floating-point, or
+        dimension numbers are of the wrong kind.
 
     Examples:
       >>> import jax.numpy as jnp, signax
@@ -141,21 +143,22 @@ def _by_rank(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
 
 def _check_numbers(where: str, leaf: Any, numbers: MuonDimensionNumbers) -> None:
     rank = jnp.ndim(leaf)
-    axes = [axis for entry in numbers for axis in _axes(entry)]
+    axes = [axis for entry in numbers for axis in given_axes(entry)]
+    if not all(isinstance(axis, Integral) for axis in axes):
+        raise TypeError(
+            f"params{where} has {numbers} in weight_dimension_numbers: axes must be integers, or "
+            "tuples of integers"
+        )
     if not all(-rank <= axis < rank for axis in axes):
         raise ValueError(
             f"params{where} has shape {jnp.shape(leaf)}, which does not have the axes of {numbers}:"
             " give a leaf that is no matrix None in weight_dimension_numbers"
         )
-    if len({axis % rank for axis in axes}) < len(axes) or not all(map(_axes, numbers)):
+    if len({axis % rank for axis in axes}) < len(axes) or not all(map(given_axes, numbers)):
         raise ValueError(
             f"params{where} has {numbers} in weight_dimension_numbers: rows and columns need at "
             "least one axis each, and no axis may be both"
         )
-
-
-def _axes(entry: Sequence[int] | int) -> tuple[int, ...]:
-    return (entry,) if isinstance(entry, int) else tuple(entry)
 
 
 def _polar(matrix: jax.Array, numbers: MuonDimensionNumbers, ns_steps: int) -> jax.Array:
