@@ -431,6 +431,23 @@ def test_masks_and_partitions_keep_memories_of_sharded_leaves(kind):
         assert_trees_close(server, expected[1].memory.server[name], rtol=1e-12)
 
 
+@pytest.mark.parametrize("kind", [A, E])
+def test_labels_of_a_partition_may_come_from_a_function_of_a_dict(kind):
+    mesh, spec = make_mesh((2, 2), kind), PartitionSpec("model")
+    groups = {"vote": signax.signum(0.1, axis_name="data"), "mean": signax.average_updates("data")}
+
+    def labels(params):
+        return {name: "vote" if name == "w" else "mean" for name in params}
+
+    params = {"w": jnp.zeros((4, 3)), "b": jnp.zeros(3)}
+    params["w"] = jax.device_put(params["w"], NamedSharding(mesh, spec))
+    specs = {"w": spec, "b": PartitionSpec()} if kind == A else None  # or the types say so
+    tx = signax.DataParallel(optax.partition(groups, labels), mesh, param_specs=specs)
+    momentum = optax.tree.get(tx.init(params), "momentum")["w"]
+    assert momentum.shape == (2, 4, 3)
+    assert is_placed_as(momentum, NamedSharding(mesh, PartitionSpec("data", "model")))
+
+
 def test_a_compiled_init_makes_memories_of_sharded_leaves_for_each_mesh():
     """JAX keeps a trace for each sharding, although parameters of Auto axes have one type."""
     mean = signax.mean_scaled_signs("data")

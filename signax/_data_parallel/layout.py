@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from signax._core.checks import check_axis_name, check_transformation
-from signax._core.leaves import axis_names, is_masked, spec_unless_masked
+from signax._core.leaves import axis_names
 from signax._data_parallel.varying import has_conditional_collective, varying_outputs
 from signax._wire.feedback import found_memories, memory_specs, with_specs
 
@@ -79,7 +79,7 @@ def find_layout(
     paths, state_structure = jax.tree.flatten_with_path(state)
     leaves = []
     for (path, leaf), per_worker, spec in zip(
-        paths, found, _state_specs(tx, state, params, param_specs, sizes), strict=True
+        paths, found, _state_specs(state, params, param_specs, sizes), strict=True
     ):
         name = jax.tree_util.keystr(path)
         wanted = None if override is None else override(name, leaf)
@@ -206,27 +206,32 @@ def _find_per_worker(
 
 
 def _state_specs(
-    tx: Any, state: Any, params: Any, param_specs: Any, sizes: Mapping[Hashable, int]
+    state: Any, params: Any, param_specs: Any, sizes: Mapping[Hashable, int]
 ) -> list[PartitionSpec]:
-    """Shard each state leaf over further axes like the parameter of the same shape.
+    """Shard each state leaf over further axes like the parameter of the same path and shape.
 
-    A server's memory of a sharded parameter has parts of each device's block.
+    A momentum's path ends with its parameter's path. `optax.tree.map_params` would not do: it calls
+    `init` with a placeholder, which functions of parameters, as for `optax.partition`, cannot take
+    apart. A server's memory of a sharded parameter has parts of each device's block.
     """
     whole = PartitionSpec()
     if param_specs is None:
         return [whole for _ in jax.tree.leaves(state)]
+    paths = jax.tree.leaves_with_path(params)
+    by_path = {
+        _names(path): (leaf.shape, spec)
+        for (path, leaf), spec in zip(paths, jax.tree.leaves(param_specs), strict=True)
+    }
 
-    def spec_of(node: Any, param: Any, spec: PartitionSpec):
-        alike = is_masked(node) or node.shape == param.shape
-        return spec_unless_masked(node, spec if alike else whole)
+    def spec_of(path: Any, leaf: Any) -> PartitionSpec:
+        names = _names(path)
+        ends = (names[start:] for start in range(len(names) + 1))
+        shape, spec = next((by_path[end] for end in ends if end in by_path), (None, whole))
+        return spec if leaf.shape == shape else whole
 
-    specs = optax.tree.map_params(
-        tx,
-        spec_of,
-        state,
-        params,
-        param_specs,
-        transform_non_params=lambda node: spec_unless_masked(node, whole),
-        is_leaf=is_masked,
-    )
+    specs = jax.tree.map_with_path(spec_of, state)
     return jax.tree.leaves(memory_specs(state, specs, param_specs, sizes))
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple([str(key) for key in path])
