@@ -117,6 +117,17 @@ def test_resize_keeps_momentum_and_the_memories_of_workers_and_servers(new):
     jax.jit(tx.update)(gradients(new, 5), resized, PARAMS)
 
 
+@pytest.mark.parametrize(("new", "columns"), [(2, 20), (4, 10)])
+def test_memories_of_servers_fit_the_mesh_whatever_num_workers_says(new, columns):
+    params = {"w": jnp.zeros((40, 30))}  # 38 columns of 32, an even number of them for each server
+    optimizer = signax.ef_sign_sgd(0.1, axis_name="data", num_workers=8)
+    old, tx = data_parallel(8, optimizer), data_parallel(new, optimizer)
+    resized = tx.resize(old.init(params), params)
+    for state in (resized, tx.init(params), old.abstract_state(params, new)):
+        assert optax.tree.get(state, "server")["w"].shape == (new, 32, columns)
+    jax.jit(tx.update)({"w": jnp.ones((new, 40, 30))}, resized, params)
+
+
 def test_resize_works_without_memories_of_servers():
     optimizer = signax.ef_sign_sgd(0.1, axis_name="data", feedback="worker")
     old, tx = data_parallel(8, optimizer), data_parallel(4, optimizer)

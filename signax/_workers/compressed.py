@@ -105,8 +105,8 @@ def mean_scaled_signs(
         :func:`signax.error_feedback`.
       accumulator_dtype: the dtype of the memories; by default the dtype of the parameters. Use f32
         with bf16 gradients.
-      num_workers: M, which the servers' memory needs where `init` runs outside the axis; never
-        under :class:`signax.DataParallel`.
+      num_workers: M, which the servers' memory needs where `init` runs outside the axis. Where the
+        axis is bound, as under :class:`signax.DataParallel`, its size counts.
 
     Returns:
       A transformation with a `MeanScaledSignsState` that keeps shapes and dtypes. Its updates are 0
@@ -237,7 +237,7 @@ def _init_mean(params: optax.Params, options: MeanOptions) -> MeanScaledSignsSta
     check_floating(params, "params", only_arrays=False)
     workers = 1  # any number will do where servers keep no memory
     if options.feedback == "both" and jax.tree.leaves(params):
-        workers = options.num_workers or _axis_size(options.axis_name)
+        workers = _num_workers(options)
     memory = init_memory(
         params, workers, feedback=options.feedback, dtype=options.accumulator_dtype
     )
@@ -303,11 +303,14 @@ def averaged(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _axis_size(axis_name: Hashable) -> int:
+def _num_workers(options: MeanOptions) -> int:
+    """The size of the axis. Where it is not bound, the option says it."""
     try:
-        return lax.axis_size(axis_name)
+        return lax.axis_size(options.axis_name)
     except NameError:
+        if options.num_workers is not None:
+            return options.num_workers
         raise NameError(
-            f"axis_name={axis_name!r} is not bound where the state is made, so the number of "
-            "workers is unknown: pass num_workers, or use signax.DataParallel"
+            f"axis_name={options.axis_name!r} is not bound where the state is made, so the number "
+            "of workers is unknown: pass num_workers, or use signax.DataParallel"
         ) from None
