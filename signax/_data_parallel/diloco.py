@@ -43,7 +43,8 @@ class DiLoCo(DiLoCoOnMesh):
     restarts from the common parameters like all others.
 
     Args:
-      inner: the optimiser of one worker, without votes or means, such as `optax.adamw`.
+      inner: the optimiser of one worker, without votes or means, such as `optax.adamw`. All workers
+        begin with the same state, so a random key in it draws the same numbers on every worker.
       outer: a vote or a mean over `axis_name`, and an optimiser of the result. It gets the
         differences in the place of gradients. Give means of compressed values `decay=0.0`: error
         feedback would come a round late, and a momentum would amplify it.
