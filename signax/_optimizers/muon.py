@@ -97,7 +97,8 @@ def muon(
       others: a transformation of one worker for the other leaves; the signs of its updates are
         voted on. By default `optax.scale_by_lion`. Do not pass an optimiser, whose learning rate
         reverses the sign.
-      consistent_rms: the root mean square :math:`\rho` of a matrix's step, relative to the step size.
+      consistent_rms: the root mean square :math:`\rho` of a matrix's step, relative to the step
+        size.
       others_rms: the same for the other leaves.
       ns_steps: the number of Newton-Schulz iterations.
       after_vote: `"signs"` applies the majority's signs. `"orthogonalize"` applies their polar
