@@ -46,7 +46,7 @@ class DiLoCoState(NamedTuple):
 
 
 class DiLoCoOnMesh:
-    """What `DiLoCo` is made from, and its methods that are about a state alone."""
+    """The options of `DiLoCo`, and its methods that need no loss function."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ class Fragment(NamedTuple):
 
     Attributes:
       positions: their positions in the flattened tree.
-      outer: what exchanges them, a `DataParallel`.
+      outer: the `DataParallel` that exchanges them.
     """
 
     positions: tuple[int, ...]

@@ -137,7 +137,7 @@ def _is_buckets_state(node: Any) -> bool:
 
 
 def _check_numbers(labels: Any) -> int:
-    """The number of buckets; raises if a bucket is none, or has no leaf."""
+    """The number of buckets; raises if a label is no bucket, or if a bucket has no leaf."""
     found = {_check_number(path, label) for path, label in jax.tree.leaves_with_path(labels)}
     missing = {*range(len(found))} - found
     if missing:

@@ -4,7 +4,7 @@ A server unpacks the ballots and adds up f32, in the order of the workers. The s
 is therefore NumPy's, bit for bit, and exact for whole numbers whose sum is below 2^24. XLA fuses
 unpacking, sums and packing of the decisions into one pass, which stores no sums.
 
-Without weights nothing of this runs: `Majority` counts packed words.
+Without weights none of this runs: `Majority` counts packed words.
 """
 
 import dataclasses
