@@ -4,16 +4,18 @@ Nothing else in signax imports Flax, and `import signax` does not import this mo
 """
 
 import inspect
-from collections.abc import Callable
-from functools import reduce
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend import core
 
 from signax._core.leaves import all_finite, wide_dtype
 from signax._data_parallel.auxiliary import check_aux
+from signax._data_parallel.captured import CALLS
 from signax._data_parallel.data_parallel import DataParallel
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ else:
         raise ImportError("signax.flax needs Flax: pip install flax") from error
 
 __all__ = ["value_and_grad"]
+
+_CALLS = {*CALLS, "remat2"}  # with `jax.checkpoint`
 
 
 def value_and_grad(
@@ -120,14 +124,18 @@ def value_and_grad(
         def loss_of_worker(
             params: Any, batch: Any, rest: Any, *replicated: Any, **own: Any
         ) -> tuple[Any, Any]:
-            # NNX allows writes only on a copy that is made here.
-            network = nnx.merge(graph, params, rest, copy=True)
-            if own:
-                _fold_into_streams(network, **own)
-            before = _leaves(network, wrt)
-            value = loss_fn(network, batch, *replicated, **(own if passes_key else {}))
+            def run(params: Any, rest: Any):
+                # NNX allows writes only on a copy that is made here.
+                network = nnx.merge(graph, params, rest, copy=True)
+                if own:
+                    _fold_into_streams(network, **own)
+                before = _leaves(network, wrt)
+                value = loss_fn(network, batch, *replicated, **(own if passes_key else {}))
+                return value, before, _leaves(network, wrt)
+
+            value, before, after = run(params, rest)
             loss, values = value if has_aux else (value, None)
-            written = _written(before, _leaves(network, wrt))
+            written = _written(before, after, partial(_unwritten, run, params, rest))
             return loss, (values, {**written, "finite_loss": jnp.isfinite(loss)})
 
         gradient = tx.value_and_grad(
@@ -171,30 +179,70 @@ def _leaves(network: Any, wrt: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return by_path[0], by_path[1]
 
 
-def _written(before: Any, after: Any) -> dict[str, Any]:
-    """The variables that a loss function wrote, known since an array in them is another one."""
-    for path, leaf in before[0].items():
-        if after[0].get(path) is not leaf:
+def _written(before: Any, after: Any, unwritten: Callable[[], set[str]]) -> dict[str, Any]:
+    """The variables that a loss function wrote.
+
+    An array that is still the same object was not written. `unwritten` finds the others that were
+    not.
+    """
+    old, new = {**before[0], **before[1]}, {**after[0], **after[1]}
+    kept = {path for path, leaf in old.items() if new.get(path) is leaf}
+    if any(jnp.issubdtype(old[path].dtype, jnp.inexact) for path in old.keys() - kept):
+        kept |= unwritten()
+    for path in before[0]:
+        if path not in kept:
             raise ValueError(
                 f"loss_fn writes the variable {path}, which wrt selects for a gradient: let wrt "
                 "leave it out, or do not write it"
             )
     floating: dict[str, Any] = {}
     other: dict[str, Any] = {}
-    for path, leaf in {**after[0], **after[1]}.items():
-        if path in before[0]:
+    for path, leaf in new.items():
+        if path in kept:
             continue
-        old = before[1].get(path)
-        if old is None or jnp.shape(old) != jnp.shape(leaf):
+        if path not in old or jnp.shape(old[path]) != jnp.shape(leaf):
             raise ValueError(
                 f"loss_fn adds the variable {path} to the model, or changes its shape to "
                 f"{jnp.shape(leaf)}: take it out in loss_fn, as in nnx.pop(model, nnx.Intermediate)"
                 ", and return it as aux"
             )
-        if leaf is old or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             continue
         (floating if jnp.issubdtype(leaf.dtype, jnp.inexact) else other)[path] = leaf
     return {"floating": floating, "finite": all_finite(floating), "other": other}
+
+
+def _unwritten(run: Callable[..., Any], params: Any, rest: Any) -> set[str]:
+    """The paths of variables that a loss function does not write, by its program.
+
+    `nnx.remat` and `nnx.jit` return each variable of their modules as another object, even if
+    nothing writes it.
+    """
+
+    def after(params: Any, rest: Any) -> dict[str, Any]:
+        _, _, (by_gradient, others) = run(params, rest)
+        return {**by_gradient, **others}
+
+    program, shapes = jax.make_jaxpr(after, return_shape=True)(params, rest)
+    leaves = [*jax.tree.leaves_with_path(params), *jax.tree.leaves_with_path(rest)]
+    paths = [jax.tree_util.keystr(path) for path, _ in leaves]
+    sources = _sources(program.jaxpr, paths)
+    return {path for path, source in zip(sorted(shapes), sources, strict=True) if path == source}
+
+
+def _sources(jaxpr: Any, names: Sequence[str | None]) -> list[str | None]:
+    """The name of the input that each output is, if it is one. Calls are followed."""
+    known = dict(zip(jaxpr.invars, names, strict=True))
+
+    def read(atom: Any) -> str | None:
+        return None if isinstance(atom, core.Literal) else known.get(atom)
+
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _CALLS:
+            (called,) = [eqn.params[name] for name in ("jaxpr", "call_jaxpr") if name in eqn.params]
+            found = _sources(getattr(called, "jaxpr", called), [*map(read, eqn.invars)])
+            known.update(zip(eqn.outvars, found, strict=True))
+    return [*map(read, jaxpr.outvars)]
 
 
 def _settle(rest: Any, written: dict[str, Any], grads: list[Any], active: Any) -> Any:

@@ -118,6 +118,42 @@ def test_a_step_outside_jit_equals_a_jitted_step(kind):
         np.testing.assert_allclose(array, states[1][name], rtol=1e-5)
 
 
+def lifted(transform, function):
+    """A loss whose model runs under a transformation, which returns every variable of it."""
+
+    def loss_fn(model, batch):
+        inputs, targets = batch
+        return jnp.mean((transform(function)(model, inputs) - targets) ** 2)
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("transform", [nnx.remat, nnx.jit])
+def test_a_model_may_run_under_remat_or_jit(transform, mesh):
+    loss_fn, batch = lifted(transform, Network.__call__), make_batch(64)
+    losses, gradients, models = one_after_the_other(lambda: Network(nnx.Rngs(0)), loss_fn, batch)
+    model = Network(nnx.Rngs(0))
+    loss, grads = make_step(signax.DataParallel(SIGNUM, mesh), loss_fn)(model, batch)
+    np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-4)
+    for name, rows in arrays(grads).items():
+        each = np.stack([gradient[name] for gradient in gradients])
+        np.testing.assert_allclose(rows, each, rtol=1e-4, atol=3e-5)
+    for name, found in arrays(nnx.state(model, nnx.BatchStat)).items():
+        each = [model[name] for model in models]
+        np.testing.assert_allclose(found, np.mean(each, axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("transform", [nnx.remat, nnx.jit])
+def test_a_parameter_that_is_written_under_remat_or_jit_is_found(transform, mesh):
+    def write(model, inputs):
+        model.dense.bias[...] = model.dense.bias[...] + 1
+        return model(inputs)
+
+    step = make_step(signax.DataParallel(SIGNUM, mesh), lifted(transform, write))
+    with pytest.raises(ValueError, match=r"writes the variable \['dense'\]\['bias'\].*, which wrt"):
+        step(Network(nnx.Rngs(0)), make_batch())
+
+
 class Fragile(nnx.Module):
     """A statistic that is the mean of a column, while the loss reads another column."""
 

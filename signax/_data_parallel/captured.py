@@ -17,7 +17,7 @@ from signax._core.leaves import entry_axes
 
 # Calls that are evaluated in place. Gradients are part of the program, so nothing needs the rules
 # of a custom derivative any more.
-_CALLS = {
+CALLS = {
     "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
     "jit", "pjit",
 }  # fmt: skip
@@ -129,7 +129,7 @@ class _Program(NamedTuple):
         return [read(atom) for atom in program.outvars]
 
     def _evaluate(self, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
-        if eqn.primitive.name in _CALLS:
+        if eqn.primitive.name in CALLS:
             (called,) = [eqn.params[name] for name in ("jaxpr", "call_jaxpr") if name in eqn.params]
             return self.run(called, inputs)
         params = {name: self._convert(value) for name, value in eqn.params.items()}
