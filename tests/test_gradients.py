@@ -1,5 +1,7 @@
 """Gradients of each worker's share of the batch, against one worker after the other."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -433,6 +435,32 @@ def test_captured_arrays_may_be_sharded_within_a_worker():
     loss, rows = step(on_mesh(SLOPES, mesh), table)
     assert loss == pytest.approx(4 * TABLE @ SLOPES, rel=1e-5)
     np.testing.assert_allclose(rows, np.tile(4 * TABLE, (4, 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, EXPLICIT])
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_loss_with_a_map_over_axes_within_a_worker_may_capture_arrays(kind, jit):
+    mesh = make_mesh((4, 2), kind)
+    tx = signax.DataParallel(SIGNUM, mesh)
+    batch = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    table = on_mesh(TABLE, mesh)
+    specs = PartitionSpec(None, "model"), PartitionSpec("model")
+
+    @partial(jax.shard_map, in_specs=specs, out_specs=PartitionSpec(), axis_names={"model"})
+    def inner(columns, slopes):
+        return jax.lax.psum(jnp.sum(jnp.tanh(columns * slopes)), "model")
+
+    def loss_fn(slopes, batch):
+        arrays = batch * table, slopes
+        return inner(*(map(jax.sharding.reshard, arrays, specs) if kind == EXPLICIT else arrays))
+
+    gradient = tx.value_and_grad(loss_fn)
+    loss, rows = (jax.jit(gradient) if jit else gradient)(SLOPES, batch)
+    values = batch * TABLE
+    tanh = np.tanh(values * SLOPES)
+    assert loss == pytest.approx(tanh.sum() / 4, abs=1e-5)
+    expected = (values * (1 - tanh**2)).reshape(4, 2, 4).sum(axis=1)
+    np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, EXPLICIT])

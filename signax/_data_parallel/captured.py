@@ -132,9 +132,24 @@ class _Program(NamedTuple):
         if eqn.primitive.name in CALLS:
             (called,) = [eqn.params[name] for name in ("jaxpr", "call_jaxpr") if name in eqn.params]
             return self.run(called, inputs)
+        if eqn.primitive.name == "shard_map":
+            return self._map(eqn.params, inputs)
         params = {name: self._convert(value) for name, value in eqn.params.items()}
         results = eqn.primitive.bind(*inputs, **params)
         return results if eqn.primitive.multiple_results else [results]
+
+    def _map(self, params: dict[str, Any], inputs: list[Any]) -> Sequence[Any]:
+        """Run a map over axes within a worker, on the mesh of inside."""
+        # JAX 0.12 renamed the axes.
+        axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
+        mapped = jax.shard_map(
+            lambda *arguments: self.run(params["jaxpr"], arguments),
+            in_specs=tuple(params["in_specs"]),
+            out_specs=[*params["out_specs"]],
+            axis_names={*axes},
+            check_vma=params["check_vma"],
+        )
+        return mapped(*inputs)
 
     def _convert(self, value: Any) -> Any:
         """A parameter of an equation, with the programs, shardings and meshes of inside."""
