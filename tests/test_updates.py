@@ -255,7 +255,7 @@ def test_an_update_outside_jit_compiles_once(mesh, caplog):
         caplog.clear()
         with jax.log_compiles(), caplog.at_level("WARNING"):
             result = tx.update(*args, **extra_args)
-        return result, sum("Compiling" in record.message for record in caplog.records)
+        return result, sum("XLA compilation" in record.message for record in caplog.records)
 
     found, programs = count(grads, state, PARAMS)
     assert_trees_equal(found, expected)
@@ -263,10 +263,35 @@ def test_an_update_outside_jit_compiles_once(mesh, caplog):
     (_, state), programs = count(grads, found[1], PARAMS)
     assert programs == 0
     extra_args = {"active": np.ones(WORKERS, bool), "value": 0.5, "name": "a", "sizes": [1]}
-    for names, most in [(["active", "value"], 1), (["name"], 1), (["name"], 0), (["value"], 1)]:
+    extra_args["value_fn"] = jnp.sum
+    for names, most in [
+        (["active", "value"], 1),
+        (["name"], 1),
+        (["name"], 0),
+        (["value"], 1),
+        (["sizes"], 1),
+        (["sizes"], 0),
+        (["value_fn", "value"], 1),
+        (["value_fn", "value"], 0),
+    ]:
         _, programs = count(grads, state, PARAMS, **{name: extra_args[name] for name in names})
         assert programs <= most
-    tx.update(grads, state, PARAMS, sizes=[1])  # an unhashable argument is passed on too
+
+
+def test_a_function_among_the_extra_arguments_sees_changed_values(mesh):
+    def shift(updates, state, params=None, *, value_fn=jnp.sum, **extra_args):
+        return jax.tree.map(lambda u: u + value_fn(params), updates), state
+
+    shifted = optax.GradientTransformationExtraArgs(optax.init_empty_state, shift)
+    tx = signax.DataParallel(optax.chain(signax.average_updates("data"), shifted), mesh)
+    params, rows, factor = jnp.full(3, 2.0), jnp.ones((WORKERS, 3)), 1.0
+
+    def value_fn(params):
+        return factor * jnp.sum(params)
+
+    for factor in (1.0, 10.0):
+        updates, _ = tx.update(rows, tx.init(params), params, value_fn=value_fn)
+        np.testing.assert_array_equal(updates, np.full(3, 1 + 6 * factor))
 
 
 # Updates are the same on every worker: by type, and bit for bit.

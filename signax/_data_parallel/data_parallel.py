@@ -9,7 +9,7 @@ import optax
 
 from signax._core.leaves import is_traced
 from signax._data_parallel import mapped, wrappers
-from signax._data_parallel.eager import static_arguments
+from signax._data_parallel.eager import are_constant, static_arguments
 from signax._data_parallel.gradients import GradientsOnMesh
 from signax._overlap.overlap import compiler_options, overlap
 from signax._transforms.buckets import has_buckets
@@ -125,12 +125,13 @@ class DataParallel(GradientsOnMesh):
         arguments = updates, state, params, active, extra_args
         if any(map(is_traced, jax.tree.leaves(arguments))):
             return self._map_update(*arguments)
-        static = static_arguments(extra_args)
-        if static is None:
-            return self._map_update(*arguments)
         # Outside jax.jit a shard_map would compile each of its operations in every call.
+        static = static_arguments(extra_args)
         traced = {name: extra_args[name] for name in extra_args.keys() - dict(static).keys()}
-        return self._compiled_update(updates, state, params, active, traced, static)
+        arguments = updates, state, params, active, traced
+        if are_constant(static):
+            return self._compiled_update(*arguments, static)
+        return self._programs(lambda *arguments: self._map_update(*arguments, static), *arguments)
 
     def train_step(
         self,

@@ -54,18 +54,28 @@ def split_arrays(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
     return arrays, {name: arguments[name] for name in arguments.keys() - arrays.keys()}
 
 
-def static_arguments(extra_args: dict[str, Any]) -> tuple[tuple[str, Any], ...] | None:
-    """The arguments that `jax.jit` cannot trace; `None` if it cannot hash them either."""
+def static_arguments(extra_args: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The arguments that stay Python values: functions, names and whole numbers, for example."""
     kinds = jax.Array, np.ndarray, np.number, np.bool_, float
-    others = tuple(
+    return tuple(
         [
             (name, value)
             for name, value in extra_args.items()
             if not all(isinstance(leaf, kinds) for leaf in jax.tree.leaves(value))
         ]
     )
+
+
+def are_constant(arguments: tuple[tuple[str, Any], ...]) -> bool:
+    """Whether static arguments can be hashed and never change.
+
+    A function is equal to itself even if the values that it reads have changed.
+    """
+    leaves = jax.tree.leaves(arguments)
+    if not all(isinstance(leaf, (str, bytes, int, complex)) for leaf in leaves):
+        return False
     try:
-        hash(others)
+        hash(arguments)
     except TypeError:
-        return None
-    return others
+        return False
+    return True
