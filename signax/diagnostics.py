@@ -1,6 +1,7 @@
 """Diagnostics: density of gradients, bytes and seconds of a step, and opposing workers."""
 
 import math
+import operator
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any
@@ -130,6 +131,7 @@ def wire_bytes(tree: Any, num_workers: int, *, scheme: str = "vote") -> int:
     check_mode("scheme", scheme, _SCHEMES)
     check_count("num_workers", num_workers)
     check_floating(tree, "tree", only_arrays=False)
+    num_workers = operator.index(num_workers)  # NumPy's whole numbers overflow
     leaves = jax.tree.leaves(jax.eval_shape(lambda arrays: arrays, tree))
     if scheme == "mean":
         total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
@@ -217,7 +219,7 @@ def exchange_seconds(
         return 0.0
     if scheme == "mean":
         return wire + latency
-    _, number = _exchanged(leaves, num_workers, scheme)
+    _, number = _exchanged(leaves, operator.index(num_workers), scheme)
     read = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / memory_bandwidth
     return wire + number * latency + read
 

@@ -168,6 +168,15 @@ def test_wire_bytes_accepts_arrays_and_shapes(scheme):
     assert sent == diagnostics.wire_bytes(shapes, 4, scheme=scheme) > 0
 
 
+@pytest.mark.parametrize("scheme", ["vote", "mean_signs", "scaled_signs", "mean"])
+def test_the_number_of_workers_may_be_a_numpy_number(scheme):
+    tree = _shapes(3_000_000_000)  # twelve gigabytes, beyond an int32
+    found = diagnostics.wire_bytes(tree, np.int32(8), scheme=scheme)
+    assert found == diagnostics.wire_bytes(tree, 8, scheme=scheme)
+    seconds = diagnostics.exchange_seconds(tree, np.int32(8), link_rate=1e9, scheme=scheme)
+    assert seconds >= 8 * found / 1e9
+
+
 def test_a_vote_sends_31_times_fewer_bytes_than_a_mean():
     tree = _shapes(9_900_000, 99_000, 999, 1)
     size = 10_000_000
