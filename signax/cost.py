@@ -12,12 +12,15 @@ and the bytes of an exchange are divided by the number of steps between two of t
 """
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import NamedTuple
 
 import jax
 
+from signax._core.checks import check_count, check_number
 from signax.diagnostics import exchange_seconds, wire_bytes
 
 # Each method's scheme, and the dtype of its message where that is not the gradients'.
@@ -92,7 +95,8 @@ def estimate(
       For each name in `METHODS` the cost of a step.
 
     Raises:
-      ValueError: a rate is not above 0, or `latency` is below 0.
+      ValueError: a rate is not above 0, `latency` or `step_time` is below 0, or a count is below 1.
+      TypeError: a count is not a whole number, or `step_time` is not a number.
 
     Examples:
       >>> from signax import cost
@@ -103,6 +107,11 @@ def estimate(
       bf16 mean: 2.50 s
       vote (signum, lion, sign_sgd): 0.45 s
     """
+    for name, value in {
+        "parameters": parameters, "local_steps": local_steps, "buckets": buckets
+    }.items():  # fmt: skip
+        check_count(name, value)
+    check_number("step_time", step_time, low=0)
     costs = {}
     for name, (scheme, message_dtype) in METHODS.items():
         number = 1 if scheme == "mean" else buckets
@@ -240,24 +249,30 @@ def _quantity(kind: str, units: dict[str, float], names: str) -> Callable[[str],
 
     def parse(text: str) -> float:
         match = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?)\s*([a-z]+)(?:/s)?", text.strip().lower())
-        if match is None or match[2] not in units:
+        # In 10GBps the B stands for bytes, and in 10Gbps the b for bits.
+        if match is None or match[2] not in units or re.search("B[Pp]", text):
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind}: write a number and {names}")
         try:
-            return float(match[1]) * units[match[2]]
+            value = float(match[1]) * units[match[2]]
         except ValueError:
             raise argparse.ArgumentTypeError(f"{match[1]!r} in {text!r} is no number") from None
+        if math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is too large a {kind}")
+        return value
 
     return parse
 
 
 def _count(text: str) -> int:
     """Parse a whole number such as 8e9, 124M or 8B, for argparse."""
-    match = re.fullmatch(r"([\d.,_]+(?:e\+?\d+)?)\s*([kmgbt]?)", text.strip().lower())
+    number = r"(\d{1,3}(?:,\d{3})+|[\d._]+(?:e\+?\d+)?)"
+    match = re.fullmatch(number + r"\s*([kmgbt]?)", text.strip().lower())
     try:
-        value = float(match[1].replace(",", "")) * _COUNTS[match[2]] if match else 0.0
-    except ValueError:
-        value = 0.0
-    if not (1 <= value <= 1e15 and value == int(value)):
+        # Decimals, since the float 8.3 * 1e9 is no whole number.
+        value = Decimal(match[1].replace(",", "")) * int(_COUNTS[match[2]]) if match else Decimal(0)
+    except ArithmeticError:
+        value = Decimal(0)
+    if not (1 <= value <= 10**15 and value == int(value)):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no whole number from 1 to 1e15: write 8e9, 124M or 8B"
         )

@@ -95,6 +95,40 @@ def test_runs_as_a_module():
 
 
 @pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("8.3B", 8_300_000_000),
+        ("1.07g", 1_070_000_000),
+        ("4.1m", 4_100_000),
+        ("8.03e9", 8_030_000_000),
+        ("0.27T", 270_000_000_000),
+        ("1,000,000", 1_000_000),
+        ("124_000_000", 124_000_000),
+    ],
+)
+def test_reads_counts_exactly(text, number):
+    options = f"--workers 2 --link 1gbit --step-time 1s --parameters {text}"
+    assert cost.parse_arguments(options.split()).parameters == number
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"parameters": 8e9}, TypeError),
+        ({"parameters": 0}, ValueError),
+        ({"buckets": 0}, ValueError),
+        ({"local_steps": 0}, ValueError),
+        ({"step_time": -1.0}, ValueError),
+    ],
+)
+def test_estimate_names_a_wrong_number(wrong, error):
+    good = {"parameters": 10**6, "workers": 4, "link_rate": 1e9, "step_time": 1.0}
+    ((name, value),) = wrong.items()
+    with pytest.raises(error, match=f"{name}={value}"):
+        cost.estimate(**(good | wrong))
+
+
+@pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (("--parameters", "8z"), "'8z' is no whole number from 1 to 1e15: write 8e9"),
@@ -102,10 +136,14 @@ def test_runs_as_a_module():
         (("--parameters", "-5"), "'-5' is no whole number"),
         (("--parameters", "1e20"), "'1e20' is no whole number"),
         (("--parameters", "1.2.3"), "'1.2.3' is no whole number"),
+        (("--parameters", "1,5B"), "'1,5B' is no whole number"),
+        (("--parameters", "1e999999999"), "is no whole number"),
         (("--workers", "1"), "--workers 1 must be at least 2"),
         (("--workers", "2.5"), "'2.5' is no whole number"),
         (("--link", "10gb"), "'10gb' is no rate: write a number and bit, bps or byte with k, m"),
         (("--link", "gbit"), "'gbit' is no rate"),
+        (("--link", "900GBps"), "'900GBps' is no rate: write a number and bit, bps or byte"),
+        (("--link", "1e400gbit"), "'1e400gbit' is too large a rate"),
         (("--link", "1..0gbit"), "'1..0' in '1..0gbit' is no number"),
         (("--link", "0gbit"), "must be above 0"),
         (("--step-time", "500"), "'500' is no time: write a number and us, ms, s or min"),
