@@ -76,14 +76,13 @@ def _of_mesh(mesh: str, axes: str) -> Numbers:
     # mesh['a'=8,'b'=2] {'a':(2)4,'b'}: devices that differ in the listed axes, or parts of axes,
     # form a group. The part (2)4 of an axis is what remains of it after its 2 major blocks, cut
     # into 4.
-    sizes = {name: int(size) for name, size in re.findall(r"([^\s,=\[]+)=(\d+)", mesh)}
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh)}
     names, shape = list(sizes), tuple(sizes.values())
     coordinates = np.indices(shape).reshape(len(shape), -1)  # [axes, devices]
     shared, group_size = coordinates.copy(), 1
-    for axis in filter(None, axes.split(",")):
-        name, _, part = axis.partition(":")
+    for name, major, part in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", axes):
         index = names.index(name)
-        before, size = _integers(part.strip("(").replace(")", ",")) if part else (1, sizes[name])
+        before, size = (int(major), int(part)) if part else (1, sizes[name])
         stride = sizes[name] // (before * size)
         shared[index] -= coordinates[index] // stride % size * stride
         group_size *= size
