@@ -307,6 +307,18 @@ def test_means_and_sums_of_aux_neither_overflow_nor_round(mode, value, expected,
     assert aux == expected
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_dtype_of_a_sum_depends_on_no_number_of_micro_batches(accumulate, mesh):
+    with jax.enable_x64(True):
+        gradient = signax.DataParallel(VOTE, mesh).value_and_grad(
+            lambda params, batch: (jnp.sum(batch * params), jnp.int32(1)),
+            has_aux=True, aux="sum", accumulate=accumulate,
+        )  # fmt: skip
+        (_, aux), _ = jax.jit(gradient)(jnp.float32(1), jnp.ones(2 * WORKERS, jnp.float32))
+    assert aux.dtype == jnp.int32
+    assert aux == WORKERS * accumulate
+
+
 @pytest.mark.parametrize(
     ("aux", "leaf", "kind", "message"),
     [

@@ -94,7 +94,8 @@ def _reduce(
         unsigned = jnp.issubdtype(dtype, jnp.unsignedinteger)
         value = value.astype(jnp.uint32 if unsigned else jnp.int32)
     if pieces > 1:
-        value = value.mean(axis=0) if mode == "mean" else value.sum(axis=0)
+        reduce = jnp.mean if mode == "mean" else jnp.sum
+        value = reduce(value, axis=0, dtype=value.dtype)  # sums of i32 would be i64 under x64
     finite = jnp.isfinite(loss)
     if mode == "mean":  # a variance of BatchNorm may overflow while the loss stays finite
         finite &= jnp.all(jnp.isfinite(value))
