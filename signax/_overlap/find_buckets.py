@@ -31,7 +31,7 @@ def find_buckets(
     pass. The last bucket has the leaves whose gradients end it, such as embeddings: no product of
     matrices is left for their exchange to hide behind. The others are cut into buckets of sizes as
     even as whole leaves allow. Gradients that end together share a bucket, so there may be fewer
-    buckets than asked for: layers in one `jax.lax.scan` share one.
+    buckets than asked for: layers in one `jax.lax.scan`, or under one `jax.checkpoint`, share one.
 
     Keep the result with the checkpoints: another version of JAX may find another order, another
     platform another number, and the state of :func:`signax.in_buckets` belongs to one assignment.

@@ -1,7 +1,8 @@
 """A traced function as a list of operations, which may run in another order.
 
-A jaxpr is such a list already, but functions under `jax.jit` and `jax.checkpoint` in it are jaxprs
-of their own. Here they are spelled out, so all operations of the backward pass stand side by side.
+A jaxpr is such a list already, but functions under `jax.jit` in it are jaxprs of their own. Here
+they are spelled out, so the operations of the backward pass stand side by side. The backward pass
+of a function under `jax.checkpoint` stays one operation.
 """
 
 import contextlib
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 from jax.extend import core
 
 Value = Any  # the number of a value, or a literal
@@ -147,10 +147,6 @@ class _Writer(NamedTuple):
         inside = (*scopes, scope) if scope else scopes
         if name in ("jit", "pjit") and not _has_shardings(params):
             return self.write(params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs, inside)
-        if name == "checkpoint" and params["differentiated"]:
-            # Its barrier keeps XLA from computing in the forward pass what belongs to this one.
-            inputs = self._write_barrier(equation, inputs, inside)
-            return self.write(params["jaxpr"], [], inputs, (*inside, name))
         if name == "reshard" and equation.invars[0].aval == equation.outvars[0].aval:
             return inputs  # it changes nothing
         outputs = [next(self.numbers) for _ in equation.outvars]
@@ -160,28 +156,6 @@ class _Writer(NamedTuple):
             Operation(name, params, "/".join(inside), inputs, outputs, sizes, run)
         )
         return [*outputs]
-
-    def _write_barrier(
-        self, equation: Any, inputs: list[Value], scopes: tuple[str, ...]
-    ) -> list[Value]:
-        """Write the barrier of a `jax.checkpoint` around its inputs."""
-        wanted = equation.params["prevent_cse"]
-        wanted = (wanted,) * len(inputs) if isinstance(wanted, bool) else wanted
-        behind = [n for n, one in enumerate(wanted) if one and isinstance(inputs[n], int)]
-        if not behind:
-            return inputs
-        outputs = [next(self.numbers) for _ in behind]
-        sizes = [getattr(equation.invars[n].aval, "size", 1) for n in behind]
-
-        def run(*values: Any) -> list[Any]:
-            return [*lax.optimization_barrier(values)]
-
-        read = [inputs[n] for n in behind]
-        self.operations.append(
-            Operation("optimization_barrier", {}, "/".join(scopes), read, outputs, sizes, run)
-        )
-        after = dict(zip(behind, outputs, strict=True))
-        return [after.get(n, value) for n, value in enumerate(inputs)]
 
 
 def call_jaxpr(jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
