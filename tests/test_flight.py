@@ -116,6 +116,36 @@ def test_a_transfer_between_slices_is_in_flight_from_send_to_done():
     assert (total.operation, total.beside, total.after) == ("all-reduce", 0, 1)
 
 
+LOOPS = f"""HloModule step, is_scheduled=true, num_partitions=8
+%body (p: f32[8]) -> f32[8] {{
+  %p = f32[8] parameter(0)
+  ROOT %in_loop = f32[8] all-reduce(%p), {GROUP}, to_apply=%add
+}}
+
+%condition (q: f32[8]) -> pred[] {{
+  %q = f32[8] parameter(0)
+  ROOT %true = pred[] constant(true)
+}}
+
+%branch (r: f32[8]) -> f32[8] {{
+  %r = f32[8] parameter(0)
+  ROOT %in_branch = f32[8] all-reduce(%r), {GROUP}, to_apply=%add
+}}
+
+ENTRY %main (x: f32[8], flag: pred[]) -> f32[8] {{
+  %x = f32[8] parameter(0)
+  %flag = pred[] parameter(1)
+  %loop = f32[8] while(%x), condition=%condition, body=%body
+  %choice = f32[8] conditional(%flag, %loop, %loop), branch_computations={{%branch, %branch}}
+  ROOT %outside = f32[8] all-reduce(%choice), {GROUP}, to_apply=%add
+}}
+"""
+
+
+def test_collectives_in_loops_and_conditions_are_left_out():
+    assert [one.name for one in diagnostics.in_flight(LOOPS)] == ["outside"]
+
+
 def test_collectives_may_be_chosen_by_the_axes_that_they_cross():
     mesh = jax.sharding.AbstractMesh((2, 4), ("slice", "chip"))
     send, total = diagnostics.in_flight(SLICES)

@@ -95,6 +95,8 @@ def in_flight(
     ]
     found = []
     for name, records in collectives_by_instruction(program, placement, 1, axes).items():
+        if scope[name].opcode in ("while", "conditional"):
+            continue
         start, end = order[name], order[_end(name, program)]
         beside = sum(start < place < end for place, _ in backward)
         after = sum(multiplies for place, multiplies in backward if place > start)
