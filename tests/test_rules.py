@@ -28,6 +28,12 @@ def test_removes_the_workers_axis(axis_name, expected):
     assert signax.inner_rules(signax.inner_rules(RULES, axis_name), axis_name) == expected
 
 
+def test_rules_may_be_lists_as_configurations_have_them():
+    rules = [["batch", ["data", "fsdp"]], ["length", ["data"]], ["embed", ["fsdp", "tensor"]]]
+    expected = (("batch", "fsdp"), ("length", None), ("embed", ("fsdp", "tensor")))
+    assert signax.inner_rules(rules, "data") == expected
+
+
 def test_rejects_what_is_no_rule():
     with pytest.raises(TypeError, match="rules has 'batch', but needs pairs"):
         signax.inner_rules(["batch"], "data")

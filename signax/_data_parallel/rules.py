@@ -40,6 +40,7 @@ def inner_rules(rules: Iterable[Any], axis_name: Hashable) -> tuple[Rule, ...]:
         if not isinstance(rule, (tuple, list)) or len(rule) != 2:
             raise TypeError(f"rules has {rule!r}, but needs pairs of a logical name and mesh axes")
         name, axes = rule
+        axes = tuple(axes) if isinstance(axes, list) else axes  # as configurations have them
         inner = [axis for axis in axis_names(axes) if axis is not None and axis not in workers]
         kept.append((name, inner[0] if len(inner) == 1 else tuple(inner) or None))
     return tuple(kept)
