@@ -389,6 +389,11 @@ def in_remat(table, p, b):
     return jax.checkpoint(lambda q: jnp.sin(jnp.cos(q * table) * b).sum())(p)
 
 
+def in_linear_solve(table, p, b):
+    solved, _ = jax.scipy.sparse.linalg.cg(lambda x: x * (2 + table), b.sum(0) * p)
+    return solved.sum()
+
+
 def in_collectives(table, p, b):
     return (jax.lax.pmean(b.mean(0), "data") * p * table).sum() * (1 + jax.lax.axis_index("data"))
 
@@ -403,8 +408,8 @@ def as_random_key(table, p, b):
 
 
 CAPTURING = [
-    in_scan, in_while_loop, in_cond, in_jit, in_custom_rules, in_remat, in_collectives, as_indexed,
-    as_random_key,
+    in_scan, in_while_loop, in_cond, in_jit, in_custom_rules, in_remat, in_linear_solve,
+    in_collectives, as_indexed, as_random_key,
 ]  # fmt: skip
 TABLE = np.linspace(0.1, 1, 4, dtype=np.float32)
 SLOPES = np.linspace(-1, 1, 4, dtype=np.float32)

@@ -162,6 +162,8 @@ class _Program(NamedTuple):
             return self._mesh(value)
         if type(value) in (tuple, list):
             return type(value)([self._convert(item) for item in value])
+        if isinstance(value, tuple) and hasattr(value, "_fields"):  # of a linear solve, for example
+            return type(value)(*map(self._convert, value))
         return value
 
     def _mesh(self, mesh: AbstractMesh) -> AbstractMesh:
