@@ -4,8 +4,8 @@
     python -m signax.cost --parameters 1e9 --workers 4 --link 10gbit --step-time 300ms --buckets 8
     python -m signax.cost --parameters 124M --workers 8 --link 1gbit --step-time 1s --local-steps 8
 
-The time of an exchange is that of `signax.diagnostics.exchange_seconds`. All parameters count as
-one array. A mean overlaps with the backward pass, which takes two thirds of the step's time. Other
+`signax.diagnostics.exchange_seconds` gives the time of an exchange. All parameters count as one
+array. A mean overlaps with the backward pass, which takes two thirds of the step's time. Other
 exchanges begin when every gradient is known, or with --buckets of `signax.in_buckets` each begins
 when an equal part of the backward pass has ended. With local steps nothing overlaps, and the time
 and the bytes of an exchange are divided by the number of steps between two of them.

@@ -138,7 +138,7 @@ def check_learning_rate(learning_rate: Any) -> None:
 
 
 def check_transformation(name: str, value: Any) -> None:
-    """Raise if a value is not an Optax transformation, but a function that makes one."""
+    """Raise if a value is not an Optax transformation, for example a function that makes one."""
     if not (hasattr(value, "init") and hasattr(value, "update")):
         raise TypeError(
             f"{name}={value!r} is not a gradient transformation: pass what calling signax.<name>() "

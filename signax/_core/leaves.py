@@ -251,7 +251,7 @@ def specs_like(tree: Any, specs: Any) -> Any:
 
 
 def spec_unless_masked(node: Any, spec: PartitionSpec) -> Any:
-    """The spec of a leaf, or the mask in its stead."""
+    """The spec of a leaf, or the mask that replaces the leaf."""
     return node if is_masked(node) else spec
 
 

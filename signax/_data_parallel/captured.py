@@ -2,7 +2,7 @@
 
 `jax.shard_map` rejects a function that captures an array whose type has Explicit axes, and advises
 the author of the `shard_map`. Here the captured arrays become arguments: the function is traced
-outside, where its own types hold, and its program runs again inside, with the types of there.
+outside, where its own types hold, and its program runs again inside, with the types inside.
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
@@ -107,7 +107,7 @@ class _Program(NamedTuple):
     axes: frozenset[Hashable]
 
     def run(self, program: Any, arguments: Sequence[Any]) -> list[Any]:
-        """Evaluate a program equation by equation, with the types of inside."""
+        """Evaluate a program equation by equation, with the types inside the map."""
         consts = [self.arrays.get(id(const), const) for const in _consts(program)]
         program = _open(program)
         values = dict(
@@ -139,7 +139,7 @@ class _Program(NamedTuple):
         return results if eqn.primitive.multiple_results else [results]
 
     def _map(self, params: dict[str, Any], inputs: list[Any]) -> Sequence[Any]:
-        """Run a map over axes within a worker, on the mesh of inside."""
+        """Run a map over axes within a worker, on the mesh inside the map over workers."""
         # JAX 0.12 renamed the axes.
         axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
         mapped = jax.shard_map(
@@ -152,7 +152,7 @@ class _Program(NamedTuple):
         return mapped(*inputs)
 
     def _convert(self, value: Any) -> Any:
-        """A parameter of an equation, with the programs, shardings and meshes of inside."""
+        """A parameter of an equation, with programs, shardings and meshes as they are inside."""
         if isinstance(value, (_ClosedJaxpr, core.Jaxpr)):
             return self._retrace(value)
         if isinstance(value, NamedSharding):
@@ -171,7 +171,7 @@ class _Program(NamedTuple):
         return mesh.update_axis_types(manual)
 
     def _retrace(self, program: Any) -> Any:
-        """A program that is a parameter, such as the body of a loop, with the types of inside."""
+        """A program that is a parameter, such as the body of a loop, with the types inside."""
         avals = [variable.aval for variable in _open(program).invars]
         if not all(isinstance(aval, jax.core.ShapedArray) for aval in avals):
             return program  # a kernel on references, which have no mesh
@@ -182,7 +182,7 @@ class _Program(NamedTuple):
 
 
 def is_of_captured(error: Exception) -> bool:
-    """Whether JAX says that an array has the types of outside the `shard_map`."""
+    """Whether an error of JAX is about an array with types from outside the `shard_map`."""
     words = "Closing over inputs", "ontext mesh", "Mesh for all inputs"
     return any(part in str(error) for part in words)
 

@@ -108,7 +108,7 @@ def differences(
     positions: Sequence[int],
     active: Any,
 ) -> tuple[list[jax.Array], jax.Array]:
-    """The common parameters minus each worker's own, in rows, and who has something to say.
+    """The common parameters minus each worker's own, in rows, and which workers take part.
 
     Leaves at the given positions are subtracted. A worker takes part if it is active, and if its
     own parameters are finite and differ from the common parameters somewhere.

@@ -41,9 +41,10 @@ def find_buckets(
         `has_aux` a pair of the loss and anything else.
       params: the parameters, or their shapes.
       *args: the further arguments of `loss_fn`, or their shapes, as one worker gets them.
-      number: the most buckets. By default, `"auto"`, as many as leave each message but the last at
-        least `min_bytes` long, and twelve at most. On CPUs (`jax.default_backend()`) `"auto"`
-        is one bucket: collectives block there, so further messages cost time and hide nothing.
+      number: the largest number of buckets. By default, `"auto"`, as many as leave each message
+        but the last at least `min_bytes` long, and twelve at most. On CPUs
+        (`jax.default_backend()`) `"auto"` is one bucket: collectives block there, so further
+        messages cost time and hide nothing.
       min_bytes: the least bytes of a message that `"auto"` makes, at one bit per parameter. The
         default, 1 MiB, takes about 0.1 ms on a link of 100 Gbit/s, more than a collective takes to
         start. Much shorter messages would take longer to start than to send.

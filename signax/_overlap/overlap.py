@@ -48,7 +48,8 @@ def overlap(step: Callable[..., Any]) -> Callable[..., Any]:
 
     It needs exchanges that do not wait for all gradients: see :func:`signax.in_buckets`. Without
     two such exchanges the step stays as it is. `train_step` of :class:`signax.DataParallel` does
-    this by itself.
+    this by itself. Call the result under `jax.jit`: outside, its operations are compiled one by one
+    in every call.
 
     Args:
       step: a training step, with gradients and an update in it, of trees of arrays. It is a
