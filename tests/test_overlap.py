@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 from workers import auto_mesh
 
@@ -280,6 +280,65 @@ def check_train_step(tx):
     assert_equal(found, expected)
 
 
+def one_step(tx, params, batch, loss_fn=unrolled):
+    """Parameters after a step of `train_step`, and the rows of gradients before it."""
+    key = jax.random.key(0)
+    _, rows = jax.jit(tx.value_and_grad(loss_fn))(params, batch, key=key)
+    step, arguments = tx.train_step(loss_fn), (jax.tree.map(jnp.copy, params), tx.init(params))
+    names = operations(step.trace(*arguments, batch, key=key).jaxpr.jaxpr)
+    return step(*arguments, batch, key=key)[0], rows, names
+
+
+def test_train_step_averages_in_buckets():
+    mean = optax.chain(signax.average_updates("data"), optax.sgd(0.1))
+    mesh, batch = auto_mesh({"data": NUM_WORKERS}), make_batch()
+    found, _, names = one_step(
+        signax.DataParallel(signax.in_buckets(mean, BUCKETS), mesh), PARAMS, batch
+    )
+    _, _, plain = one_step(signax.DataParallel(mean, mesh), PARAMS, batch)
+    assert names.count("optimization_barrier") > plain.count("optimization_barrier")
+    gradient = jax.grad(unrolled)(PARAMS, batch, None)  # the shares of the workers are equal
+    for after, before, g in zip(*map(jax.tree.leaves, (found, PARAMS, gradient)), strict=True):
+        np.testing.assert_allclose(after, before - 0.1 * g, rtol=1e-5, atol=1e-6)
+
+
+def test_train_step_votes_by_sums_in_buckets():
+    vote = signax.sign_sgd(
+        0.5, axis_name="data", transport="sum", zeros="plus", ties="plus", weight_decay=0.0
+    )
+    tx = signax.DataParallel(signax.in_buckets(vote, BUCKETS), auto_mesh({"data": NUM_WORKERS}))
+    found, rows, _ = one_step(tx, PARAMS, make_batch())
+    for after, before, g in zip(*map(jax.tree.leaves, (found, PARAMS, rows)), strict=True):
+        votes = np.where(np.where(np.asarray(g) >= 0, 1, -1).sum(axis=0) >= 0, 1, -1)
+        np.testing.assert_allclose(after, before - 0.5 * votes, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", ["ef_sign_sgd", "sum"])
+def test_train_step_takes_sharded_parameters_in_buckets(name, kind):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+    specs = {"up": PartitionSpec(None, "model"), "down": PartitionSpec()}
+    params = {"up": jnp.ones((WIDTH, 4)), "down": jnp.ones((WIDTH, WIDTH))}
+    place = {key: jax.NamedSharding(mesh, spec) for key, spec in specs.items()}
+    params = jax.device_put(params, place)
+    if name == "sum":
+        each = signax.signum(0.1, axis_name="data", transport="sum")
+    else:
+        each = signax.ef_sign_sgd(0.1, axis_name="data", num_workers=2)
+    tx = signax.in_buckets(each, {"up": 0, "down": 1})
+    tx = signax.DataParallel(tx, mesh, param_specs=specs if kind == AxisType.Auto else None)
+
+    def loss_fn(params, batch, key):
+        del key
+        return jnp.mean((batch @ params["down"] @ params["up"]) ** 2)
+
+    batch = jnp.asarray(np.random.default_rng(0).standard_normal((8, WIDTH)), jnp.float32)
+    found, rows, _ = one_step(tx, params, batch, loss_fn)
+    updates, _ = jax.jit(tx.update)(rows, tx.init(params), params)
+    expected = optax.apply_updates(params, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+
+
 @pytest.mark.parametrize(
     ("name", "chunk"),
     [
@@ -297,26 +356,17 @@ def test_train_step_equals_a_gradient_and_an_update_bit_for_bit(name, chunk, mon
     check_train_step(tx)
 
 
-MATRICES = {"first": MuonDimensionNumbers(), "layers": MuonDimensionNumbers(1, 2), "last": None}
-WITHIN_WORKERS = {
-    "muon": lambda: signax.muon(0.1, axis_name="data", weight_dimension_numbers=MATRICES),
-    "ef_sign_sgd": lambda: signax.ef_sign_sgd(0.1, 0.9, axis_name="data"),
-    "sums": lambda: optimizer("sums"),
-}
-
-
-@pytest.mark.parametrize(
-    "name", [n if n == "muon" else pytest.param(n, marks=thorough) for n in WITHIN_WORKERS]
-)
-def test_train_step_takes_parameters_that_are_sharded_within_a_worker(name):
+def test_train_step_takes_matrices_that_are_sharded_within_a_worker():
+    matrices = {"first": MuonDimensionNumbers(), "layers": MuonDimensionNumbers(1, 2), "last": None}
     specs = {
         "first": PartitionSpec("model"),
         "layers": PartitionSpec(None, None, "model"),
         "last": {"w": SHARED, "b": SHARED},
     }
+    muon = signax.muon(0.1, axis_name="data", weight_dimension_numbers=matrices)
     mesh = auto_mesh({"data": 4, "model": 2})
-    tx = signax.in_buckets(WITHIN_WORKERS[name](), BUCKETS)
-    check_train_step(signax.DataParallel(tx, mesh, param_specs=specs))
+    tx = signax.DataParallel(signax.in_buckets(muon, BUCKETS), mesh, param_specs=specs)
+    check_train_step(tx)
 
 
 @pytest.mark.parametrize(

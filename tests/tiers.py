@@ -34,7 +34,6 @@ FURTHER_CASES = {
         "results_are_those_of_the_step_bit_for_bit": "kinds of losses",
         "the_program_has_the_same_collectives_and_barriers_beside": "kinds of losses",
         "train_step_equals_a_gradient_and_an_update_bit_for_bit": "signs, and sums of signs",
-        "train_step_takes_parameters_that_are_sharded_within_a_worker": "sums over further axes",
     },
     "test_pvote_scatter": {"parts_equal_the_reference_along_every_dimension": "vmap and pmap"},
     "test_scaled_signs": {

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from signax._overlap.program import Evaluation, Operation, Program, run_equation
+from signax._overlap.program import Evaluation, Operation, Program, run_equation, scopes_of
 
 
 class Joined(NamedTuple):
@@ -175,4 +175,5 @@ def _map_over_further_axes(equation: Any, inputs: Sequence[Any]) -> list[Any]:
         axis_names={*_axes(params)},
         check_vma=False,
     )
-    return mapped(*inputs)
+    with scopes_of(equation):
+        return mapped(*inputs)

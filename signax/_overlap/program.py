@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend import core
+from jax import lax
+from jax.extend import core, source_info_util
 
 Value = Any  # the number of a value, or a literal
 
@@ -176,10 +177,16 @@ def run_equation(equation: Any, jaxpr: Any, scopes: tuple[str, ...], *inputs: An
         for scope in scopes:
             stack.enter_context(jax.named_scope(scope))
         if equation.primitive.name == "psum_invariant":
-            # JAX refuses this typed sum where no types are checked. `lax.psum` fits both.
-            stack.enter_context(jax.named_scope(str(equation.source_info.name_stack)))
+            # A sum that JAX made where types are checked rejects values of a map without types.
+            stack.enter_context(scopes_of(equation))
             return lax.psum([*inputs], equation.params["axes"])
         return call_jaxpr(alone, [x for v, x in values if not isinstance(v, core.Literal)])
+
+
+def scopes_of(equation: Any) -> contextlib.AbstractContextManager[Any]:
+    """The name scopes of an equation, within the current ones."""
+    scopes = source_info_util.current_name_stack() + equation.source_info.name_stack
+    return source_info_util.set_name_stack(scopes)
 
 
 def _has_shardings(params: dict[str, Any]) -> bool:
