@@ -39,6 +39,14 @@ def test_rejects_an_invalid_axis_name(axis_name, mesh):
     assert repr(axis_name) in str(error.value)
 
 
+def test_rejects_axes_of_both_types():
+    types = (AxisType.Auto, AxisType.Explicit)
+    mesh = jax.make_mesh((2, 4), ("host", "chip"), axis_types=types)
+    with pytest.raises(ValueError, match="Auto and of type Explicit"):
+        signax.DataParallel(SIGNUM, mesh, ("host", "chip"))
+    signax.DataParallel(SIGNUM, mesh, "host")
+
+
 def test_rejects_an_optimizer_of_another_axis(mesh):
     tx = signax.DataParallel(signax.signum(0.1, axis_name="batch"), mesh)
     with pytest.raises(NameError, match="'batch' is not bound") as error:

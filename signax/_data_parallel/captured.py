@@ -157,7 +157,8 @@ class _Program(NamedTuple):
             return self._retrace(value)
         if isinstance(value, NamedSharding):
             spec = _without_axes(value.spec, self.axes)
-            return NamedSharding(self._mesh(value.mesh.abstract_mesh), spec)
+            mesh = self._mesh(value.mesh.abstract_mesh)
+            return NamedSharding(mesh, spec, memory_kind=value.memory_kind)
         if isinstance(value, AbstractMesh):
             return self._mesh(value)
         if type(value) in (tuple, list):

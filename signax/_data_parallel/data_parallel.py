@@ -49,8 +49,8 @@ class DataParallel(GradientsOnMesh):
       num_workers: int, M, the size of the axis, or the product of the sizes of several axes.
 
     Raises:
-      ValueError: the mesh has no such axis, or `param_specs` names the workers' axis or an unknown
-        axis.
+      ValueError: the mesh has no such axis, the workers' axes are of both types, or `param_specs`
+        names the workers' axis or an unknown axis.
       TypeError: `tx` or `local` is not a transformation, `mesh` is not a mesh, `axis_name` names no
         axis, or `param_specs` holds something else than specs.
 

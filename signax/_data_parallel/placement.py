@@ -60,6 +60,11 @@ class Workers(NamedTuple):
         _check_param_specs(param_specs, mesh, axis_name)
         num_workers = math.prod([mesh.shape[axis] for axis in axis_names(axis_name)])
         explicit = explicit_axes(mesh)
+        if 0 < len(explicit & {*axis_names(axis_name)}) < len(axis_names(axis_name)):
+            raise ValueError(
+                f"axis_name={axis_name!r} has axes of type Auto and of type Explicit, on a mesh "
+                f"with axis_types={mesh.axis_types}: give all axes of the workers one type"
+            )
         inside = explicit - {*axis_names(axis_name)}
         return cls(mesh, axis_name, num_workers, explicit, inside, param_specs)
 
