@@ -113,7 +113,8 @@ def grid(method: str, args: argparse.Namespace) -> list[Run]:
     sizes = [1e-3 * 2.0**exponent for exponent in args.exponents]
     # A method without such memories or without outer steps has no use for their settings.
     forgets = "/" not in method or method.endswith("/f32") or "/ef21/" in method
-    decays = [1.0] if forgets or method.startswith("fault") else args.decays
+    forgets |= method.startswith(("others", "delay", "fault"))
+    decays = [1.0] if forgets else args.decays
     outer = (args.outer_step_sizes, args.outer_momenta)
     if "diloco" not in method:
         outer = ([0.7], [0.9])

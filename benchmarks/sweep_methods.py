@@ -12,10 +12,11 @@ A method is a name with options in order, such as `muon/direction/1` or `diloco/
   and `1+4` the same for matrices, and 4 bits for embeddings and vectors;
 - `delayed-diloco/OPTIMIZER/H/BITS`: the same, but the outer step comes H local steps after its
   differences were sent, and workers go on meanwhile;
-- `delay/METHOD`: a method of the example whose updates are applied one step later;
 - `one-bit-adam/SHARE`: 1-bit Adam, with a warm-up of a share of all steps;
-- `fault/KIND/METHOD`: a method of the example where three workers forge their gradients, by
-  `invert`, `random` or `nan`.
+- `others/RMS/METHOD`: `muon` or `ef-muon` with this `others_rms`;
+- `delay/METHOD`: a method whose updates are applied one step later;
+- `fault/KIND/METHOD`: a method where three workers forge their gradients, by `invert`, `random` or
+  `nan`.
 
 The step size, momentum and decay of memories may be traced, so one program runs a whole grid.
 """
@@ -122,19 +123,26 @@ def delayed(inner: Any) -> Any:
     return optax.GradientTransformation(init, update)
 
 
+def of_method(run: SimpleNamespace, *method: str) -> SimpleNamespace:
+    """The same run of another method."""
+    return SimpleNamespace(**{**vars(run), "method": "/".join(method)})
+
+
 def make(run: SimpleNamespace) -> tuple[Any, Any, int]:
     """The optimiser of every step, the outer one of DiLoCo if any, and H."""
     name, *options = run.method.split("/")
     if not options:
         return example.make_optimizer(run, AXIS), None, 1
     if name == "fault":
-        kind, method = options
+        kind, *method = options
         forge = signax.testing.adversary(AXIS, FAULTY, kind, jax.random.key(0))
-        run = SimpleNamespace(**{**vars(run), "method": method})
-        return optax.chain(forge, example.make_optimizer(run, AXIS)), None, 1
+        return optax.chain(forge, make(of_method(run, *method))[0]), None, 1
     if name == "delay":
-        run = SimpleNamespace(**{**vars(run), "method": options[0]})
-        return delayed(example.make_optimizer(run, AXIS)), None, 1
+        return delayed(make(of_method(run, *options))[0]), None, 1
+    if name == "others":
+        rms, method = options
+        run = of_method(run, method)
+        return example.make_optimizer(run, AXIS, others_rms=float(rms)), None, 1
     if name == "one-bit-adam":
         steps = max(1, round(run.steps * float(options[0])))
         rate, decays = example.make_schedule(run), example.decay_options(run)

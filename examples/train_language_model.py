@@ -225,9 +225,9 @@ def make_muon(args):
     )
 
 
-def make_optimizer(args, axis):
-    """The optimiser of one worker, for workers along a mesh axis."""
-    schedule, options = make_schedule(args), {**decay_options(args), "axis_name": axis}
+def make_optimizer(args, axis, **options):
+    """The optimiser of one worker, for workers along a mesh axis, with further options of it."""
+    schedule, options = make_schedule(args), {**options, **decay_options(args), "axis_name": axis}
     if args.method in ("adamw", "muon-mean"):
         behind = make_adamw(args) if args.method == "adamw" else make_muon(args)
         return optax.chain(signax.average_updates(axis), behind)

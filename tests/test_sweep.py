@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from processes import BENCHMARKS, EXAMPLES, run_program
 
@@ -35,7 +36,7 @@ def test_runs_by_vmap_equal_runs_on_a_mesh(tmp_path):
 
 
 def test_methods_train_and_finished_runs_are_left_out(tmp_path):
-    methods = ["muon/direction-polar/1", "adamw/ef21/1", "fault/random/muon"]
+    methods = ["muon/direction-polar/1", "adamw/ef21/1", "fault/random/others/0.2/muon"]
     methods += ["one-bit-adam/0.5", "diloco/adamw/2/4"]
     options = ("--methods", *methods, "--exponents", 3)
     found, _ = sweep(tmp_path, *options, "--decays", 0.5)
@@ -45,18 +46,25 @@ def test_methods_train_and_finished_runs_are_left_out(tmp_path):
     assert again[: len(found)] == found
     added = again[len(found) :]
     assert [run["decay"] for run in added] == [1.0] * 3  # the other two have no such memories
-    assert "fault/random/muon: finished before" in printed
+    assert "fault/random/others/0.2/muon: finished before" in printed
 
 
 @pytest.mark.parametrize(
     ("steps", "below_adamw", "above_muon"), [(300, 0.1, 0.01), (1200, 0.04, 0.02)]
 )
-def test_one_bit_with_feedback_is_near_muon_and_below_adamw(steps, below_adamw, above_muon):
+def test_one_bit_is_near_muon_and_below_adamw(steps, below_adamw, above_muon):
     report = json.loads((BENCHMARKS / "results" / "sweep.json").read_text())
-    best = {}
-    for run in report["results"]:
-        if run["steps"] == steps and run["parameters"] < 2e6:
-            loss = run["validation_losses"][-1]
-            best[run["method"]] = min(best.get(run["method"], math.inf), loss)
-    assert best["ef-muon"] < (1 - below_adamw) * best["adamw"]
-    assert best["ef-muon"] < (1 + above_muon) * best["muon-mean"]
+    runs = [run for run in report["results"] if run["steps"] == steps and run["parameters"] < 2e6]
+    grids = {}
+    for run in runs:
+        losses = grids.setdefault(run["method"], {})
+        setting = run["step_size"], run["momentum"]
+        losses.setdefault(setting, {})[run["seed"]] = run["validation_losses"][-1]
+    # The best mean over three seeds.
+    best = {
+        method: min(np.mean([*seeds.values()]) for seeds in losses.values() if len(seeds) == 3)
+        for method, losses in grids.items()
+        if method in ("adamw", "muon-mean", "muon")
+    }
+    assert best["muon"] < (1 - below_adamw) * best["adamw"]
+    assert best["muon"] < (1 + above_muon) * best["muon-mean"]
