@@ -129,7 +129,7 @@ NUMBERS = {
     "schedule": lambda _: jnp.float32(0.5),
 }
 USES = [("signum", "learning_rate"), ("signum", "weight_decay")]
-USES_OF_CONSTANTS = [("muon", "consistent_rms"), ("ef_muon", "consistent_rms")]
+USES_OF_CONSTANTS = [("muon", "others_rms"), ("ef_muon", "others_rms")]
 
 
 @pytest.mark.parametrize(

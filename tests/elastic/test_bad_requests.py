@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 import pytest
 from clients import Client, make_bits, make_plan
+from sharded_run import wait_for
 
 from signax.elastic.credentials import make_token
 from signax.elastic.protocol import (
@@ -125,6 +126,7 @@ def send_bad_requests(serve, tmp_path, count):
             client.receive(call)
     honest = clients[1]
     pending = honest.send(2, make_bits(1), timeout=600)
+    wait_for(lambda: json.loads(honest.status())["present"] == [1])
     stranger = Client(server.address, 1, plan=PLAN, token="unknown")
     draw = random.Random(1)
     memory, before = [], None
