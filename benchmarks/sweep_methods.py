@@ -124,7 +124,7 @@ def delayed(inner: Any) -> Any:
 
 
 def of_method(run: SimpleNamespace, *method: str) -> SimpleNamespace:
-    """The same run of another method."""
+    """Return a run with the same settings that trains by another method."""
     return SimpleNamespace(**{**vars(run), "method": "/".join(method)})
 
 

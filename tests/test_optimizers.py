@@ -151,6 +151,16 @@ def test_numbers_of_any_dtype_leave_updates_their_dtype(kind, name, option):
         np.testing.assert_array_equal(updates[leaf].astype(jnp.float32), expected)
 
 
+@pytest.mark.parametrize("rms", [np.float64(0.5), jnp.float32(0.5)], ids=["NumPy", "JAX"])
+@pytest.mark.parametrize("name", ["muon", "ef_muon"])
+def test_steps_of_matrices_keep_their_dtype_whatever_that_of_their_size(name, rms):
+    tx = getattr(signax, name)(1.0, consistent_rms=rms)
+    params = jnp.eye(2, dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        updates, _ = tx.update(params, tx.init(params), params)
+    assert updates.dtype == jnp.bfloat16
+
+
 # --- one worker: the papers ------------------------------------------------------------------
 
 GRADIENTS = normal((60, 12), seed=2)

@@ -14,6 +14,7 @@ from jax.extend import core, source_info_util
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from signax._core.leaves import entry_axes
+from signax._core.maps import map_again
 
 # Calls that are evaluated in place. Gradients are part of the program, so nothing needs the rules
 # of a custom derivative any more.
@@ -140,16 +141,11 @@ class _Program(NamedTuple):
 
     def _map(self, params: dict[str, Any], inputs: list[Any]) -> Sequence[Any]:
         """Run a map over axes within a worker, on the mesh inside the map over workers."""
-        # JAX 0.12 renamed the axes.
-        axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
-        mapped = jax.shard_map(
-            lambda *arguments: self.run(params["jaxpr"], arguments),
-            in_specs=tuple(params["in_specs"]),
-            out_specs=[*params["out_specs"]],
-            axis_names={*axes},
-            check_vma=params["check_vma"],
-        )
-        return mapped(*inputs)
+
+        def run(*arguments: Any) -> list[Any]:
+            return self.run(params["jaxpr"], arguments)
+
+        return map_again(run, params, check_vma=params["check_vma"])(*inputs)
 
     def _convert(self, value: Any) -> Any:
         """A parameter of an equation, with programs, shardings and meshes as they are inside."""

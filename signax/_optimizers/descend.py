@@ -22,7 +22,7 @@ def descend(
 ) -> optax.GradientTransformationExtraArgs:
     """Chain a direction, decoupled weight decay and the learning rate.
 
-    Leaves keep their dtypes, whatever the dtype of a rate.
+    Updates keep the dtypes of their leaves, even if a rate has another dtype.
     """
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, low=-math.inf, ends="()")

@@ -209,7 +209,7 @@ def muon_momentum(
 def scale_steps(
     consistent_rms: float, others_rms: float, weight_dimension_numbers: DimensionNumbers
 ) -> optax.GradientTransformation:
-    """Scale directions of root mean square 1, those of matrices apart from the other leaves."""
+    """Multiply the directions of matrices by one number, and all other directions by another."""
     check_number("consistent_rms", consistent_rms, low=0)
     check_number("others_rms", others_rms, low=0)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from signax._core.maps import map_again, mapped_axes
 from signax._overlap.program import Evaluation, Operation, Program, run_equation, scopes_of
 
 
@@ -68,7 +69,7 @@ def run_joined(
         mesh=first["mesh"],
         in_specs=([*first["in_specs"]], [second["in_specs"][n] for n in own]),
         out_specs=([*first["out_specs"]], [*second["out_specs"]]),
-        axis_names={*_axes(first)},
+        axis_names={*mapped_axes(first)},
         check_vma=False,  # the types of both maps were checked when each of them was traced
     )
     waiting = _descendants(operations, {joined.gradient, joined.update})
@@ -87,16 +88,10 @@ def _is_map(operation: Operation) -> bool:
     return operation.name == "shard_map"
 
 
-def _axes(params: dict[str, Any]) -> Any:
-    """The axes over which a map with these parameters is."""
-    # JAX 0.12 renamed them.
-    return params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
-
-
 def _are_alike(one: Operation, other: Operation) -> bool:
     """Whether two maps are over the same axes of the same mesh."""
     same_mesh = one.params["mesh"] == other.params["mesh"]
-    return same_mesh and _axes(one.params) == _axes(other.params)
+    return same_mesh and mapped_axes(one.params) == mapped_axes(other.params)
 
 
 def _passed(gradient: Operation, update: Operation) -> dict[int, int]:
@@ -167,13 +162,9 @@ def _evaluate(jaxpr: Any, constants: Sequence[Any], inputs: Sequence[Any]) -> li
 
 def _map_over_further_axes(equation: Any, inputs: Sequence[Any]) -> list[Any]:
     """The outputs of a map over the devices of a worker, which checks no types either."""
-    params = equation.params
-    mapped = jax.shard_map(
-        lambda *blocks: _evaluate(params["jaxpr"], [], blocks),
-        in_specs=tuple(params["in_specs"]),
-        out_specs=[*params["out_specs"]],
-        axis_names={*_axes(params)},
-        check_vma=False,
-    )
+
+    def of_device(*blocks: Any) -> list[Any]:
+        return _evaluate(equation.params["jaxpr"], [], blocks)
+
     with scopes_of(equation):
-        return mapped(*inputs)
+        return map_again(of_device, equation.params, check_vma=False)(*inputs)

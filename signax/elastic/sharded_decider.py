@@ -46,8 +46,7 @@ class ShardedDecider(Decider):
       shards: the shards, on the same log.
 
     Raises:
-      ValueError: an option is out of range, or the log belongs to another number of workers or
-        servers.
+      ValueError: as in `Decider`.
     """
 
     def __init__(self, log: Log, snapshots: Snapshots, options: Options, shards: Shards):
