@@ -124,7 +124,7 @@ def exchange(
     header = make_header(worker.index, worker.coin, worker.tie, participates)
 
     updates = [None if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for leaf in like]
-    verdict = jnp.asarray([axis_size(route.axis_name), 0], jnp.uint32)  # if nothing is sent
+    verdict = [jnp.uint32(axis_size(route.axis_name)), jnp.uint32(0)]  # if nothing is sent
     counts, kept = [], list(memory)
     for group, message in zip(groups, messages, strict=True):
         own = [memory[n] for n in group.positions] if memory else []
@@ -133,8 +133,8 @@ def exchange(
         result = _settle_group(group, leaves, codec, route, worker, message, header, own, own_specs)
         assign(updates, group.positions, result.updates)
         assign(kept, group.positions, result.memory)
-        # Every group found the same verdict. Older JAX cannot index one of its rows here.
-        verdict = jnp.max(result.verdict, axis=0)
+        # Every device found the same verdict. Older JAX cannot index one of its rows here.
+        verdict = [jnp.max(each) for each in result.verdict]
         counts.extend(map(add_up, result.counts))
     voters, dead = verdict
     counts = [sum(counts[1:], start=counts[0])] if counts else []
@@ -203,7 +203,7 @@ class _Result(NamedTuple):
 
     Attributes:
       updates: the updates of its leaves.
-      verdict: u32[devices, 2], the number of voters and the decision on dead coordinates.
+      verdict: u32[devices] each, the number of voters and the decision on dead coordinates.
       counts: at most one u32[n, k], of n addends on each device.
       memory: the server's new memory.
     """
@@ -236,8 +236,8 @@ def _settle_group(
             sums = _sum(message, header, route.axis_name)
             with jax.named_scope("signax.unpack"):
                 updates, counts = cast(Summable, codec).decode_sums(sums, message, leaves)
-            verdict = jnp.stack([sums.voters, sums.dead])
-            return _Result(updates, verdict[None], counts, memory)
+            verdict = [sums.voters[None], sums.dead[None]]
+            return _Result(updates, verdict, counts, memory)
         combine = jax.named_scope("signax.count")(codec.combine)
         combine = partial(combine, context=Context(leaves, worker, memory))
         if isinstance(route.axis_name, Remote):
@@ -246,14 +246,14 @@ def _settle_group(
             reply = send(message, header, codec, route, combine, position[0])
         # A worker that does not take part reads the counts of another one, and ignores them.
         counts = [count[:, :, worker_of(header)] for count in reply.counts]
-        verdict = jnp.stack([reply.header >> 1, reply.header & 1])
+        verdict = [(reply.header >> 1)[None], (reply.header & 1)[None]]
         updates = jax.named_scope("signax.unpack")(codec.decode)(reply, leaves)
-        return _Result(updates, verdict[None], counts, reply.memory)
+        return _Result(updates, verdict, counts, reply.memory)
 
     message_specs = _message_specs(group, codec, route)
     of_leaves = Leaves(group.specs, group.specs)
     in_specs = of_leaves, message_specs, whole, whole, position_spec, memory_specs
-    out_specs = _Result(group.specs, flat, flat, memory_specs)
+    out_specs = _Result(group.specs, [flat, flat], flat, memory_specs)
     function = _on_blocks(settle, (*group.axes, *split), in_specs, out_specs)
     return function(leaves, message, header, worker, position, memory)
 

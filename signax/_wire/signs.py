@@ -77,7 +77,9 @@ class Rules(NamedTuple):
             zero = ~odd if self.relative else True
         else:
             zero = coin == 0 if self.relative else (coin == 0) ^ odd
-        return (jnp.where(plus | minus, plus ^ odd if self.relative else plus, zero),)
+        is_zero = ~(plus | minus)
+        # `zero` comes first, as the scalar in `signs`.
+        return ((zero & is_zero) | ((plus ^ odd if self.relative else plus) & ~is_zero),)
 
     def tie(self, coin: Array) -> Array:
         """The bit that breaks ties, as it travels: u32[] in {0, 1}."""
@@ -91,10 +93,15 @@ class Rules(NamedTuple):
         """The decided signs, +-1, or 0 without voters, from the `planes` of each leaf, upright."""
         if self.zeros == "abstain":
             return [p.astype(d) - m.astype(d) for (p, m), d in zip(bits, dtypes, strict=True)]
-        ones = {dtype: (voters > 0).astype(dtype) for dtype in dtypes}
         # Without the barrier XLA looks at the number of voters for every coordinate.
-        signs = lax.optimization_barrier({dtype: (one, -one) for dtype, one in ones.items()})
-        return [jnp.where(plus, *signs[dtype]) for (plus,), dtype in zip(bits, dtypes, strict=True)]
+        ones = lax.optimization_barrier({dtype: (voters > 0).astype(dtype) for dtype in dtypes})
+        signs = []
+        for (plus,), dtype in zip(bits, dtypes, strict=True):
+            one = np.ones([], dtype)
+            # The scalar comes first: XLA then orders the inputs of all leaves' kernels alike, and
+            # compiles one kernel for all leaves of a shape.
+            signs.append(ones[dtype] * jnp.where(plus, one, -one))
+        return signs
 
     def total(self, digits: Sequence[Array], voters: Array) -> Array:
         """The sum of the voters' ballots, from the digits of their counts: bool[...] to i32[...].

@@ -228,9 +228,14 @@ def dead_decision(
 
 def read_headers(headers: UInt32[Array, " M"]) -> Headers:
     """Read the headers of M workers."""
-    votes, coins, ties = header_bits(headers)
-    voters, tie = jnp.sum(votes, dtype=jnp.uint32), jnp.max(ties)
-    dead = dead_decision(jnp.sum(coins, dtype=jnp.uint32), voters, tie)
+    # A single reduction is one kernel.
+    voters, coins, tie = lax.reduce(
+        header_bits(headers),
+        (np.uint32(0),) * 3,
+        lambda x, y: (x[0] + y[0], x[1] + y[1], x[2] | y[2]),
+        (0,),
+    )
+    dead = dead_decision(coins, voters, tie)
     # Among an even number of voters the coin is one more vote, which breaks ties and only ties.
     coin = jnp.where(voters % 2 == 0, spread(tie), 0)
     # Without the barrier XLA computes both inside the counting loops.
