@@ -47,8 +47,8 @@ def density(tree: Any) -> Any:
     for each leaf v of d coordinates. The density lies between :math:`1/d` (one coordinate holds
     everything) and 1 (all magnitudes are equal); Gaussian noise gives :math:`2/\pi`. The scaled
     sign :math:`\frac{\lVert v \rVert_1}{d} \operatorname{sign}(v)` keeps the share
-    :math:`\phi(v)` of v's squared norm. A leaf with a small density therefore loses most in a
-    one-bit message.
+    :math:`\phi(v)` of v's squared norm, or more if v has zeros. A leaf with a small density
+    therefore loses most in a one-bit message.
 
     Args:
       tree: any pytree of floating-point arrays of any shape.

@@ -49,8 +49,8 @@ def ssdm(
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule.
       key: a random key, the same on every worker.
-      beta: the decay :math:`\beta` of the momentum, in [0, 1). For K steps the
-        paper takes :math:`1 - K^{-1/2}`, and the step size :math:`K^{-3/4}`.
+      beta: the decay :math:`\beta` of the momentum, in [0, 1). For K steps the paper takes
+        :math:`1 - K^{-1/2}`, and the step size :math:`K^{-3/4}`.
       norm: see :func:`signax.scale_by_stochastic_sign`.
       accumulator_dtype: the dtype of the momentum; by default the parameters' dtype.
       weight_decay: the decoupled weight decay :math:`\lambda`, times the learning rate, added

@@ -63,8 +63,8 @@ def sign_sgd(
     .. math:: x \leftarrow x - \alpha \left( \operatorname{sign} \sum_i \operatorname{sign}(g_i)
       + \lambda x \right)
 
-    A worker whose gradient is not finite is excluded from the vote. Without an axis the updates
-    equal `optax.sign_sgd`'s.
+    A worker whose gradient is not finite is excluded from the vote. Without an axis or an exchange
+    there is no vote, and the updates equal `optax.sign_sgd`'s.
 
     Args:
       learning_rate: the step size :math:`\alpha`, a number or a schedule.
@@ -170,8 +170,8 @@ def signum(
       ValueError: an option is unknown or out of range, or an option of the vote is given without
         workers; at the update, as in :func:`signax.majority_vote`, or the parameters that decay
         have other shapes than the updates.
-      TypeError: an option is of the wrong kind, or `warmup` is set
-        and `beta` is traced; at the update, a leaf is not floating-point.
+      TypeError: an option is of the wrong kind, or `warmup` is set and `beta` is traced; at the
+        update, a leaf is not floating-point.
       NameError: at the update, the axis is not bound.
 
     Examples:

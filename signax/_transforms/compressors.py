@@ -33,7 +33,8 @@ def scale_by_scaled_sign(*, block: Block = "leaf") -> optax.GradientTransformati
     .. math:: u = \frac{\lVert p \rVert_1}{d} \operatorname{sign}(p)
 
     for each block p of d coordinates. With the density of :func:`signax.diagnostics.density`, the
-    error :math:`\lVert u - p \rVert^2` is :math:`1 - \phi(p)` of :math:`\lVert p \rVert^2`.
+    error :math:`\lVert u - p \rVert^2` is :math:`1 - \phi(p)` of :math:`\lVert p \rVert^2`, or
+    less if coordinates are zero.
 
     Args:
       block: the coordinates that share a scale: `"leaf"`, an array (the paper's layers); `"tree"`,

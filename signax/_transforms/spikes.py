@@ -61,8 +61,8 @@ def skip_on_spike(
       State and updates are treated as by :func:`signax.hold_if_nonfinite`.
 
     Put it before the vote. Under `optax.partition` or `optax.masked` it sees only some of the
-    leaves. To judge all of them, put `skip_on_spike(optax.identity(), ...)` before the partition:
-    `optax.chain(signax.skip_on_spike(optax.identity()), signax.signum(0.1, axis_name="data"))`. In
+    leaves. To judge all of them, put it before the partition, around nothing:
+    `optax.chain(signax.skip_on_spike(optax.identity()), optax.partition(...))`. In
     :class:`signax.DataParallel`, the norm covers the whole of a leaf that is sharded within a
     worker. In your own `jax.shard_map` over further axes, a leaf is a device's block of it.
 

@@ -106,11 +106,11 @@ class Exchange(Remote):
         """Apply the decisions that this worker has missed. Call it before every step.
 
         It does nothing unless the worker has just started, its last ballot came too late, or the
-        deadline has passed since. Missed decisions come from the server's log. Each is applied by
-        `tx.update` with gradients of NaN, which count for nothing: votes exclude them, and momenta
-        stay as they are. So parameters, schedules and decay become what the other workers have. If
-        these are in the middle of a step that takes longer than the deadline, this method waits for
-        their next decision, so that this worker begins a step with them.
+        deadline has passed since its last decision. Missed decisions come from the server's log.
+        Each is applied by `tx.update` with gradients of NaN, which count for nothing: votes exclude
+        them, and momenta stay as they are. So parameters, schedules and decay become what the other
+        workers have. If these are in the middle of a step that takes longer than the deadline, this
+        method waits for their next decision, so that this worker begins a step with them.
 
         If the log does not reach back to the state, parameters and state come from a snapshot,
         which another worker uploads in this method. They hold that worker's momentum, and this
