@@ -245,9 +245,9 @@ def opposes(state: Any, *, threshold: float = THRESHOLD) -> jax.Array:
     steps (48,000 shares, with and without momentum) s stayed at 0.78 or below on every worker. On a
     worker that inverts its gradient s was above 1.25 after 8 steps with momentum, after 16 without.
 
-    If three of eight workers invert gradients and go on voting, honest workers finally exceed the
-    threshold, too. Exclude flagged workers: pass `active=~opposes(state)` to the next update. An
-    excluded worker is not measured, and stays excluded. Synthetic gradients flagged no honest
+    If three of eight workers invert gradients and go on voting, honest workers eventually exceed
+    the threshold, too. Exclude flagged workers: pass `active=~opposes(state)` to the next update.
+    An excluded worker is not measured, and stays excluded. Synthetic gradients flagged no honest
     worker in 1,000 steps, with up to three of eight workers excluded and up to 90% of coordinates
     zero, on the same coordinates on all workers or on different coordinates.
 
