@@ -12,7 +12,7 @@
 # # The majority vote
 #
 # The papers claim that the errors of a majority vote fall exponentially with the number of workers,
-# and that the vote sends 32 times fewer bytes than a mean in f32. Both hold, but for padding: if
+# and that the vote sends 32 times fewer bytes than a mean in f32. Both hold, apart from padding: if
 # each worker is right in 70% of the cases, one worker is wrong in 30% of them, a vote of 9 in 9.8%
 # and a vote of 21 in 2.5%, and eight workers that vote send 31.8 times fewer bytes.
 #
@@ -29,7 +29,7 @@
 # 3. $M$ workers divide the noise term of signSGD's rate by $\sqrt M$. *This holds. Whole runs gain
 #    less.*
 # 4. A vote takes one bit per coordinate and direction, 32 times less than a mean in f32. *This
-#    holds for 8 workers, but for padding. On hundreds of chips the way back takes two bits.*
+#    holds for 8 workers, apart from padding. On hundreds of chips the way back takes two bits.*
 #
 # Section 5 measures the effect of a tie in the papers' code.
 

@@ -383,7 +383,7 @@ claim(
 #
 # A compressor keeps a share $\delta$ if
 # $\lVert C(p) - p \rVert^2 \le (1 - \delta) \lVert p \rVert^2$. For the scaled sign, $\delta$ is
-# exactly the density $\phi(p) = \lVert p \rVert_1^2 / (d \lVert p \rVert_2^2)$. For top-k and (on
+# at least the density $\phi(p) = \lVert p \rVert_1^2 / (d \lVert p \rVert_2^2)$. For top-k and (on
 # average) random-k it is $k / d$. The paper's lemma says: with
 # $\mathrm{E} \lVert g_t \rVert^2 \le \sigma^2$
 #
@@ -499,7 +499,7 @@ claim("the bound is tight but for a factor of about 2", f"random-k reaches {shar
 # %% [markdown]
 # The assertion allows 5%: $n^2$ of the 40,000 coordinates has a standard deviation of 2.2 times its
 # mean, so the mean of the coordinates has a standard deviation of 1.1%. After 400 steps the
-# distribution of waiting times is geometric but for $(1 - \delta)^{400} = 10^{-9}$.
+# distribution of waiting times is geometric up to $(1 - \delta)^{400} = 10^{-9}$.
 #
 # ## 4. The smaller the batch, the more feedback matters
 #

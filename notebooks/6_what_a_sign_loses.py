@@ -12,7 +12,7 @@
 # # What a sign loses
 #
 # A vote on polar factors trains a transformer to a lower loss than AdamW does, and a vote on
-# momenta to a higher loss. One could think that a polar factor's entries are alike in size, so that
+# momenta to a higher loss. One might think that a polar factor's entries are alike in size, so that
 # their signs lose nothing. They are not: they are spread like Gaussian numbers, and a sign with one
 # scale keeps 62% of their energy, against 48% of a gradient's. What counts is the spectrum. A vote
 # on gradients follows a few directions of a matrix, like the gradients themselves. A vote on polar
