@@ -117,7 +117,7 @@ class Checkpoints:
         saved = found.settings
         for name, value in self.settings.items():
             if saved[name] != value and not (self.resize and name == "workers"):
-                hint = "; --resize shares the momenta out anew" if name == "workers" else ""
+                hint = "; --resize deals the momenta out" if name == "workers" else ""
                 sys.exit(
                     f"error: {self.manager.directory} holds a run with {name} = {saved[name]}, "
                     f"this one has {value}: they would not continue exactly{hint}"
@@ -201,7 +201,7 @@ def train(args):
         checkpoints.manager.close()  # waits for pending writes
     if number < stop:
         if first:
-            print(f"told to end at step {number} of {args.steps}", file=sys.stderr)
+            print(f"stopped by SIGTERM after step {number} of {args.steps}", file=sys.stderr)
         return preempted_code
 
     if first:
@@ -263,7 +263,7 @@ def launch(args):
         if not (killed or preempted) or not restarts_left:  # an error would only recur
             return preempted_code if preempted and not killed else int(any(codes))
         restarts_left -= 1
-        print("all processes start anew, from the last checkpoint", file=sys.stderr, flush=True)
+        print("all processes start again from the last checkpoint", file=sys.stderr, flush=True)
 
 
 def run_processes(args, stopped):
@@ -333,8 +333,8 @@ def parse_arguments(parser):
         const=100,
         default=0,
         metavar="N",
-        help="when one of the processes started here is killed or hangs, or all are told to end, "
-        "start all anew, at most N times (100 if not given)",
+        help="when one of the processes started here is killed or hangs, or all get SIGTERM, "
+        "start all again, at most N times (100 if not given)",
     )
     add(
         "--timeout",

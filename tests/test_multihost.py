@@ -177,7 +177,7 @@ def test_a_preempted_cluster_loses_no_step(start, train, tmp_path):
     run.wait_for("loss=")
     os.kill(run.workers()[1], signal.SIGTERM)
     assert run.wait() == 128 + signal.SIGTERM, run.stderr
-    number = int(run.wait_for("told to end at step ([0-9]+) of 1000")[1])
+    number = int(run.wait_for("stopped by SIGTERM after step ([0-9]+) of 1000")[1])
     assert number < 1000
     assert (tmp_path / "saved" / str(number)).is_dir()
     assert not params.exists()
@@ -186,8 +186,8 @@ def test_a_preempted_cluster_loses_no_step(start, train, tmp_path):
     run.wait_for("loss=")
     os.kill(run.workers()[0], signal.SIGTERM)
     assert run.wait() == 0, run.stderr
-    assert int(run.wait_for("told to end at step ([0-9]+) of 1000")[1]) > number
-    assert "start anew" in run.stderr
+    assert int(run.wait_for("stopped by SIGTERM after step ([0-9]+) of 1000")[1]) > number
+    assert "start again" in run.stderr
     assert_same(load(params), train("--devices", 2, *steps))
 
 
