@@ -170,7 +170,9 @@ REGISTRY = {
         voted=True,
         needs_params=True,
     ),
-    "lion": Case(signax.lion, {**RATE, "b1": 0.8, "weight_decay": 0.1}, needs_params=True),
+    "lion": Case(
+        signax.lion, {**RATE, "b1": 0.8, "b2": 0.9, "weight_decay": 0.1}, needs_params=True
+    ),
     "lion wide": Case(signax.lion, RATE, {"mu_dtype": jnp.float32, "weight_decay": 0.0}),
     "lion voted": Case(signax.lion, RATE, {**VOTE, "weight_decay": 0.0}, voted=True),
     "orthogonalize": Case(signax.orthogonalize),

@@ -193,6 +193,19 @@ def test_no_dtype_is_promoted_by_accident(name, dtypes):
         abstract_update(REGISTRY[name].make(), tree, steps=2)
 
 
+@case_names(lambda case: case.numbers)
+def test_numbers_of_a_wider_dtype_leave_updates_and_state_their_dtypes(name):
+    """Under `inject_hyperparams` numbers have the widest dtype of all leaves."""
+    case = REGISTRY[name]
+    tree = {dtype: small_tree(dtype) for dtype in ("bfloat16", "float32")}
+    tx = case.make(**{option: np.float32(value) for option, value in case.numbers.items()})
+    for promotion in ("standard", "strict"):
+        with jax.numpy_dtype_promotion(promotion):
+            updates, state, after = abstract_update(tx, tree)
+        assert updates == jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+        assert after == state
+
+
 @pytest.mark.parametrize("leaf", [jnp.ones(2, jnp.int32), jnp.ones(2, jnp.complex64)])
 @ours
 def test_rejects_integer_and_complex_updates_by_name(name, leaf):

@@ -99,7 +99,8 @@ def add_memory(value: jax.Array, error: jax.Array, decay: Any) -> jax.Array:
     Errors may add up to more than the dtype holds, as f16 shows soon. An infinity would stay in the
     memory for the rest of the run, so the sum saturates.
     """
-    corrected = (value.astype(error.dtype) + decay * error).astype(error.dtype)
+    with jax.numpy_dtype_promotion("standard"):  # the decay may have a wider dtype
+        corrected = (value.astype(error.dtype) + decay * error).astype(error.dtype)
     return short_of_infinity(corrected, value)
 
 

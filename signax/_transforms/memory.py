@@ -104,7 +104,9 @@ def scale_by_signum(
 
         def average(g: jax.Array, m: jax.Array):
             wide = common_dtype(g.dtype, m.dtype)
-            return (((1 - beta) * g).astype(wide) + (beta * m).astype(wide)).astype(m.dtype)
+            with jax.numpy_dtype_promotion("standard"):  # beta may have a wider dtype
+                fresh, old = (1 - beta) * g, beta * m
+            return (fresh.astype(wide) + old.astype(wide)).astype(m.dtype)
 
         with jax.named_scope("signax.momentum"):
             momentum = jax.tree.map(average, updates, state.momentum)
@@ -279,7 +281,7 @@ def checked(
     """Hold an Optax transformation to this library's contract.
 
     Leaves must be floating-point, the state's field `memory` must be a tree like the updates, and
-    updates keep their dtypes.
+    updates and memory keep their dtypes.
     """
     update = inner.update if memory is None else jax.named_scope("signax.momentum")(inner.update)
 
@@ -294,7 +296,11 @@ def checked(
         if memory is not None:
             check_alike("updates", updates, f"state.{memory}", getattr(state, memory))
         with jax.numpy_dtype_promotion("standard"):  # Optax lets JAX promote
-            new_updates, state = update(updates, state, params)
-        return optax.tree.cast_like(new_updates, updates), state
+            result: Any = update(updates, state, params)
+        new_updates, new_state = result
+        if memory is not None:  # a decay of a wider dtype would widen it
+            kept = optax.tree.cast_like(getattr(new_state, memory), getattr(state, memory))
+            new_state = new_state._replace(**{memory: kept})
+        return optax.tree.cast_like(new_updates, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
