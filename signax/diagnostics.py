@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from signax._core.checks import check_count, check_mode, check_number
 from signax._core.leaves import check_floating, common_dtype, relative_to_peak, wide_dtype
@@ -18,6 +17,7 @@ from signax._metrics import metrics
 from signax._wire.packing import num_words
 from signax._wire.parts import part_columns
 from signax._wire.words import choose_transport, part_words, sealed_words, words_of
+from signax._workers.agreement import Agreement
 from signax._workers.votes import THRESHOLD
 
 __all__ = [
@@ -280,10 +280,15 @@ def opposes(state: Any, *, threshold: float = THRESHOLD) -> jax.Array:
       Biometrika 41, 1954
     """
     check_number("threshold", threshold, low=0, ends="()")
-    found = [score for _, score in optax.tree.get_all_with_path(state, "opposition")]
+    nodes = jax.tree.leaves(state, is_leaf=_is_agreement)
+    found = [node.opposition for node in nodes if _is_agreement(node)]
     if not found:
         raise ValueError(
             "state holds no agreement: make its vote with agreement=True, as in "
             "signax.signum(1e-3, axis_name='data', agreement=True)"
         )
     return jnp.any(jnp.stack(found) > threshold, axis=0)
+
+
+def _is_agreement(node: Any) -> bool:
+    return isinstance(node, Agreement)

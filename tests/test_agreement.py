@@ -272,6 +272,13 @@ def test_no_worker_is_flagged_in_a_thousand_clean_steps(b1):
     assert found.max() > 0  # late in training gradients are noise, so workers disagree at times
 
 
+def test_a_parameter_that_is_called_opposition_is_no_agreement():
+    params = {"opposition": jnp.ones(3)}
+    assert not diagnostics.opposes(signax.lion(0.1, axis_name=AXIS, agreement=True).init(params))
+    with pytest.raises(ValueError, match="holds no agreement"):
+        diagnostics.opposes(signax.lion(0.1, axis_name=AXIS).init(params))
+
+
 def test_rejects_agreement_that_cannot_be_measured():
     rows = random_rows(3)
     tx = signax.majority_vote(AXIS, agreement=True)
