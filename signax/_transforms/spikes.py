@@ -55,8 +55,8 @@ def skip_on_spike(
 
     - The first `warmup` steps are accepted, whatever their norm. So is every step while the mean
       is 0.
-    - A larger gradient may be here to stay. After `max_in_a_row` skipped steps, the next finite
-      step is accepted, and the running mean starts again from this step, with its warm-up.
+    - A larger gradient may be here to stay. After `max_in_a_row` skipped steps in a row, a further
+      spike is accepted, and the running mean starts again from it, with its warm-up.
     - If updates or the state of `inner` are not finite, the step is no spike, and is not counted.
       State and updates are treated as by :func:`signax.hold_if_nonfinite`.
 
