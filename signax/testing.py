@@ -1,5 +1,6 @@
 """Faulty and adversarial workers, for tests and studies."""
 
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -69,8 +70,8 @@ def adversary(
     Raises:
       ValueError: `attack` is unknown, or an index in `workers` is repeated or out of range; at the
         update, a function returns other shapes.
-      TypeError: `axis_name` names no axis, or `key` is missing or is not a random key; at the
-        update, a leaf is not floating-point.
+      TypeError: `axis_name` names no axis, `workers` are not whole numbers, or `key` is missing or
+        is not a random key; at the update, a leaf is not floating-point.
       NameError: at the update, the axis is not bound.
 
     Examples:
@@ -90,8 +91,7 @@ def adversary(
     if not callable(attack) and attack not in get_args(Attack):
         known = ", ".join(map(repr, get_args(Attack)))
         raise ValueError(f"attack={attack!r} is unknown: use one of {known}, or a function")
-    if len(set(workers)) < len(workers) or any(worker < 0 for worker in workers):
-        raise ValueError(f"workers={workers!r} must be different indices from 0")
+    attackers = _indices(workers)
     if key is not None:
         check_key(key)
     elif attack == "random" or callable(attack):
@@ -106,9 +106,9 @@ def adversary(
         del params, extra_args
         check_floating(updates)
         index, size = worker_index(axis_name), lax.axis_size(axis_name)
-        if any(worker >= size for worker in workers):
+        if any(worker >= size for worker in attackers):
             raise ValueError(f"workers={workers!r} names one beyond the {size} of the axis")
-        attacks = jnp.any(index == jnp.array(workers, jnp.int32))
+        attacks = jnp.any(index == jnp.array(attackers, jnp.int32))
         next_key, drawn = jax.random.split(state.key)
         forged = _forge(attack, updates, jax.random.fold_in(drawn, index), axis_name, attacks)
         check_alike("attack's result", forged, "updates", updates, "it must return their shapes")
@@ -119,6 +119,17 @@ def adversary(
         return jax.tree.map(choose, forged, updates), AdversaryState(key=next_key)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _indices(workers: Any) -> tuple[int, ...]:
+    """The indices of the attackers, as Python's integers."""
+    try:
+        indices = tuple(map(operator.index, workers))
+    except TypeError:
+        raise TypeError(f"workers={workers!r} must be a list of indices, such as [0, 3]") from None
+    if len(set(indices)) < len(indices) or any(index < 0 for index in indices):
+        raise ValueError(f"workers={workers!r} must be different indices from 0")
+    return indices
 
 
 def _forge(

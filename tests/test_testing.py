@@ -147,6 +147,14 @@ def test_votes_under_attack_keep_replicas_equal():
     assert key.shape == ()  # shared by all workers
 
 
+def test_indices_may_be_an_array():
+    rows = jnp.ones((4, 2))
+    for workers in (jnp.array([1, 3]), np.array([1, 3])):
+        tx = adversary(AXIS, workers, "zero")
+        found = rows_of_workers("vmap", lambda g, tx=tx: tx.update(g, tx.init(g))[0], 4)(rows)
+        np.testing.assert_array_equal(found, [[1, 1], [0, 0], [1, 1], [0, 0]])
+
+
 def test_rejects_invalid_arguments():
     with pytest.raises(ValueError, match="attack='lie' is unknown: use one of 'invert'"):
         adversary(AXIS, [0], "lie")
@@ -154,6 +162,9 @@ def test_rejects_invalid_arguments():
         adversary(AXIS, [0, 0], "invert")
     with pytest.raises(ValueError, match=r"workers=\[-1\]"):
         adversary(AXIS, [-1], "invert")
+    for workers in (2, [0.5], "0", [None]):
+        with pytest.raises(TypeError, match=r"workers=.* must be a list of indices, such as"):
+            adversary(AXIS, workers, "invert")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="key=None is no random key, which attack='random' needs"):
         adversary(AXIS, [0], "random")
     with pytest.raises(TypeError, match="key=3"):
