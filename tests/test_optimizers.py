@@ -408,10 +408,17 @@ def test_an_unbound_axis_error_lists_the_ways_to_bind_it(factory):
 @pytest.mark.parametrize(
     ("name", "option"), [("signum", "accumulator_dtype"), ("lion", "mu_dtype")]
 )
-@pytest.mark.parametrize("dtype", [jnp.int8, "nonsense"])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn, "nonsense"])
 def test_rejects_a_momentum_that_cannot_move(name, option, dtype):
     with pytest.raises(ValueError, match=f"{option}=.*{getattr(dtype, '__name__', dtype)}"):
         getattr(signax, name)(0.1, **{option: dtype})
+
+
+@pytest.mark.parametrize(("name", "option"), DTYPE_OPTIONS)
+def test_rejects_a_dtype_that_optax_takes_for_a_schedule(name, option):
+    tx = optax.inject_hyperparams(getattr(signax, name))(0.1, **{option: jnp.float32})
+    with pytest.raises(ValueError, match=f"'{option}' in the static_args"):
+        tx.init(jnp.ones(2))
 
 
 def test_rejects_a_mask_that_optax_takes_for_a_schedule():

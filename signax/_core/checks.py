@@ -102,13 +102,15 @@ def check_accumulator_dtype(dtype: Any, name: str = "accumulator_dtype") -> None
     if dtype is None:
         return
     try:
-        floating = jnp.issubdtype(dtype, jnp.floating)
+        # Under inject_hyperparams a dtype is called as a schedule, and returns an array.
+        is_array = isinstance(dtype, (jax.Array, np.ndarray, np.generic))
+        floating = not is_array and jnp.issubdtype(dtype, jnp.floating)
     except TypeError:
         floating = False
-    if not floating:
+    if not (floating and jnp.finfo(dtype).bits >= 16):
         raise ValueError(
-            f"{name}={dtype!r} is no floating-point dtype, such as jnp.float32; under "
-            f"optax.inject_hyperparams list {name!r} in the static_args"
+            f"{name}={dtype!r} is no floating-point dtype of at least 16 bits, such as "
+            f"jnp.float32; under optax.inject_hyperparams list {name!r} in the static_args"
         )
 
 
