@@ -89,6 +89,16 @@ def test_momentum_in_f32_keeps_decays_that_bf16_rounds_away():
     np.testing.assert_allclose(kept["float32"].momentum[-1], (511 / 512) ** 49, rtol=1e-5)
 
 
+def test_signs_after_a_warmup_follow_a_momentum_below_the_range_of_f16():
+    tx = signax.scale_by_signum(0.9, warmup=True, accumulator_dtype=jnp.float32)
+    gradient = jnp.zeros(2, jnp.float16)
+    momentum = jnp.array([1e-9, -1e-9])
+    state = tx.init(gradient)._replace(count=jnp.int32(100), momentum=momentum)
+    signs, _ = tx.update(gradient, state)  # outside jit, where XLA may leave the cast out
+    assert signs.dtype == jnp.float16
+    assert signs.tolist() == [1, -1]
+
+
 def test_signum_counts_its_steps():
     _, states = run(signax.scale_by_signum(), jnp.ones((4, 2)))
     assert states.count.tolist() == [1, 2, 3, 4]

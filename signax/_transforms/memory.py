@@ -111,12 +111,10 @@ def scale_by_signum(
         with jax.named_scope("signax.momentum"):
             momentum = jax.tree.map(average, updates, state.momentum)
             direction = jax.tree.map(average, updates, momentum) if nesterov else momentum
+        signs = jax.tree.map(lambda g, m: jnp.sign(m).astype(g.dtype), updates, direction)
         if warmup_steps:
             filling = state.count < warmup_steps
-            direction = jax.tree.map(
-                lambda g, m: jnp.where(filling, g, m.astype(g.dtype)), updates, direction
-            )
-        signs = jax.tree.map(lambda g, m: jnp.sign(m).astype(g.dtype), updates, direction)
+            signs = jax.tree.map(lambda g, s: jnp.where(filling, jnp.sign(g), s), updates, signs)
         count = optax.safe_increment(state.count)
         return signs, ScaleBySignumState(count=count, momentum=momentum)
 
