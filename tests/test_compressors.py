@@ -56,6 +56,17 @@ def test_scaled_sign_of_a_tree_shares_one_scale(dtype):
         np.testing.assert_allclose(np.asarray(leaf, np.float64), reference, rtol=TOLERANCE[dtype])
 
 
+def test_a_program_adds_up_the_scale_of_a_tree_once():
+    tx = signax.scale_by_scaled_sign(block="tree")
+
+    def count_additions(num_leaves):
+        tree = [jnp.ones(3)] * num_leaves
+        program = jax.jit(tx.update).lower(tree, tx.init(tree)).compile()
+        return program.as_text().count(" add(")
+
+    assert count_additions(40) < 3 * count_additions(20)  # not 4, the square of 2
+
+
 def test_scaled_sign_of_a_tree_of_several_dtypes_keeps_each():
     tree = [jnp.full(3, 2.0, jnp.bfloat16), jnp.full(1, -6.0, jnp.float32)]
     found = compress(signax.scale_by_scaled_sign(block="tree"), tree)

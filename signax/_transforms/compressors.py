@@ -81,7 +81,8 @@ def _tree_mean_magnitude(tree: Any) -> jax.Array:
     total = jnp.zeros([], dtype)
     for leaf in leaves:
         total += jnp.sum(jnp.abs(leaf).astype(dtype) * share)
-    return total / (count * share)
+    # Without the barrier XLA copies the sum over all leaves into the program of every leaf.
+    return lax.optimization_barrier(total / (count * share))
 
 
 def _scaled_sign(p: jax.Array, block: Block) -> jax.Array:
