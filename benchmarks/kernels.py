@@ -39,7 +39,8 @@ from matplotlib.figure import Figure
 from report import interleave, print_table, save, summary
 
 from signax._wire import packing as wire
-from signax._wire.signs import Majority, Rules
+from signax._wire.ballots import Rules
+from signax._wire.signs import Majority
 from signax._wire.types import Context, Leaves, Worker
 from signax._wire.words import WORD_BITS, part_words, seal, sum_dtype, unseal
 

@@ -44,9 +44,9 @@ from signax._transforms.participation import (
     participation,
 )
 from signax._transforms.spikes import SkipOnSpikeState, skip_on_spike
+from signax._wire.ballots import DitherMemory
 from signax._wire.feedback import ScaledSignsMemory, scaled_signs_memory
 from signax._wire.quantized import pmean_quantized
-from signax._wire.signs import DitherMemory
 from signax._workers.agreement import Reputation
 from signax._workers.collectives import pmean_scaled_signs, pmean_signs, pvote, pvote_scatter
 from signax._workers.compressed import MeanScaledSignsState, mean_quantized, mean_scaled_signs

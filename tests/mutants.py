@@ -38,7 +38,7 @@ class Mutant(NamedTuple):
     tests: str
 
 
-WORDS, PACKING, SIGNS = "_wire/words.py", "_wire/packing.py", "_wire/signs.py"
+WORDS, PACKING, BALLOTS = "_wire/words.py", "_wire/packing.py", "_wire/ballots.py"
 SLABS = "_wire/slabs.py"
 EXCHANGE, SCALED, FEEDBACK = "_wire/exchange.py", "_wire/scaled_signs.py", "_wire/feedback.py"
 PARTS, LEAVES, PARTICIPATION = "_wire/parts.py", "_core/leaves.py", "_transforms/participation.py"
@@ -50,7 +50,7 @@ MUTANTS = [
     Mutant(WORDS, "(a & b) | (half & c)", "(a & b) | (half | c)", "words"),
     Mutant(WORDS, "((plane | reached) & ~wanted)", "((plane | reached) & wanted)", "words"),
     Mutant(WORDS, "(~(plane ^ other) & above)", "((plane ^ other) & above)", "words"),
-    Mutant(WORDS, "header > 0, sealed, 0)", "header >= 0, sealed, 0)", "words"),
+    Mutant(WORDS, "header > 0, padded, 0)", "header >= 0, padded, 0)", "words"),
     Mutant(WORDS, "4 * (worker + 1) + 2 * coin", "4 * worker + 2 * coin", "words collectives"),
     Mutant(WORDS, "extra >= voters // 2 + 1", "extra >= voters // 2", "exchange votes"),
     Mutant(WORDS, "MARGIN = 3 ", "MARGIN = 2 ", "agreement"),
@@ -62,18 +62,18 @@ MUTANTS = [
     Mutant(SLABS, "take(plane) << np.uint32(n)", "take(plane) << np.uint32(0)", "packing"),
     Mutant(PACKING, "*planes, bad = (_join(", "*planes, bad = (0 * _join(", "packing"),
     # Zeros and ties.
-    Mutant(SIGNS, "rank = (worker + pair) % num_workers", "rank = worker % num_workers", "signs"),
-    Mutant(SIGNS, "(rank + step + (hashed & 1)) & 1", "(rank + step) & 1", "signs"),
-    Mutant(SIGNS, "(drift > 0).astype", "(drift < 0).astype", "signs"),
-    Mutant(SIGNS, "(values > 0) | (values < 0)", "values == values", "agreement"),
-    Mutant(SIGNS, "return 2 * plus - voters", "return 2 * plus + voters", "means"),
+    Mutant(BALLOTS, "rank = (worker + pair) % num_workers", "rank = worker", "ballots"),
+    Mutant(BALLOTS, "(rank + step + (hashed & 1)) & 1", "(rank + step) & 1", "ballots"),
+    Mutant(BALLOTS, "(drift > 0).astype", "(drift < 0).astype", "ballots"),
+    Mutant(BALLOTS, "(values > 0) | (values < 0)", "values == values", "agreement"),
+    Mutant(BALLOTS, "return 2 * plus - voters", "return 2 * plus + voters", "means"),
     # The exchange.
     Mutant(EXCHANGE, "finite &= jnp.all(encoded.finite)", "finite = jnp.all(encoded.finite)",
            "participation sharded_params"),
     Mutant(EXCHANGE, "return finite & active", "return finite", "exchange collectives"),
     Mutant(EXCHANGE, "plane, devices * part), position * part", "plane, devices * part), 0 * part",
            "collectives"),
-    Mutant(EXCHANGE, "verdict = jnp.max(result.verdict, axis=0)", "verdict = result.verdict[0] * 0",
+    Mutant(EXCHANGE, "[jnp.max(each) for each in", "[0 * jnp.max(each) for each in",
            "participation collectives"),
     # Error feedback.
     Mutant(FEEDBACK, "jnp.where(outcome.participates, new, old)", "new", "scaled_signs"),

@@ -10,8 +10,9 @@ import references
 from workers import AXIS, MAPS, on_workers
 
 from signax._wire import words as wire
+from signax._wire.ballots import Rules
 from signax._wire.exchange import send, take_part
-from signax._wire.signs import Majority, Rules
+from signax._wire.signs import Majority
 from signax._wire.types import Context, Leaves, Reply, Route, Worker
 from signax._wire.words import LARGE_PART, add_up
 

@@ -15,7 +15,7 @@ from special_values import as_seen, special_values
 
 from signax._wire import packing, slabs
 from signax._wire import words as wire
-from signax._wire.signs import Rules, toss
+from signax._wire.ballots import Rules, toss
 
 # NumPy warns of signalling NaNs.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

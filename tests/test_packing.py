@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from signax._wire import packing, pieces, slabs
-from signax._wire.signs import Rules
+from signax._wire.ballots import Rules
 
 RULES = [Rules("dither", "dither"), Rules("dither", "plus"), Rules("plus", "dither"),
          Rules("abstain", "dither")]  # fmt: skip

@@ -4,6 +4,7 @@ import pathlib
 import re
 import tomllib
 
+import mutants
 import tiers
 import yaml
 
@@ -71,3 +72,10 @@ def test_every_test_that_a_tier_names_exists():
             source = path.read_text()
             missing = names.keys() - set(re.findall(r"^def test_(\w+)", source, re.MULTILINE))
             assert not missing, f"{module} has no test {missing}"
+
+
+def test_every_mutant_changes_code_that_occurs_once():
+    for mutant in mutants.MUTANTS:
+        text = (ROOT / "signax" / mutant.file).read_text()
+        assert text.count(mutant.code) == 1, mutant
+        assert all((ROOT / f"tests/test_{name}.py").exists() for name in mutant.tests.split())

@@ -145,7 +145,7 @@ THOROUGH = {
         "an_update_of_sharded_parameters_sends_no_large_floating_point_array": "hidden gathers",
         "memories_of_sharded_leaves_survive_a_resize_and_a_restore": "other numbers of workers",
     },
-    "test_signs": {"the_dither_does_not_drift": "resonances of the dither over 2,000 steps"},
+    "test_ballots": {"the_dither_does_not_drift": "resonances of the dither over 2,000 steps"},
     "test_testing": {
         "colluders_vote_against_the_honest_majority": "the worst attack",
         "random_updates_keep_the_size_and_differ_by_worker_step_and_key": "the random attack",

@@ -11,8 +11,8 @@ from signax._optimizers.descend import Mask, descend
 from signax._transforms.compressors import Block, scale_by_scaled_sign, scale_by_stochastic_sign
 from signax._transforms.memory import checked, error_feedback
 from signax._transforms.participation import hold_if_nonfinite
+from signax._wire.ballots import Zeros
 from signax._wire.feedback import Feedback
-from signax._wire.signs import Zeros
 from signax._wire.types import Transport
 from signax._workers.compressed import MeanOptions, averaged
 from signax._workers.means import mean_signs

@@ -20,7 +20,7 @@ from signax._optimizers.votes import check_no_vote_options
 from signax._transforms.memory import checked
 from signax._transforms.orthogonal import DimensionNumbers, dimension_numbers, orthogonalize
 from signax._transforms.participation import hold_if_nonfinite
-from signax._wire.signs import Ties, Zeros
+from signax._wire.ballots import Ties, Zeros
 from signax._wire.types import Transport
 from signax._wire.weights import Weights
 from signax._workers.votes import majority_vote, own_updates

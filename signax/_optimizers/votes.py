@@ -9,7 +9,7 @@ from signax._core.checks import check_accumulator_dtype, check_number, renamed
 from signax._core.remote import find_workers
 from signax._optimizers.descend import Mask, descend
 from signax._transforms.memory import checked, scale_by_signum
-from signax._wire.signs import Ties, Zeros
+from signax._wire.ballots import Ties, Zeros
 from signax._wire.types import Transport
 from signax._wire.weights import Weights
 from signax._workers.votes import make_vote, voted

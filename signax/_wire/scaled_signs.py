@@ -23,6 +23,7 @@ from jax import lax
 
 from signax._core.leaves import add_memory, narrow, wide_dtype
 from signax._wire import slabs
+from signax._wire.ballots import Rules, find_worker
 from signax._wire.exchange import assign
 from signax._wire.messages import read_message, write_message
 from signax._wire.parts import (
@@ -36,7 +37,6 @@ from signax._wire.parts import (
     take_apart,
 )
 from signax._wire.pieces import cut
-from signax._wire.signs import Rules, find_worker
 from signax._wire.types import (
     Array,
     Bool,

@@ -19,7 +19,8 @@ from jax import lax
 
 from signax._core.leaves import is_traced
 from signax._wire import slabs, words
-from signax._wire.signs import DitherMemory, Majority, Rules, find_worker
+from signax._wire.ballots import DitherMemory, Rules, find_worker
+from signax._wire.signs import Majority
 from signax._wire.types import Array, Bool, Context, Float, Reply, Transport, UInt32, Worker
 
 Weights = Sequence[float] | Literal["agreement"] | None

@@ -10,10 +10,11 @@ from jax import lax
 
 from signax._core.checks import check_axis_name
 from signax._core.leaves import check_votable
+from signax._wire.ballots import Rules, Ties, Zeros
 from signax._wire.exchange import ask_server, exchange, take_part
 from signax._wire.feedback import ScaledSignsMemory, exchange_with_memory, make_scaled
 from signax._wire.scaled_signs import ScaledSigns
-from signax._wire.signs import Majority, MeanOfSigns, Rules, Ties, Zeros
+from signax._wire.signs import Majority, MeanOfSigns
 from signax._wire.types import Context, Leaves, Transport, make_route
 from signax._wire.weights import make_majority
 from signax._wire.words import make_header

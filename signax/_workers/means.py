@@ -17,8 +17,9 @@ from signax._transforms.participation import (
     next_participation,
     no_participation,
 )
+from signax._wire.ballots import Rules, Zeros
 from signax._wire.exchange import exchange, take_part
-from signax._wire.signs import MeanOfSigns, Rules, Zeros
+from signax._wire.signs import MeanOfSigns
 from signax._wire.types import Transport, make_route
 
 

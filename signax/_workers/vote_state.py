@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from signax._transforms.participation import Participation
-from signax._wire.signs import DitherMemory
+from signax._wire.ballots import DitherMemory
 from signax._workers.agreement import Reputation
 
 NEVER = 2**31 - 1

@@ -18,8 +18,9 @@ from signax._transforms.participation import (
     next_participation,
     no_participation,
 )
+from signax._wire.ballots import DitherMemory, Rules, Ties, Zeros
 from signax._wire.exchange import exchange, take_part
-from signax._wire.signs import DitherMemory, Majority, Rules, Ties, Zeros
+from signax._wire.signs import Majority
 from signax._wire.types import Outcome, Route, Transport, make_route
 from signax._wire.weights import Weighing, Weights, is_by_agreement, make_majority
 from signax._wire.words import LEAST_VOTERS

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from signax._core.checks import check_count
-from signax._wire.signs import Rules
+from signax._wire.ballots import Rules
 from signax._wire.words import sealed_words
 
 WORD_BYTES = 4

@@ -11,7 +11,8 @@ import references
 
 import signax
 from signax._wire import packing, words
-from signax._wire.signs import Majority, Rules, find_worker
+from signax._wire.ballots import Rules, find_worker
+from signax._wire.signs import Majority
 from signax._wire.types import Leaves
 from signax.elastic.counting import Counter
 from signax.elastic.plan import Exchange, Plan

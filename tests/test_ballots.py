@@ -8,7 +8,7 @@ import references
 from workers import AXIS
 
 import signax
-from signax._wire import signs as wire
+from signax._wire import ballots
 from signax._workers.vote_state import NEVER
 
 STEPS = 2000
@@ -21,7 +21,7 @@ NOISY = 64
 def test_coins_follow_the_documented_rule(step, num_workers):
     h1, h2 = references.hash_bits(step // 2)
     for worker in range(num_workers):
-        coin, found_tie = wire.toss(jnp.int32(step), jnp.int32(worker), num_workers)
+        coin, found_tie = ballots.toss(jnp.int32(step), jnp.int32(worker), num_workers)
         place = (worker + step // 2) % num_workers
         assert (int(coin), int(found_tie)) == ((place + step + h1) % 2, (step + h2) % 2), worker
 
@@ -34,9 +34,9 @@ def test_coins_depend_on_absences_and_on_the_drift_of_dead_coordinates(step, num
         places = references.places(step, num_workers, first_missed < step // 2)
         assert sorted(places) == list(range(num_workers))
         for drift, tie in [(0, (step + h2) % 2), (1, 1), (3, 1), (-1, 0)]:
-            memory = wire.DitherMemory(jnp.int32(drift), jnp.int32(first_missed))
+            memory = ballots.DitherMemory(jnp.int32(drift), jnp.int32(first_missed))
             for worker, place in enumerate(places):
-                found = wire.toss(jnp.int32(step), jnp.int32(worker), num_workers, memory)
+                found = ballots.toss(jnp.int32(step), jnp.int32(worker), num_workers, memory)
                 expected = (place + step + h1) % 2, tie
                 assert tuple(map(int, found)) == expected, (first_missed, drift, worker)
 
@@ -52,7 +52,7 @@ def test_coins_depend_on_absences_and_on_the_drift_of_dead_coordinates(step, num
 )
 def test_ballots_are_signs_and_zeros_follow_their_mode(zeros, coin, expected):
     values, odd = jnp.array([2.0, -2.0, 0.0, -0.0, jnp.nan, 0.0]), jnp.arange(6) % 2 == 1
-    found = wire.Rules(zeros, "plus")(values, odd, jnp.uint32(coin))
+    found = ballots.Rules(zeros, "plus")(values, odd, jnp.uint32(coin))
     np.testing.assert_array_equal(np.asarray(found, int), expected)
     np.testing.assert_array_equal(references.ballots(values, zeros, "plus", coin), expected)
 
@@ -61,14 +61,14 @@ def test_ballots_are_signs_and_zeros_follow_their_mode(zeros, coin, expected):
 @pytest.mark.parametrize("zeros", ["dither", "plus"])
 def test_dithered_ties_invert_the_bits_of_odd_coordinates(zeros, coin):
     values, odd = jnp.array([2.0, 2.0, -2.0, -2.0, 0.0, 0.0]), jnp.arange(6) % 2 == 1
-    (straight,) = wire.Rules(zeros, "plus")(values, odd, jnp.uint32(coin))
-    (turned,) = wire.Rules(zeros, "dither")(values, odd, jnp.uint32(coin))
+    (straight,) = ballots.Rules(zeros, "plus")(values, odd, jnp.uint32(coin))
+    (turned,) = ballots.Rules(zeros, "dither")(values, odd, jnp.uint32(coin))
     np.testing.assert_array_equal(turned, straight != odd)
     np.testing.assert_array_equal(turned, *references.ballots(values, zeros, "dither", coin))
 
 
 RULES = [
-    wire.Rules(zeros, ties)
+    ballots.Rules(zeros, ties)
     for zeros in ("dither", "plus", "abstain")
     for ties in ("dither", "plus")
 ]
@@ -99,7 +99,7 @@ def test_ties_follow_the_coin_or_are_plus(coin):
     odd = jnp.arange(6) % 2 == 1
     for zeros in ("dither", "plus"):
         for ties, expected in [("dither", (odd + coin) % 2 == 0), ("plus", True)]:
-            rules = wire.Rules(zeros, ties)
+            rules = ballots.Rules(zeros, ties)
             bit = jnp.broadcast_to(rules.tie(jnp.uint32(coin)) == 1, odd.shape)
             upright = rules.upright([bit], odd)
             (found,) = rules.signs([upright], jnp.uint32(2), [jnp.float32])
