@@ -299,6 +299,16 @@ def test_temporary_memory_of_small_leaves_is_bounded_by_their_size():
     assert program.memory_analysis().temp_size_in_bytes < 3 * size
 
 
+def test_a_block_larger_than_a_leaf_costs_no_more_than_the_leaf():
+    tree = [jax.ShapeDtypeStruct((64,), jnp.float32)] * 2
+    tx = signax.DataParallel(
+        signax.mean_scaled_signs(AXIS, block=2**20), auto_mesh({AXIS: 8}), AXIS
+    )
+    rows = [jax.ShapeDtypeStruct((8, *leaf.shape), leaf.dtype) for leaf in tree]
+    program = jax.jit(tx.update).lower(rows, jax.eval_shape(tx.init, tree), tree).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2**18
+
+
 def test_large_values_do_not_overflow():
     rows = jnp.full((2, 64), 2e38).at[:, ::2].multiply(-1)
     memory = signax.scaled_signs_memory(rows[0], 2)

@@ -310,7 +310,9 @@ def find_bundles(leaves: Leaves, num_workers: int, length: int | None) -> list[B
         # widest leaves first, TPUs move less.
         positions.sort(key=lambda n: -part_columns(leaves.values[n].shape, num_workers))
         shapes = tuple(leaves.values[n].shape for n in positions)
-        blocks = Blocks(shapes, num_workers, length)
+        # Parts are padded to whole blocks: a block larger than a part would cost time and memory.
+        most = WORD_BITS * part_columns(shapes[0], num_workers)
+        blocks = Blocks(shapes, num_workers, length and min(length, most))
         bundles.append(Bundle(tuple(positions), blocks, dtype, rounds_to))
     return bundles
 
