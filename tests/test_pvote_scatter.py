@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from workers import AXIS, auto_mesh, rows_of_workers
 
 import signax
@@ -145,6 +145,32 @@ def test_rejects_a_leaf_that_cannot_be_cut_into_parts(shape, dimension, said):
 
     with pytest.raises(ValueError, match=said):
         jax.vmap(vote, axis_name=AXIS)({"w": jnp.ones((4, *shape))})
+
+
+@pytest.mark.parametrize("spec", [("model",), (None, "model")])
+def test_leaves_that_are_sharded_over_explicit_axes_need_a_map_over_them(spec):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    rows = random_rows(np.random.default_rng(0), (4, 8, 16), jnp.float32)
+
+    def vote_over(*axes):
+        def vote(tree):
+            part = signax.pvote_scatter({"w": tree["w"][0]}, "data", step=0)
+            return jax.tree.map(lambda leaf: leaf[None], part)
+
+        split = PartitionSpec("data", *spec) if "model" in axes else PartitionSpec("data")
+        mapped = jax.shard_map(vote, in_specs=split, out_specs=split, axis_names={*axes})
+        return jax.jit(mapped)({"w": jax.device_put(rows, PartitionSpec("data", *spec))})
+
+    with jax.set_mesh(mesh):
+        said = (
+            r"tree\['w'\] is sharded over the Explicit axes \('model',\).*map over these axes too"
+        )
+        with pytest.raises(ValueError, match=said):
+            vote_over("data")
+        parts = vote_over("data", "model")["w"]
+    blocks = zip(*(np.split(np.asarray(x), 2, len(spec)) for x in (parts, rows)), strict=True)
+    for part, block in blocks:
+        assert_parts_equal_the_reference(part, block, 0, 0)
 
 
 def test_parts_of_an_empty_tree_are_empty():

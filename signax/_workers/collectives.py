@@ -18,7 +18,7 @@ from signax._wire.signs import Majority, MeanOfSigns
 from signax._wire.types import Context, Leaves, Transport, make_route
 from signax._wire.weights import make_majority
 from signax._wire.words import make_header
-from signax._workers.cuts import cut_shape, scatter_dimensions
+from signax._workers.cuts import check_whole, cut_shape, scatter_dimensions
 
 
 def pvote(
@@ -274,7 +274,8 @@ def pvote_scatter(
     Raises:
       NameError: `axis_name` is not bound.
       TypeError: as in :func:`signax.pvote`, or a dimension is not an integer.
-      ValueError: as in :func:`signax.pvote`, or a leaf cannot be cut into equal parts.
+      ValueError: as in :func:`signax.pvote`, or a leaf cannot be cut into equal parts or is sharded
+        over Explicit axes within a worker.
 
     Examples:
       >>> import jax, jax.numpy as jnp, signax
@@ -293,6 +294,7 @@ def pvote_scatter(
     codec.rules.check()
     check_axis_name(axis_name)
     check_votable(tree, axis_name, name="tree")
+    check_whole(tree)
     num_workers = lax.axis_size(axis_name)
     dimensions = scatter_dimensions(tree, scatter_dimension, num_workers)
     leaves, structure = jax.tree.flatten(tree)

@@ -5,6 +5,19 @@ from typing import Any
 
 import jax
 
+from signax._core.leaves import spec_axes, typed_spec
+
+
+def check_whole(tree: Any) -> None:
+    """Raise if a leaf is sharded over Explicit axes: JAX cannot cut it into parts."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if axes := spec_axes(typed_spec(leaf)):
+            raise ValueError(
+                f"tree{jax.tree_util.keystr(path)} is sharded over the Explicit axes {axes}, and "
+                "pvote_scatter cuts whole leaves: let your jax.shard_map map over these axes too, "
+                "or make them of type Auto"
+            )
+
 
 def scatter_dimensions(tree: Any, scatter_dimension: Any, num_workers: int) -> list[int]:
     """One dimension for each leaf, which M divides."""
