@@ -9,6 +9,7 @@ import pytest
 import references
 from workers import AXIS, MAPS, on_workers
 
+import signax
 from signax._wire import words as wire
 from signax._wire.ballots import Rules
 from signax._wire.exchange import send, take_part
@@ -103,6 +104,23 @@ def test_counts_of_several_devices_may_exceed_32_bits():
     found = jax.jit(add_up)(counts)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, counts.astype(np.float64).sum(axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        signax.majority_vote(AXIS, agreement=True),
+        signax.mean_scaled_signs(AXIS, num_workers=4, feedback="worker"),
+    ],
+    ids=["agreement", "scaled signs"],
+)
+def test_a_second_step_outside_jit_compiles_nothing(tx, caplog):
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(4, 40)), jnp.float32)
+    update = jax.vmap(tx.update, axis_name=AXIS)
+    _, state = update(rows, jax.vmap(tx.init)(rows))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        jax.block_until_ready(update(rows, state))
+    assert not [record for record in caplog.records if "XLA compilation" in record.message]
 
 
 @pytest.mark.parametrize("finite", [False, True])

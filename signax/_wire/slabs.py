@@ -193,13 +193,19 @@ def merge_bits(fields: Sequence[Array], axis: int, flags: int = 1) -> Sequence[A
     return lax.reduce(
         [*shifted, *fields[planes:]],
         [np.uint32(0)] * planes + [np.bool_(False)] * flags,
-        # Bits do not overlap, so a sum joins them. Unlike OR, XLA can reduce it across devices.
-        lambda left, right: [
-            *map(lax.add, left[:planes], right[:planes]),
-            *map(lax.bitwise_or, left[planes:], right[planes:]),
-        ],
+        _merge_two,
         (axis,),
     )
+
+
+def _merge_two(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
+    """Merge words and flags."""
+    # Outside `jax.jit`, JAX would compile the reduction by a new function in every call.
+    # Bits do not overlap, so a sum joins words. Unlike OR, XLA can reduce it across devices.
+    return [
+        lax.add(x, y) if x.dtype == jnp.uint32 else lax.bitwise_or(x, y)
+        for x, y in zip(left, right, strict=True)
+    ]
 
 
 def _is_tiled(shape: tuple[int, ...]) -> bool:

@@ -127,7 +127,12 @@ def compare(
     counts = [lax.population_count(x) for x in (agree, disagree)]
     zeros = [np.uint32(0)] * 2
     # A single reduction of both reads the words once.
-    return jnp.stack(lax.reduce(counts, zeros, lambda x, y: list(map(lax.add, x, y)), (1,)))
+    return jnp.stack(lax.reduce(counts, zeros, _add_pairs, (1,)))
+
+
+def _add_pairs(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
+    # Outside `jax.jit`, JAX would compile the reduction by a new function in every call.
+    return list(map(lax.add, left, right))
 
 
 def _lead(plus: Sequence[Array], minus: Sequence[Array], least: int) -> tuple[Array, Array]:
