@@ -563,6 +563,14 @@ def test_rejects_weights_that_a_vote_cannot_use():
         signax.majority_vote(AXIS, weights="agreement").init(rows)
 
 
+@pytest.mark.parametrize("make", [tuple, np.array, jnp.array])
+def test_a_vote_under_jit_takes_weights_of_every_kind(make):
+    weights = make([3.0, 1.0, 1.0])
+    rows = jnp.array([[1.0, -1.0], [-1.0, 1.0], [-1.0, 1.0]])
+    vote = rows_of_workers("vmap", lambda row: signax.pvote(row, AXIS, step=0, weights=weights), 3)
+    np.testing.assert_array_equal(vote(rows)[0], [1.0, -1.0])
+
+
 def test_weights_may_not_be_traced():
     with pytest.raises(TypeError, match="list 'weights' in the static_args"):
         jax.jit(lambda weights: signax.majority_vote(AXIS, weights=weights) and 0)(jnp.ones(3))

@@ -73,6 +73,8 @@ def _check_numbers(weights: Any) -> tuple[float, ...]:
             "weights must be known when the step is built: list 'weights' in the static_args of "
             "optax.inject_hyperparams"
         )
+    if isinstance(weights, jax.Array):
+        weights = np.asarray(weights)  # under jit the numbers of a JAX array would be traced
     try:
         # The numbers of a mapping are its keys, and a set has no order.
         given = None if isinstance(weights, (Mapping, Set, bytes)) else [*weights]
