@@ -342,6 +342,9 @@ def test_rejects_invalid_arguments():
         mean({"a": tree})
     with pytest.raises(ValueError, match="feedback='all' is unknown"):
         signax.scaled_signs_memory(tree, 2, feedback="all")
+    for dtype in (jnp.int32, jnp.complex64, "single bit"):
+        with pytest.raises(ValueError, match=r"^dtype=.* is no floating-point dtype"):
+            signax.scaled_signs_memory(tree, 2, dtype=dtype)
     with pytest.raises(ValueError, match="num_workers=0"):
         signax.scaled_signs_memory(tree, 0)
     with pytest.raises(TypeError, match="num_workers='2' must be a whole number"):

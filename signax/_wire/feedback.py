@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from signax._core.checks import (
+    check_accumulator_dtype,
     check_axis_name,
     check_block,
     check_count,
@@ -92,7 +93,8 @@ def scaled_signs_memory(
       A :class:`signax.ScaledSignsMemory` of zeros, the same for every worker.
 
     Raises:
-      ValueError: `feedback` is unknown or `num_workers` is below 1.
+      ValueError: `feedback` is unknown, `num_workers` is below 1, or `dtype` is no floating-point
+        dtype.
       TypeError: a leaf is not real floating-point, or `num_workers` is not a whole number.
 
     Examples:
@@ -102,6 +104,7 @@ def scaled_signs_memory(
       (3, 5) (32, 2)
     """
     check_mode("feedback", feedback, FEEDBACKS)
+    check_accumulator_dtype(dtype, "dtype")
     check_floating(tree, "tree", only_arrays=False)
     check_count("num_workers", num_workers)
 
