@@ -234,18 +234,19 @@ def dead_decision(
 def read_headers(headers: UInt32[Array, " M"]) -> Headers:
     """Read the headers of M workers."""
     # A single reduction is one kernel.
-    voters, coins, tie = lax.reduce(
-        header_bits(headers),
-        (np.uint32(0),) * 3,
-        lambda x, y: (x[0] + y[0], x[1] + y[1], x[2] | y[2]),
-        (0,),
-    )
+    voters, coins, tie = lax.reduce(header_bits(headers), (np.uint32(0),) * 3, _add_headers, (0,))
     dead = dead_decision(coins, voters, tie)
     # Among an even number of voters the coin is one more vote, which breaks ties and only ties.
     coin = jnp.where(voters % 2 == 0, spread(tie), 0)
     # Without the barrier XLA computes both inside the counting loops.
     voters, coin = lax.optimization_barrier((voters, coin))
     return Headers(voters, coin, dead)
+
+
+def _add_headers(left: Sequence[Array], right: Sequence[Array]) -> tuple[Array, ...]:
+    # Not a lambda, see `_add_pairs`.
+    votes, coins = (x + y for x, y in zip(left[:2], right[:2], strict=True))
+    return votes, coins, left[2] | right[2]
 
 
 def sum_dtype(num_workers: int) -> np.dtype:
