@@ -104,11 +104,10 @@ def scale_by_signum(
 
         def average(g: jax.Array, m: jax.Array):
             wide = common_dtype(g.dtype, m.dtype)
-            with jax.numpy_dtype_promotion("standard"):  # beta may have a wider dtype
-                fresh, old = (1 - beta) * g, beta * m
-            return (fresh.astype(wide) + old.astype(wide)).astype(m.dtype)
+            return (((1 - beta) * g).astype(wide) + (beta * m).astype(wide)).astype(m.dtype)
 
-        with jax.named_scope("signax.momentum"):
+        # Beta may have a wider dtype than the leaves.
+        with jax.named_scope("signax.momentum"), jax.numpy_dtype_promotion("standard"):
             momentum = jax.tree.map(average, updates, state.momentum)
             direction = jax.tree.map(average, updates, momentum) if nesterov else momentum
         signs = jax.tree.map(lambda g, m: jnp.sign(m).astype(g.dtype), updates, direction)
