@@ -264,6 +264,6 @@ assert tuned["lion"]["validation_loss"] > tuned["adamw"]["validation_loss"]
 # The losses of votes are in the order of their alignments, and an alignment of 0.43 is enough to
 # come close to Muon. A vote on gradients or momenta moves a matrix along the few directions in
 # which gradients are large. A vote on polar factors also follows the other directions, since each
-# worker raises them before it rounds anything to a bit. A polar step *behind* a vote on momenta
+# worker raises them before it rounds anything to a bit. A polar step *after* a vote on momenta
 # comes too late. It makes the spectrum flat, but the signs have already lost the small directions,
 # so the step hardly aligns with Muon's.
