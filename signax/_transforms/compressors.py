@@ -78,11 +78,10 @@ def _tree_mean_magnitude(tree: Any) -> jax.Array:
     dtype = functools.reduce(common_dtype, (leaf.dtype for leaf in leaves), jnp.float32)
     count = max(1, sum(leaf.size for leaf in leaves))
     share = power_below(count)
-    total = jnp.zeros([], dtype)
-    for leaf in leaves:
-        total += jnp.sum(jnp.abs(leaf).astype(dtype) * share)
-    # Without the barrier XLA copies the sum over all leaves into the program of every leaf.
-    return lax.optimization_barrier(total / (count * share))
+    sums = [jnp.zeros([], dtype)]  # if there are no leaves
+    sums += [jnp.sum(jnp.abs(leaf).astype(dtype) * share) for leaf in leaves]
+    # Without the barrier XLA copies the sums of all leaves into the program of every leaf.
+    return jnp.sum(lax.optimization_barrier(jnp.stack(sums))) / (count * share)
 
 
 def _scaled_sign(p: jax.Array, block: Block) -> jax.Array:
