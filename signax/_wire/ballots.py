@@ -104,7 +104,7 @@ class Rules(NamedTuple):
     def total(self, digits: Sequence[Array], voters: Array) -> Array:
         """The sum of the voters' ballots, from the digits of their counts: bool[...] to i32[...].
 
-        The digits of a second plane follow those of the first. Ties must be `"plus"`.
+        If a ballot has two planes, the digits of the first come first. `ties` must be `"plus"`.
         """
         length = len(digits) // self.planes
 
@@ -137,7 +137,8 @@ class DitherMemory(NamedTuple):
     Attributes:
       drift: int32[], the steps that a dead coordinate of even index has moved in total. A dead
         coordinate of odd index has moved as far in the other direction. Indices count a leaf's
-        coordinates in row-major order, or those of a device's block of the leaf.
+        coordinates in row-major order. If the leaf is sharded, each device's block has indices of
+        its own.
       first_missed: int32[], the first pair of steps, count // 2, in which a worker did not take
         part; 2^31 - 1 before such a pair.
     """

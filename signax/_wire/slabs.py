@@ -200,7 +200,7 @@ def merge_bits(fields: Sequence[Array], axis: int, flags: int = 1) -> Sequence[A
 
 def _merge_two(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
     """Merge words and flags."""
-    # Outside `jax.jit`, JAX would compile the reduction by a new function in every call.
+    # Not a lambda: outside `jax.jit`, JAX compiles a reduction again for every new function.
     # Bits do not overlap, so a sum joins words. Unlike OR, XLA can reduce it across devices.
     return [
         lax.add(x, y) if x.dtype == jnp.uint32 else lax.bitwise_or(x, y)

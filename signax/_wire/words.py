@@ -127,11 +127,11 @@ def compare(
     counts = [lax.population_count(x) for x in (agree, disagree)]
     zeros = [np.uint32(0)] * 2
     # A single reduction of both reads the words once.
-    return jnp.stack(lax.reduce(counts, zeros, _add_pairs, (1,)))
+    return jnp.stack(lax.reduce(counts, zeros, _add_each, (1,)))
 
 
-def _add_pairs(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
-    # Outside `jax.jit`, JAX would compile the reduction by a new function in every call.
+def _add_each(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
+    # Not a lambda: outside `jax.jit`, JAX compiles a reduction again for every new function.
     return list(map(lax.add, left, right))
 
 
@@ -234,19 +234,15 @@ def dead_decision(
 def read_headers(headers: UInt32[Array, " M"]) -> Headers:
     """Read the headers of M workers."""
     # A single reduction is one kernel.
-    voters, coins, tie = lax.reduce(header_bits(headers), (np.uint32(0),) * 3, _add_headers, (0,))
+    fields = [*header_bits(headers)]
+    voters, coins, ties = lax.reduce(fields, [np.uint32(0)] * 3, _add_each, (0,))
+    tie = (ties > 0).astype(jnp.uint32)
     dead = dead_decision(coins, voters, tie)
     # Among an even number of voters the coin is one more vote, which breaks ties and only ties.
     coin = jnp.where(voters % 2 == 0, spread(tie), 0)
     # Without the barrier XLA computes both inside the counting loops.
     voters, coin = lax.optimization_barrier((voters, coin))
     return Headers(voters, coin, dead)
-
-
-def _add_headers(left: Sequence[Array], right: Sequence[Array]) -> tuple[Array, ...]:
-    # Not a lambda, see `_add_pairs`.
-    votes, coins = (x + y for x, y in zip(left[:2], right[:2], strict=True))
-    return votes, coins, left[2] | right[2]
 
 
 def sum_dtype(num_workers: int) -> np.dtype:

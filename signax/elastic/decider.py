@@ -34,8 +34,8 @@ class Decider:
       options: how to decide.
 
     Raises:
-      ValueError: an option is out of range, or the log was written with another number of workers
-        or servers.
+      ValueError: an option is out of range, or the log names another number of workers or
+        servers than the options.
     """
 
     def __init__(self, log: Log, snapshots: Snapshots, options: Options):
